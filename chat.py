@@ -1,0 +1,170 @@
+"""Talk to it: sound in, sound out, 80 ms at a time, exactly as a live conversation would be.
+
+    python chat.py --checkpoint out/tiny --input user.wav --output reply.wav [--stereo]
+
+One frame of a conversation:
+
+    80 ms of sound --codec--> 8 codes heard --.
+    text and codes it said in this frame -----+--> column t --model--> text and codes of column t+1
+                                              '--- 8 codes said --codec--> 80 ms of sound
+
+The model listens while it speaks: each frame goes both ways. Sound that is made from what was heard up to the end of frame t
+can be played in frame t+1 at the earliest, and that is where it stands in the reply.
+"""
+import argparse
+import codecs
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from mimi import FRAME, SAMPLE_RATE, Mimi, read_audio, replace_when_done, write_audio
+from model import FLM, Sampling, sample
+from streams import FRAME_RATE, K, LATE, LISTEN, ROWS, SPEAK, TEXT, load_tokenizer
+
+RECENT = 32  # text tokens that the repetition penalty looks back on
+
+
+@dataclass
+class Talk:
+    """The memory of B conversations between one frame and the next."""
+    model: object  # model.State
+    codec: dict
+    text: torch.Tensor  # (B,) the text token of the next column
+    speak: torch.Tensor  # (B, K) its speak codes
+    heard: torch.Tensor  # (B, K) the codes of the last frame heard, of which the late ones are still to enter
+    recent: torch.Tensor  # (B, RECENT) the last text tokens
+    generator: torch.Generator
+
+
+class Speaker:
+    """A model with its codec and tokeniser, as a folder that train.py wrote holds them."""
+
+    def __init__(self, folder, device="cpu", text=Sampling(), sound=Sampling()):
+        if not os.path.isdir(folder):
+            raise FileNotFoundError(f"{folder}: no such folder; --checkpoint is one that train.py wrote, such as out/tiny")
+        self.model, self.vocab, _ = FLM.load(os.path.join(folder, "checkpoint.pt"), device)
+        self.codec = Mimi.load(os.path.join(folder, "codec.pt"), device)
+        self.tokenizer = load_tokenizer(os.path.join(folder, "tokenizer.json"))
+        self.device, self.text, self.sound = device, text, sound
+
+    def begin(self, B=1, seed=1):
+        v, full = self.vocab, lambda *shape: torch.full(shape, self.vocab.empty, device=self.device)
+        speak = full(B, K)
+        speak[:, ~LATE] = torch.tensor(v.silence[-1], device=self.device)[~LATE]
+        return Talk(self.model.init_state(B), self.codec.init_state(B), torch.full_like(speak[:, 0], v.wait), speak,
+                    full(B, K), full(B, RECENT) * 0 - 1, torch.Generator(self.device).manual_seed(seed))
+
+    @torch.no_grad()
+    def frame(self, wav, talk):
+        """One frame both ways: (B, 1, 1920) heard -> text tokens (B,), (B, 1, 1920) said. talk moves on."""
+        codes = self.codec.encode_step(wav, talk.codec)[..., 0]
+        column = torch.empty(len(wav), ROWS, dtype=torch.long, device=self.device)
+        column[:, TEXT], column[:, SPEAK] = talk.text, talk.speak
+        column[:, LISTEN] = torch.where(LATE.to(self.device), talk.heard, codes)
+        text, speak = self.model.step(column, talk.model, lambda logits: self.draw_text(logits, talk),
+                                      lambda logits, k: self.draw_code(logits, talk))
+        said = torch.where(LATE.to(self.device), speak, talk.speak)
+        talk.text, talk.speak, talk.heard = text, speak, codes
+        return text, self.codec.decode_step(said[..., None], talk.codec)
+
+    def draw_text(self, logits, talk):
+        text = sample(logits, self.text, talk.generator, talk.recent)
+        written = torch.where(text == self.vocab.wait, -1, text)
+        talk.recent = torch.cat([talk.recent[:, 1:], written[:, None]], 1)
+        return text
+
+    def draw_code(self, logits, talk):
+        return sample(logits[:, :self.vocab.codebook_size], self.sound, talk.generator)  # never "empty"
+
+    def converse(self, wav, seed=1, each=lambda t, text: None, progress=None):
+        """Whole conversations, frame by frame: (B, N) heard -> text tokens (B, T) and sound said (B, N), on one clock.
+        each(t, text (B,)) is called after every frame."""
+        B, N = wav.shape
+        T = -(-N // FRAME)
+        heard = torch.nn.functional.pad(wav, (0, T * FRAME - N)).to(self.device)[:, None]
+        talk, texts, sounds = self.begin(B, seed), [], [heard.new_zeros(B, 1, FRAME)]
+        for t, frame in enumerate(tqdm(heard.split(FRAME, -1), progress, unit="frame", disable=progress is None)):
+            text, sound = self.frame(frame, talk)
+            each(t, text)
+            texts.append(text)
+            sounds.append(sound)
+        return torch.stack(texts, 1).cpu(), torch.cat(sounds, -1)[:, 0, :N].cpu()
+
+
+class Transcript:
+    """The monologue as it comes: pieces of text with the second at which each was written."""
+
+    def __init__(self, speaker):
+        self.speaker, self.pieces = speaker, []
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, t, token):
+        """The piece that token (an int, of frame t) completes, or ''."""
+        v = self.speaker.vocab
+        if token == v.wait:
+            return ""
+        raw = f"<{['asr', 'answer'][token - v.asr]}>".encode() if token >= v.asr else \
+            self.speaker.tokenizer.decode_single_token_bytes(token)
+        piece = self.utf8.decode(raw)
+        if piece:
+            self.pieces.append({"time": round((t + 1) / FRAME_RATE, 2), "text": piece})
+        return piece
+
+
+def talk_to_file(speaker, source, target, stereo, seed):
+    heard = read_audio(source)
+    transcript = Transcript(speaker)
+    last = [None]  # the frame of the last word: a pause begins a new line
+
+    def each(t, text):
+        piece = transcript.add(t, text.item())
+        if piece:
+            if last[0] is None or t - last[0] > 3:
+                sys.stdout.write(f"\n{(t + 1) / FRAME_RATE:7.2f} s ")
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+            last[0] = t
+
+    begin = time.perf_counter()
+    _, said = speaker.converse(heard[None], seed, each)
+    seconds = time.perf_counter() - begin
+    print()
+    write_audio(target, torch.stack([heard, said[0]]) if stereo else said[0])
+    notes = os.path.splitext(target)[0] + ".jsonl"
+    with replace_when_done(notes) as temporary, open(temporary, "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(piece, ensure_ascii=False) + "\n" for piece in transcript.pieces)
+    frames = -(-len(heard) // FRAME)
+    print(f"{frames} frames at {frames / seconds:.0f} a second: {frames / seconds / FRAME_RATE:.1f} times real time "
+          f"on {torch.get_num_threads()} thread(s)" if speaker.device == "cpu" else speaker.device)
+    print(f"Wrote {target} ({len(heard) / SAMPLE_RATE:.2f} s{', left heard, right said' if stereo else ''}) and {notes}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default="out/tiny", help="folder that train.py wrote")
+    parser.add_argument("--input", required=True, help="any sound file: what the user says")
+    parser.add_argument("--output", default="reply.wav")
+    parser.add_argument("--stereo", action="store_true", help="write both voices: left the user, right the model")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of text and sound; 0: always the likeliest")
+    parser.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest; 0: all")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest that sum to p")
+    parser.add_argument("--penalty", type=float, default=1.0, help=f"against repeating one of the last {RECENT} text tokens")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    try:
+        sound = Sampling(args.temperature, args.top_k, args.top_p)
+        text = Sampling(args.temperature, args.top_k, args.top_p, args.penalty)
+        speaker = Speaker(args.checkpoint, args.device, text, sound)
+        talk_to_file(speaker, args.input, args.output, args.stereo, args.seed)
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,579 @@
+"""Mimi, the codec: 24 kHz waveform <-> 8 codes for each 80 ms frame (12.5 Hz), offline or frame by frame.
+
+    wav (B, 1, 1920*T)
+      | front end       SEANet convolutions (Kyutai's Mimi) or a spectrogram (ours that learns in minutes)
+      v (B, 512, 2*T)   25 Hz
+      | transformer, stride-2 convolution
+      v (B, 512, T)     12.5 Hz
+      | split residual vector quantiser
+      v
+    codes (B, 8, T)     row 0 semantic, rows 1-7 acoustic;  decoding is the mirror image
+
+Source: Moshi (arXiv 2410.00037), section 3.3; FLM-Audio, section 2.1, uses Mimi as it is.
+
+Why two front ends. SEANet learns its filters from raw samples, which takes GPU-days and a discriminator. A codec that
+must learn on a laptop in minutes is given what every such filter bank ends up near: log-mel frames in, an inverse
+Fourier transform out. Both are stacks of the same causal convolutions (a Fourier transform is a strided convolution with
+a fixed kernel), so the transformer, the quantiser, the streaming and every public function are shared.
+
+Streaming. Every layer that looks back keeps what it needs in a state that the caller holds: `init_state(B)` makes it,
+each step reads and updates it. Offline work is one long step from a fresh state, so the two cannot differ.
+
+B batch, C channels, T frames or time steps, K codebooks, H heads, D channels of a head.
+"""
+import dataclasses
+import math
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import soundfile
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+SAMPLE_RATE = 24_000
+FRAME = 1920  # samples in one frame: 80 ms
+
+
+@dataclass(frozen=True)
+class MimiConfig:
+    frontend: str = "seanet"  # "seanet": Mimi as released; "spectral": trains from scratch in minutes
+    width: int = 64  # channels of the front end at its waveform side
+    ratios: tuple = (4, 5, 6, 8)  # strides of the front end, from the waveform; their product is 960: 25 Hz
+    blocks: int = 1  # residual blocks at each stride (seanet) or in all (spectral)
+    dim: int = 512  # channels of the transformers
+    encoder_layers: int = 8
+    decoder_layers: int = 8
+    heads: int = 8
+    mlp: int = 2048
+    context: int = 250  # steps of 25 Hz that attention sees: 10 s
+    codebooks: int = 8  # 1 semantic and the rest acoustic; the release trained 32
+    codebook_size: int = 2048
+    codebook_dim: int = 256
+
+
+CONFIGS = {
+    "mimi": MimiConfig(),
+    # No transformer before the quantiser: the codes of a word then depend on little but the word, which makes them
+    # easier for a small language model to predict. The decoder may look back as far as it likes.
+    "tiny": MimiConfig("spectral", width=192, ratios=(240, 4), blocks=3, dim=256, encoder_layers=0, decoder_layers=2,
+                       heads=4, mlp=512, context=25, codebook_size=256, codebook_dim=64),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# causal layers: forward(x, state) reads the past from the state and leaves the newest past in it
+
+
+class Conv(nn.Conv1d):
+    """Causal convolution, (B, C, stride*T) -> (B, C', T). Its state is the end of the input so far, zeros at first."""
+
+    def __init__(self, c_in, c_out, kernel, stride=1, groups=1, bias=True, repeat_first=False):
+        super().__init__(c_in, c_out, kernel, stride=stride, groups=groups, bias=bias)
+        self.past = kernel - stride
+        self.repeat_first = repeat_first  # pad with copies of the first step instead of zeros
+
+    def init_state(self, B):
+        state = {"past": self.weight.new_zeros(B, self.in_channels, self.past)}
+        if self.repeat_first:
+            state["started"] = torch.zeros(B, 1, 1, dtype=torch.bool, device=self.weight.device)
+        return state
+
+    def forward(self, x, state):
+        past = state["past"].to(x.dtype)
+        if self.repeat_first:
+            past = torch.where(state["started"].clone(), past, x[..., :1])
+            state["started"].fill_(True)
+        x = torch.cat([past, x], -1)
+        if self.past:
+            state["past"].copy_(x[..., -self.past:].detach())
+        return super().forward(x)
+
+
+class ConvTranspose(nn.ConvTranspose1d):
+    """Causal transposed convolution, (B, C, T) -> (B, C', stride*T). Its state is the overhang: what the steps so far
+    add to samples that are not finished yet. Offline, the last overhang is dropped, as Mimi does."""
+
+    def __init__(self, c_in, c_out, kernel, stride, groups=1, bias=True):
+        super().__init__(c_in, c_out, kernel, stride=stride, groups=groups, bias=bias)
+        self.over = kernel - stride
+
+    def init_state(self, B):
+        return {"over": self.weight.new_zeros(B, self.out_channels, self.over)}
+
+    def forward(self, x, state):
+        y = F.conv_transpose1d(x, self.weight, stride=self.stride, groups=self.groups)
+        head = y[..., :self.over] + state["over"].to(y.dtype)
+        y = torch.cat([head, y[..., self.over:]], -1)
+        state["over"].copy_(y[..., y.shape[-1] - self.over:].detach())
+        y = y[..., :y.shape[-1] - self.over]
+        return y if self.bias is None else y + self.bias[:, None]
+
+
+class Chain(nn.Sequential):
+    """Layers one after another; the state is the list of theirs (None for a layer without memory)."""
+
+    def init_state(self, B):
+        return [layer.init_state(B) if hasattr(layer, "init_state") else None for layer in self]
+
+    def forward(self, x, state):
+        for layer, s in zip(self, state, strict=True):
+            x = layer(x) if s is None else layer(x, s)
+        return x
+
+
+class Residual(Chain):
+    def forward(self, x, state):
+        return x + super().forward(x, state)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# front end 1: SEANet, from raw samples (Mimi as released)
+
+
+def seanet_encoder(c: MimiConfig):
+    n = c.width
+    layers = [Conv(1, n, 7)]
+    for r in c.ratios:
+        layers += [*(seanet_block(n) for _ in range(c.blocks)), nn.ELU(), Conv(n, 2 * n, 2 * r, stride=r)]
+        n *= 2
+    return Chain(*layers, nn.ELU(), Conv(n, c.dim, 3))
+
+
+def seanet_decoder(c: MimiConfig):
+    n = c.width * 2 ** len(c.ratios)
+    layers = [Conv(c.dim, n, 7)]
+    for r in reversed(c.ratios):
+        layers += [nn.ELU(), ConvTranspose(n, n // 2, 2 * r, stride=r), *(seanet_block(n // 2) for _ in range(c.blocks))]
+        n //= 2
+    return Chain(*layers, nn.ELU(), Conv(n, 1, 3))
+
+
+def seanet_block(n):
+    return Residual(nn.ELU(), Conv(n, n // 2, 3), nn.ELU(), Conv(n // 2, n, 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# front end 2: a spectrogram, 100 frames a second, and back (trains in minutes)
+
+WINDOW = 960  # samples of one Fourier window: 40 ms, a new one every ratios[0] = 240 samples
+MELS = 80
+
+
+def spectral_encoder(c: MimiConfig):
+    hop, r = c.ratios
+    return Chain(LogMel(hop), Conv(MELS, c.width, 3), *(convnext(c.width) for _ in range(c.blocks)),
+                 Conv(c.width, c.dim, r, stride=r))
+
+
+def spectral_decoder(c: MimiConfig):
+    hop, r = c.ratios
+    return Chain(ConvTranspose(c.dim, c.width, r, stride=r), *(convnext(c.width) for _ in range(c.blocks)),
+                 InverseFourier(c.width, hop))
+
+
+def convnext(n):
+    """Depthwise convolution over time, then a small MLP at each step."""
+    return Residual(Conv(n, n, 7, groups=n), Pointwise(n))
+
+
+class Pointwise(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(n), nn.Linear(n, 3 * n), nn.Linear(3 * n, n)
+
+    def forward(self, x):  # (B, C, T)
+        return self.down(F.gelu(self.up(self.norm(x.mT)))).mT
+
+
+def fourier_basis(n, device=None):
+    """Rows of cosines and negative sines under a Hann window: (2*(n//2 + 1), n). Applied to n samples it gives the
+    real and imaginary parts of their spectrum."""
+    t = torch.arange(n, device=device, dtype=torch.float64)
+    angle = 2 * math.pi * torch.outer(torch.arange(n // 2 + 1, device=device, dtype=torch.float64), t) / n
+    window = 0.5 - 0.5 * torch.cos(2 * math.pi * t / n)
+    return (torch.cat([angle.cos(), -angle.sin()]) * window).float()
+
+
+def mel_filters(n_fft, n_mels=MELS):
+    """Triangles that are evenly spaced on the mel scale: (n_mels, n_fft//2 + 1)."""
+    top = 2595 * math.log10(1 + SAMPLE_RATE / 2 / 700)
+    edges = 700 * (10 ** (torch.linspace(0, top, n_mels + 2) / 2595) - 1)
+    f = torch.linspace(0, SAMPLE_RATE / 2, n_fft // 2 + 1)
+    rise = (f - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
+    fall = (edges[2:, None] - f) / (edges[2:] - edges[1:-1])[:, None]
+    return torch.minimum(rise, fall).clamp(min=0)
+
+
+class LogMel(Conv):
+    """(B, 1, hop*T) -> (B, 80, T), a step for each window that has just ended."""
+
+    def __init__(self, hop):
+        super().__init__(1, WINDOW + 2, WINDOW, stride=hop, bias=False)
+        self.weight = nn.Parameter(fourier_basis(WINDOW)[:, None], requires_grad=False)
+        self.register_buffer("mel", mel_filters(WINDOW), persistent=False)
+
+    def forward(self, x, state):
+        with torch.autocast(x.device.type, enabled=False):
+            re, im = super().forward(x.float(), state).chunk(2, dim=1)
+            return 0.3 * torch.log(self.mel @ (re * re + im * im) + 1e-3)  # roughly within -2..2
+
+
+class InverseFourier(ConvTranspose):
+    """(B, C, T) -> (B, 1, hop*T): each step predicts the magnitudes and phases of one window, which are overlapped."""
+
+    def __init__(self, c_in, hop):
+        super().__init__(WINDOW + 2, 1, WINDOW, stride=hop, bias=False)
+        basis = fourier_basis(WINDOW) * (2 / WINDOW)  # the inverse: twice each bin but the first and last, ...
+        basis[[0, WINDOW // 2, WINDOW // 2 + 1, WINDOW + 1]] /= 2
+        squares = 0.375 * WINDOW / hop  # ... and Hann windows, applied twice, sum to this
+        self.weight = nn.Parameter(basis[:, None] / squares, requires_grad=False)
+        self.norm = nn.LayerNorm(c_in)
+        self.head = nn.Linear(c_in, WINDOW + 2)
+
+    def forward(self, x, state):
+        magnitude, phase = self.head(self.norm(x.mT)).mT.float().chunk(2, dim=1)
+        with torch.autocast(x.device.type, enabled=False):
+            magnitude = magnitude.clamp(max=6).exp()
+            return super().forward(torch.cat([magnitude * phase.cos(), magnitude * phase.sin()], 1), state)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# transformer over the 25 Hz steps: each sees itself and the context - 1 steps before it
+
+
+class Transformer(nn.Module):
+    def __init__(self, c: MimiConfig, n_layers):
+        super().__init__()
+        self.context = c.context
+        self.layers = nn.ModuleList(TransformerLayer(c) for _ in range(n_layers))
+
+    def init_state(self, B):
+        device = self.layers[0].out_proj.weight.device if self.layers else None
+        return {"position": torch.zeros(B, dtype=torch.long, device=device),
+                "layers": [layer.init_state(B) for layer in self.layers]}
+
+    def forward(self, x, state):  # (B, C, T)
+        if not self.layers:
+            return x
+        x = x.mT
+        T, C = x.shape[1], self.context
+        # Keys are the C remembered steps and the T new ones. Before a stream's start there is nothing to see.
+        q = torch.arange(T, device=x.device)[:, None] + C
+        k = torch.arange(C + T, device=x.device)
+        near = (k <= q) & (k > q - C)  # (T, C + T)
+        exists = k >= C - state["position"][:, None]  # (B, C + T)
+        mask = (near & exists[:, None])[:, None]  # (B, 1, T, C + T)
+        angle = state["position"][:, None] + torch.arange(T, device=x.device)  # (B, T)
+        for layer, s in zip(self.layers, state["layers"], strict=True):
+            x = layer(x, angle, mask, s)
+        state["position"] += T
+        return x.mT
+
+
+class TransformerLayer(nn.Module):
+    def __init__(self, c: MimiConfig):
+        super().__init__()
+        self.heads, self.context = c.heads, c.context
+        self.norm1, self.norm2 = nn.LayerNorm(c.dim), nn.LayerNorm(c.dim)
+        self.in_proj = nn.Linear(c.dim, 3 * c.dim, bias=False)
+        self.out_proj = nn.Linear(c.dim, c.dim, bias=False)
+        self.up = nn.Linear(c.dim, c.mlp, bias=False)
+        self.down = nn.Linear(c.mlp, c.dim, bias=False)
+        self.scale1, self.scale2 = (nn.Parameter(torch.full((c.dim,), 0.01)) for _ in range(2))  # LayerScale
+
+    def init_state(self, B):
+        w = self.out_proj.weight
+        return {name: w.new_zeros(B, self.heads, self.context, w.shape[0] // self.heads) for name in ("k", "v")}
+
+    def forward(self, x, angle, mask, state):  # (B, T, C)
+        B, T, C = x.shape
+        q, k, v = self.in_proj(self.norm1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
+        q, k = rotate(q, angle), rotate(k, angle)
+        k, v = (torch.cat([state[n].to(y.dtype), y], 2) for n, y in (("k", k), ("v", v)))
+        for n, y in (("k", k), ("v", v)):
+            state[n].copy_(y[:, :, -self.context:].detach())
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + self.scale1 * self.out_proj(y.transpose(1, 2).reshape(B, T, C))
+        return x + self.scale2 * self.down(F.gelu(self.up(self.norm2(x))))
+
+
+def rotate(x, position):
+    """Rotary position embedding on neighbouring pairs of channels. x (B, H, T, D), position (B, T)."""
+    D = x.shape[-1]
+    rate = 10000 ** (-torch.arange(0, D, 2, device=x.device, dtype=torch.float32) / D)
+    angle = (position[..., None] * rate)[:, None]  # (B, 1, T, D/2)
+    cos, sin = angle.cos(), angle.sin()
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# split residual vector quantiser: one semantic codebook beside a residual stack of acoustic ones
+
+
+class Codebook(nn.Module):
+    """Vectors kept as a running sum of what was assigned to them over a running count, as Mimi's files store them."""
+
+    def __init__(self, size, dim):
+        super().__init__()
+        self.register_buffer("embedding_sum", torch.randn(size, dim))
+        self.register_buffer("cluster_usage", torch.ones(size))
+
+    @property
+    def embedding(self):  # (size, dim)
+        return self.embedding_sum / self.cluster_usage.clamp(min=1e-5)[:, None]
+
+    def nearest(self, x):  # (N, dim) -> (N,)
+        e = self.embedding
+        return (e.square().sum(1) - 2 * x @ e.T).argmin(1)
+
+    @torch.no_grad()
+    def learn(self, x, codes, decay=0.97, dead=0.2):
+        """Exponential moving average towards the vectors x (N, dim) that chose the codes (N,); a code that hardly
+        anyone chooses starts anew at one of them."""
+        one_hot = F.one_hot(codes, len(self.cluster_usage)).to(x.dtype)
+        self.cluster_usage.lerp_(one_hot.sum(0), 1 - decay)
+        self.embedding_sum.lerp_(one_hot.T @ x, 1 - decay)
+        restart = self.cluster_usage < dead
+        sample = x[torch.randint(len(x), (len(restart),), device=x.device)]
+        self.embedding_sum[restart] = sample[restart] * 1.0
+        self.cluster_usage[restart] = 1.0
+
+
+class ResidualQuantizer(nn.Module):
+    """Each codebook quantises what those before it left over."""
+
+    def __init__(self, c: MimiConfig, codebooks):
+        super().__init__()
+        self.input_proj = nn.Conv1d(c.dim, c.codebook_dim, 1, bias=False)
+        self.output_proj = nn.Conv1d(c.codebook_dim, c.dim, 1, bias=False)
+        self.layers = nn.ModuleList(Codebook(c.codebook_size, c.codebook_dim) for _ in range(codebooks))
+
+    def encode(self, x):  # (B, C, T) -> (B, K, T)
+        x = self.input_proj(x).mT
+        B, T, _ = x.shape
+        rest, codes = x.reshape(B * T, -1), []
+        for layer in self.layers:
+            codes.append(layer.nearest(rest))
+            rest = rest - layer.embedding[codes[-1]]
+        return torch.stack(codes).view(-1, B, T).transpose(0, 1)
+
+    def decode(self, codes):  # (B, K, T) -> (B, C, T)
+        x = sum(layer.embedding[codes[:, k]] for k, layer in enumerate(self.layers[:codes.shape[1]]))
+        return self.output_proj(x.mT)
+
+    def forward(self, x, depth):
+        """Quantise for training: x (B, C, T), each item with its first depth (B,) codebooks. Gradients pass straight
+        through. Returns the result (B, C, T) and how far x stayed from its codes."""
+        x = self.input_proj(x.float()).mT  # (B, T, dim)
+        rest, out, commitment = x, torch.zeros_like(x), x.new_zeros(())
+        for k, layer in enumerate(self.layers):
+            used = (depth > k)[:, None, None]
+            codes = layer.nearest(rest.detach().flatten(0, 1))
+            found = layer.embedding[codes].view_as(rest)
+            commitment = commitment + ((rest - found.detach()).square() * used).mean()
+            if self.training:
+                layer.learn(rest.detach().flatten(0, 1), codes)
+            out, rest = out + found * used, rest - found.detach()
+        out = x + (out - x).detach()
+        return self.output_proj(out.mT), commitment / len(self.layers)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the codec
+
+
+class Mimi(nn.Module):
+    def __init__(self, config: MimiConfig):
+        super().__init__()
+        c = self.config = config
+        assert math.prod(c.ratios) * 2 == FRAME, f"{c.ratios} does not give 12.5 frames a second"
+        encoder, decoder = {"seanet": (seanet_encoder, seanet_decoder),
+                            "spectral": (spectral_encoder, spectral_decoder)}[c.frontend]
+        self.encoder = Chain(encoder(c), Transformer(c, c.encoder_layers),
+                             Conv(c.dim, c.dim, 4, stride=2, bias=False, repeat_first=True))
+        self.semantic = ResidualQuantizer(c, 1)
+        self.acoustic = ResidualQuantizer(c, c.codebooks - 1)
+        self.decoder = Chain(ConvTranspose(c.dim, c.dim, 4, stride=2, groups=c.dim, bias=False),
+                             Transformer(c, c.decoder_layers), decoder(c))
+
+    def init_state(self, B):
+        """The state of B streams at their start, for encode_step and decode_step."""
+        return {"encoder": self.encoder.init_state(B), "decoder": self.decoder.init_state(B)}
+
+    @torch.no_grad()
+    def encode_step(self, wav, state):
+        """(B, 1, 1920*n) samples -> (B, K, n) codes; the state moves on by n frames."""
+        x = self.encoder(wav, state["encoder"])
+        return torch.cat([self.semantic.encode(x), self.acoustic.encode(x)], 1)
+
+    @torch.no_grad()
+    def decode_step(self, codes, state):
+        """(B, K, n) codes -> (B, 1, 1920*n) samples; the state moves on by n frames."""
+        return self.decoder(self.dequantize(codes), state["decoder"])
+
+    def dequantize(self, codes):  # (B, K, T) -> (B, C, T)
+        x = self.semantic.decode(codes[:, :1])
+        return x + self.acoustic.decode(codes[:, 1:]) if codes.shape[1] > 1 else x
+
+    def encode(self, wav, chunk=125):
+        """(B, 1, N) samples -> (B, K, T) codes, T = ceil(N / 1920); chunk by chunk, so that memory is bounded."""
+        wav = F.pad(wav, (0, -wav.shape[-1] % FRAME))
+        state = self.init_state(len(wav))
+        return torch.cat([self.encode_step(w, state) for w in wav.split(chunk * FRAME, -1)], -1)
+
+    def decode(self, codes, chunk=125):
+        """(B, K, T) codes -> (B, 1, 1920*T) samples."""
+        state = self.init_state(len(codes))
+        return torch.cat([self.decode_step(c, state) for c in codes.split(chunk, -1)], -1)
+
+    def forward(self, wav, depth):
+        """One training pass: wav (B, 1, 1920*T) -> its reconstruction, the quantised semantic part (B, C, T) and the
+        commitment loss. depth (B,): how many codebooks each item uses (quantiser dropout)."""
+        state = self.init_state(len(wav))
+        x = self.encoder(wav, state["encoder"])
+        with torch.autocast(x.device.type, enabled=False):  # distances to close neighbours need all digits
+            semantic, loss1 = self.semantic(x, depth)
+            acoustic, loss2 = self.acoustic(x, depth - 1)
+        return self.decoder(semantic + acoustic, state["decoder"]), semantic, loss1 + loss2
+
+    @staticmethod
+    def load(path, device="cpu"):
+        """The codec that `train.py codec` wrote. Raises ValueError if the file is not one."""
+        saved = load_checkpoint(path, "codec")
+        mimi = Mimi(from_fields(MimiConfig, saved["config"], path))
+        load_weights(mimi, saved["model"], path)
+        return mimi.to(device).eval()
+
+
+def tensors(state):
+    """All tensors of a nested state, in a fixed order; each has the stream as its first dimension."""
+    if isinstance(state, torch.Tensor):
+        yield state
+    else:
+        for s in state.values() if isinstance(state, dict) else state or ():
+            yield from tensors(s)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files: sound and checkpoints. Neither is trusted.
+
+
+def read_audio(path, mono=True):
+    """Any file that soundfile reads -> float32 samples at 24 kHz: (N,), or (channels, N) if not mono.
+    Raises ValueError or OSError, with the file's name, for what is missing, empty, cut off or not finite."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such file")
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{path}: is a directory, not a sound file")
+    try:
+        with soundfile.SoundFile(path) as f:
+            promised, rate = f.frames, f.samplerate
+            x = f.read(dtype="float32", always_2d=True).T
+    except (soundfile.LibsndfileError, RuntimeError) as e:
+        raise ValueError(f"{path}: not a sound file that can be read ({e})") from None
+    if x.shape[1] == 0:
+        raise ValueError(f"{path}: holds no sound (zero samples)")
+    if x.shape[1] < promised or cut_off(path):
+        raise ValueError(f"{path}: cut off; its header promises more sound than the {x.shape[1] / rate:.2f} s it holds")
+    if not np.isfinite(x).all():
+        raise ValueError(f"{path}: holds samples that are not finite (NaN or infinity)")
+    x = torch.from_numpy(x)
+    x = resample(x.mean(0, keepdim=True) if mono else x, rate)
+    return x[0] if mono else x
+
+
+def cut_off(path):
+    """Whether a WAV file is shorter than its header says; libsndfile reads the rest without a word."""
+    with open(path, "rb") as f:
+        head = f.read(12)
+        if head[:4] != b"RIFF" or head[8:] != b"WAVE":
+            return False
+        size = os.path.getsize(path)
+        while len(chunk := f.read(8)) == 8:
+            length = int.from_bytes(chunk[4:], "little")
+            if chunk[:4] == b"data":
+                return length < 0xFFFFFFF0 and f.tell() + length > size  # the largest values mean: a stream
+            f.seek(length + length % 2, 1)
+    return True
+
+
+def resample(x, rate, width=64, rolloff=0.9476, beta=14.77):
+    """(channels, N) at `rate` -> at 24 kHz: one strided convolution with a bank of Kaiser-windowed sinc filters."""
+    if rate == SAMPLE_RATE:
+        return x
+    g = math.gcd(rate, SAMPLE_RATE)
+    old, new = rate // g, SAMPLE_RATE // g
+    cut = min(old, new) * rolloff
+    half = math.ceil(width * old / cut)
+    t = torch.arange(-half, half + old, dtype=torch.float64) / old  # seconds, in units of 1/g
+    t = (t - torch.arange(new, dtype=torch.float64)[:, None] / new) * cut
+    window = torch.special.i0(beta * (1 - (t / width).clamp(-1, 1).square()).sqrt()) / torch.special.i0(torch.tensor(beta))
+    bank = (torch.sinc(t) * window * (cut / old)).float()[:, None]  # (new, 1, 2*half + old)
+    n = math.ceil(x.shape[1] * new / old)
+    y = F.conv1d(F.pad(x, (half, half + old))[:, None], bank, stride=old)  # (channels, new, steps)
+    return y.mT.flatten(1)[:, :n]
+
+
+def write_audio(path, x):
+    """float samples at 24 kHz, (N,) or (channels, N), -> 16-bit file, whole or not at all; the ending says the format."""
+    x = np.asarray(x, dtype=np.float32)
+    kind = os.path.splitext(path)[1][1:].upper()
+    if kind not in soundfile.available_formats():
+        raise ValueError(f"{path}: cannot write this kind of file; use an ending such as .wav or .flac")
+    with replace_when_done(path) as temporary:
+        soundfile.write(temporary, x.clip(-1, 1).T, SAMPLE_RATE, format=kind)
+
+
+class replace_when_done:
+    """`with replace_when_done(path) as temporary:` write the temporary file; it takes its place only if all went well."""
+
+    def __init__(self, path):
+        self.path, self.temporary = path, f"{path}.{os.getpid()}.tmp"
+
+    def __enter__(self):
+        os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
+        return self.temporary
+
+    def __exit__(self, error, *_):
+        if error is None:
+            os.replace(self.temporary, self.path)
+        elif os.path.exists(self.temporary):
+            os.remove(self.temporary)
+
+
+def save_checkpoint(path, kind, config, **parts):
+    with replace_when_done(path) as temporary:
+        torch.save({"kind": kind, "config": dataclasses.asdict(config), **parts}, temporary)
+
+
+def load_checkpoint(path, kind):
+    """What save_checkpoint wrote. Never runs code from the file. Raises ValueError or OSError with the file's name."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch has no one class for a damaged file
+        raise ValueError(f"{path}: not a checkpoint, or cut off ({type(e).__name__})") from None
+    if not isinstance(saved, dict) or saved.get("kind") != kind:
+        found = saved.get("kind") if isinstance(saved, dict) else type(saved).__name__
+        raise ValueError(f"{path}: is not a {kind} checkpoint but {found}")
+    return saved
+
+
+def from_fields(cls, fields, where):
+    """A config from the names and values of its fields; an unknown or missing one is an error that names it."""
+    names = {f.name for f in dataclasses.fields(cls)}
+    if not isinstance(fields, dict) or set(fields) != names:
+        odd = sorted(set(fields) ^ names) if isinstance(fields, dict) else fields
+        raise ValueError(f"{where}: {cls.__name__} has unknown or missing keys: {odd}")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+def load_weights(module, weights, where):
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as e:
+        raise ValueError(f"{where}: its tensors are not those of its config: {' '.join(str(e).split())[:300]}") from None

@@ -1,0 +1,260 @@
+"""Streams: how text, listening and speaking share one grid of frames (FLM-Audio, sections 2.2 and 3, figures 2 and 3).
+
+A conversation is a grid of integers, a row for each channel and a column for each 80 ms frame:
+
+    row            t-1     t    t+1
+     0     text    w_t-1  w_t   w_t+1     the monologue: words, or <wait>
+     1     speak   s_t-1  s_t   s_t+1     semantic code of what the model says
+     2-8   speak   a_t-2  a_t-1 a_t       its acoustic codes, one frame later
+     9     listen  s_t-1  s_t   s_t+1     semantic code of what it hears
+    10-16  listen  a_t-2  a_t-1 a_t       its acoustic codes, one frame later
+
+The model reads column t and predicts rows 0-8 of column t+1. A layout decides which words and sounds stand where: that is
+all that distinguishes hearing, speaking, answering and being interrupted, and all that the four stages of training change.
+
+    python streams.py        prints each layout as a table
+
+K = 8 codebooks, T frames. Layouts work on undelayed rows; the delays are applied by `delay` and undone by `undelay`.
+"""
+import base64
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import tiktoken
+import torch
+
+K = 8  # codes for each frame of sound
+FRAME_RATE = 12.5
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A group of rows of the grid and how many frames late they enter it."""
+    name: str
+    start: int
+    stop: int
+    delay: int
+
+
+STREAMS = (Stream("text", 0, 1, 0),
+           Stream("speak semantic", 1, 2, 0), Stream("speak acoustic", 2, 1 + K, 1),
+           Stream("listen semantic", 1 + K, 2 + K, 0), Stream("listen acoustic", 2 + K, 1 + 2 * K, 1))
+TEXT, SPEAK, LISTEN = 0, slice(1, 1 + K), slice(1 + K, 1 + 2 * K)
+ROWS = STREAMS[-1].stop  # 17
+LATE = torch.tensor([s.delay > 0 for s in STREAMS[1:3] for _ in range(s.start, s.stop)])  # (K,): codes one frame late
+
+TEXT_LEAD = 2  # frames by which the text of an answer goes before its sound ("TTS style", section 3.1)
+REACTION = 6  # frames from the start of an interruption until the model is silent: 0.5 s (section 3.2.2)
+
+
+@dataclass(frozen=True)
+class Vocab:
+    """What the numbers mean. Sound is 0..codebook_size-1; `empty` stands for no sound at all, which is not silence."""
+    text_size: int  # words, then <wait>, <asr>, <answer>
+    codebook_size: int
+    silence: tuple  # ((code,) * K, ...): the frames of silence from the start of a stream; the last one goes on for ever
+
+    @property
+    def wait(self):
+        return self.text_size - 3
+
+    @property
+    def asr(self):
+        return self.text_size - 2
+
+    @property
+    def answer(self):
+        return self.text_size - 1
+
+    @property
+    def empty(self):
+        return self.codebook_size
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """Something said: its tokens, the codes (n, K) of its sound, how many of these n frames are speech (the codes of the
+    fading tail follow), and the frame at which each token is spoken (only the word-aligned layout needs that)."""
+    tokens: list
+    codes: np.ndarray
+    speech: int
+    starts: list = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the delays
+
+
+def delay(grid, fill):
+    """Undelayed rows (17, T) -> the grid that the model sees (17, T): late rows begin with `fill`."""
+    out = np.full_like(grid, fill)
+    for s in STREAMS:
+        out[s.start:s.stop, s.delay:] = grid[s.start:s.stop, :grid.shape[1] - s.delay]
+    return out
+
+
+def undelay(grid):
+    """The inverse. The last max(delay) columns are not whole yet and are left out: (17, T) -> (17, T - 1)."""
+    late = max(s.delay for s in STREAMS)
+    T = grid.shape[1] - late
+    return np.concatenate([grid[s.start:s.stop, s.delay:s.delay + T] for s in STREAMS])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the layouts: utterances -> undelayed rows (17, T)
+
+
+def blank(T, v, sound):
+    """T frames in which nothing is written, heard or said. sound: the code or codes (K,) that both channels carry."""
+    grid = np.empty((ROWS, T), np.int64)
+    grid[TEXT] = v.wait
+    grid[SPEAK] = grid[LISTEN] = np.broadcast_to(np.reshape(sound, (-1, 1)), (K, T))
+    return grid
+
+
+def put(grid, rows, t, values):
+    """Write values, (n,) for text and (n, K) for sound, from frame t on; what does not fit is cut off."""
+    n = max(0, min(len(values), grid.shape[1] - t))
+    if n:
+        grid[rows, t:t + n] = np.asarray(values[:n]).T
+
+
+def tts(u, v):
+    """Post-training, TTS style: the sentence, then its sound two frames after the start of the text."""
+    grid = blank(max(len(u.tokens), TEXT_LEAD + len(u.codes)), v, v.empty)
+    put(grid, TEXT, 0, u.tokens)
+    put(grid, SPEAK, TEXT_LEAD, u.codes)
+    return grid
+
+
+def asr(u, v):
+    """Post-training, ASR style: the sound, and the sentence as soon as it has ended."""
+    grid = blank(max(u.speech + len(u.tokens), len(u.codes)), v, v.empty)
+    put(grid, LISTEN, 0, u.codes)
+    put(grid, TEXT, u.speech, u.tokens)
+    return grid
+
+
+def asr_response_tts(turns, gaps, v):
+    """Fine-tuning 1: the user speaks; then <asr> what was heard <answer> the answer, and its sound."""
+    return dialogue(turns, gaps, v, lambda user, model: (
+        [v.asr, *user.tokens, v.answer, *model.tokens], len(user.tokens) + 2 + TEXT_LEAD))
+
+
+def response_tts(turns, gaps, v):
+    """Fine-tuning 2: the user speaks; then the answer and its sound."""
+    return dialogue(turns, gaps, v, lambda user, model: (model.tokens, TEXT_LEAD))
+
+
+def free_response_tts(turns, gaps, barge_in, v):
+    """Fine-tuning 2 with free user input. barge_in[i], if not None: so many frames after the i-th answer has begun to
+    sound, the user starts the next turn; half a second later the model falls silent in text and sound."""
+    return dialogue(turns, gaps, v, lambda user, model: (model.tokens, TEXT_LEAD), barge_in)
+
+
+def word_aligned(turns, gaps, v):
+    """Moshi's layout, for comparison: each token of the answer is written when it is spoken, padding (here <wait>)
+    between them. The sound starts as late as in Response-TTS."""
+    def spread(user, model):
+        text = [v.wait] * (TEXT_LEAD + model.speech)
+        for token, start in zip(model.tokens, model.starts, strict=True):
+            text[TEXT_LEAD + start] = token
+        return text, TEXT_LEAD
+    return dialogue(turns, gaps, v, spread)
+
+
+def dialogue(turns, gaps, v, monologue, barge_in=None):
+    """Turns ((user, model), ...) after gaps of so many silent frames. monologue(user, model) -> what is written once the
+    user has ended, and how many frames after that end the sound begins. Both channels carry real sound throughout, of
+    silence where nobody speaks."""
+    barge_in = barge_in or [None] * len(turns)
+    plan, t = [], 0
+    for (user, model), gap, barge in zip(turns, gaps, barge_in, strict=True):
+        start = t + gap
+        end = start + user.speech
+        text, lead = monologue(user, model)
+        sound = end + lead
+        t = max(sound + model.speech, end + len(text))  # the answer is over
+        if barge is not None:
+            t = min(t, sound + barge)
+        plan.append((start, end, text, sound))
+    grid = blank(t, v, v.silence[-1])
+    put(grid, LISTEN, 0, v.silence)
+    for i, ((user, model), (start, end, text, sound)) in enumerate(zip(turns, plan)):
+        if i and barge_in[i - 1] is not None:  # cut off what the last answer still says
+            cut = start + REACTION
+            put(grid, TEXT, cut, [v.wait] * t)
+            put(grid, SPEAK, cut, [v.silence[-1]] * t)
+        put(grid, LISTEN, start, user.codes)
+        put(grid, TEXT, end, text)
+        put(grid, SPEAK, sound, model.codes)
+    return grid
+
+
+def pack(grids, T, v):
+    """Grids one after another, cut to T frames, delayed: what the model trains on, (17, T)."""
+    return delay(np.concatenate(grids, 1)[:, :T], v.empty)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# text
+
+
+def load_tokenizer(path):
+    """The tokenizer.json that prepare.py wrote, as a tiktoken.Encoding with the three special tokens of the monologue."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            saved = json.load(f)
+        ranks = {base64.b64decode(b): r for b, r in saved["ranks"].items()}
+        return make_tokenizer(ranks, saved["pattern"])
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise ValueError(f"{path}: not a tokeniser that prepare.py wrote ({e})") from None
+
+
+def make_tokenizer(ranks, pattern):
+    n = len(ranks)
+    specials = {"<wait>": n, "<asr>": n + 1, "<answer>": n + 2}
+    return tiktoken.Encoding("nanoflm", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python streams.py
+
+
+def show(title, grid, v, words):
+    """One layout as a table, channels down and frames across."""
+    names = {v.wait: "·", v.asr: "<asr>", v.answer: "<answer>", **dict(enumerate(words))}
+    sound = {v.empty: "-", v.silence[-1][0]: "·"}
+    rows = [("text", [names[x] for x in grid[TEXT]])]
+    rows += [(s.name, [sound.get(x, str(x)) for x in grid[s.start]]) for s in STREAMS[1:]]
+    width = [max(len(r[t]) for _, r in rows) for t in range(grid.shape[1])]
+    print(f"\n{title}")
+    for name, cells in rows:
+        print(f"  {name:16}" + " ".join(f"{c:>{w}}" for c, w in zip(cells, width)))
+
+
+def main():
+    """Each layout of figure 3, for a user who says two words and a model that answers three. Sounds are numbers: 11 is
+    the first frame of what the user says, 31 the first of the answer; '·' is silence or <wait>, '-' is empty."""
+    words = ["how", "late", "it", "is", "noon", "stop"]
+    v = Vocab(text_size=len(words) + 3, codebook_size=64, silence=((0,) * K,))
+
+    def said(tokens, first, frames, starts=None):
+        return Utterance(tokens, np.arange(first, first + frames)[:, None].repeat(K, 1), frames, starts)
+
+    user, model, other = said([0, 1], 11, 4), said([2, 3, 4], 31, 9, [0, 3, 6]), said([5], 51, 3)
+    print(main.__doc__)
+    for title, grid in (
+            ("TTS style (post-training)", tts(model, v)),
+            ("ASR style (post-training)", asr(user, v)),
+            ("ASR-Response-TTS (fine-tuning 1)", asr_response_tts([(user, model)], [1], v)),
+            ("Response-TTS (fine-tuning 2)", response_tts([(user, model)], [1], v)),
+            ("Response-TTS with free user input: the user barges in (fine-tuning 2)",
+             free_response_tts([(user, model), (other, model)], [1, 0], [2, None], v)),
+            ("Word-aligned (Moshi, for comparison)", word_aligned([(user, model)], [1], v))):
+        show(title, delay(grid, v.empty), v, words)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,387 @@
+"""Training: first the codec, then the model in the four stages of dual training (FLM-Audio, section 3, tables 2 and 3).
+
+    python train.py --config codec                            data/toy          -> out/codec
+    python prepare.py encode                                  data/toy          -> data/toy/encoded
+    python train.py --config tiny                             data/toy/encoded  -> out/tiny
+
+A stage is a row of the table below: which layouts its batches are made of, how fast it learns, how long it takes. There is
+one loop for all of them. Every batch is a function of the seed, the stage and the step, so a run that was killed goes on
+from its last checkpoint with --resume to the same weights as one that was not.
+
+B rows in a batch, T frames in a row, K codebooks.
+"""
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import soundfile
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import mimi
+import model
+import streams
+from mimi import FRAME, Mimi, load_checkpoint, load_weights, mel_filters, save_checkpoint
+from model import FLM, loss_parts
+from prepare import read_manifest
+from streams import Utterance, Vocab, blank, pack
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the stages
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    steps: int  # if --minutes is given: in proportion to it
+    batch: int  # rows in a batch
+    lr: float  # cosine from here ...
+    lr_end: float  # ... to here
+    frames: int = 0  # T
+    layouts: dict = None  # share of each layout at the start and at the end of the stage
+    wait: float = 0.01  # gamma of Eq. 3: weight of a <wait> token, that of a monologue token being 1
+    silence: float = 1.0  # share of the model's silent frames that the depth transformer learns from
+
+
+POST = {"tts": (1, 1), "asr": (1, 1)}
+FINE_1 = {"asr_response_tts": (1, 1)}
+FINE_2 = {"response_tts": (0.3, 0.3), "free_response_tts": (0.7, 0.7)}
+
+# Why the wait weight of `tiny` is 0.3 and not the paper's 0.01: <wait> fills nine of ten frames, and a 7B language model
+# must not forget its language over it. A model from scratch has no language to forget; it has to learn when to keep quiet,
+# and with 0.01 more than a quarter of its answers began before the user had ended.
+STAGES = {
+    "codec": (
+        Stage("codec", 2000, 8, 1.5e-3, 0),
+    ),
+    "tiny": (
+        Stage("post-training 1", 400, 16, 2e-3, 2e-3, 128, POST, 0.3, 0.15),
+        Stage("post-training 2", 100, 16, 2e-3, 2e-3, 128, POST, 0.3, 0.15),
+        Stage("fine-tuning 1", 500, 16, 2e-3, 2e-3, 128, FINE_1, 0.3, 0.15),
+        Stage("fine-tuning 2", 1000, 16, 2e-3, 0, 128,
+              {"asr_response_tts": (0.7, -0.7), "asr": (0.3, 0), **FINE_2}, 0.3, 0.15),
+    ),
+    "7b": (
+        Stage("post-training 1", 100_000, 256, 2e-4, 1e-5, 8192, POST),
+        Stage("post-training 2", 30_000, 256, 1e-5, 8e-6, 8192, POST),
+        Stage("fine-tuning 1", 1_600, 256, 1e-5, 8e-6, 8192, FINE_1),
+        Stage("fine-tuning 2", 4_700, 256, 8e-6, 7e-6, 8192, FINE_2),
+    ),
+}
+ALPHA_1, ALPHA_2, BETA = 1.0, 0.5, 1.0  # Eq. 3: semantic, acoustic, monologue
+WARMUP = 100  # steps at the start of a run
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what the model learns from
+
+
+class ModelJob:
+    """The dialogues of `prepare.py encode`, made into grids by the layouts, and the loss of Eq. 3."""
+    kind = "flm"
+
+    def __init__(self, config, data, device):
+        try:
+            with open(os.path.join(data, "meta.json")) as f:
+                meta = json.load(f)
+            with open(os.path.join(data, "dialogues.jsonl"), encoding="utf-8") as f:
+                dialogues = [json.loads(line) for line in f]
+            self.codes = np.load(os.path.join(data, "codes.npy"), mmap_mode="r")
+        except FileNotFoundError as e:
+            raise FileNotFoundError(f"{e.filename}: not there; `python prepare.py encode` makes it") from None
+        self.vocab = Vocab(meta["text_size"], meta["codebook_size"], tuple(map(tuple, meta["silence"])))
+        self.config = dataclasses.replace(config, vocab_size=max(config.vocab_size, self.vocab.text_size),
+                                          codebook_size=self.vocab.codebook_size)
+        self.model = self.modules = FLM(self.config).to(device)
+        self.device = device
+        self.dialogues = {s: [d["turns"] for d in dialogues if d["split"] == s] for s in ("train", "seen")}
+        self.files = {"tokenizer.json": os.path.join(data, "tokenizer.json"), "codec.pt": meta["codec"]}
+
+    def utterance(self, turn, rng):
+        copy = rng.choice(turn["copies"])
+        codes = self.codes[copy["offset"]:copy["offset"] + copy["frames"]]
+        return Utterance(turn["tokens"], codes, copy["speech"], turn.get("starts"))
+
+    def grid(self, layout, split, rng):
+        """One sample of a layout, undelayed: (17, any number of frames)."""
+        v = self.vocab
+        turns = rng.choice(self.dialogues[split])
+        if layout in ("tts", "asr"):
+            speaker = 1 if layout == "tts" else 0
+            pause = blank(rng.randint(2, 12), v, v.empty)
+            return np.concatenate([pause, getattr(streams, layout)(self.utterance(turns[speaker], rng), v)], 1)
+        turns = [turns] + [rng.choice(self.dialogues[split]) for _ in range(rng.randint(0, 2))]
+        turns = [(self.utterance(a, rng), self.utterance(b, rng)) for a, b in turns]
+        gaps = [rng.randint(2, 20) for _ in turns]
+        if layout != "free_response_tts":
+            return getattr(streams, layout)(turns, gaps, v)
+        barge_in = [rng.randint(1, answer.speech) if rng.random() < 0.7 else None for _, answer in turns[:-1]] + [None]
+        gaps = gaps[:1] + [gap if b is None else 0 for gap, b in zip(gaps[1:], barge_in)]
+        return streams.free_response_tts(turns, gaps, barge_in, v)
+
+    def batch(self, stage, progress, split, rng):
+        """(B, 17, T): rows packed with samples of the stage's layouts."""
+        shares = {name: max(0, a + (b - a) * progress) for name, (a, b) in stage.layouts.items()}
+        rows = []
+        for _ in range(stage.batch):
+            grids = []
+            while sum(g.shape[1] for g in grids) < stage.frames:
+                layout = rng.choices(list(shares), list(shares.values()))[0]
+                grids.append(self.grid(layout, split, rng))
+            rows.append(pack(grids, stage.frames, self.vocab))
+        return torch.from_numpy(np.stack(rows)).to(self.device)
+
+    def loss(self, stage, progress, split, rng):
+        grid = self.batch(stage, progress, split, rng)
+        generator = torch.Generator().manual_seed(rng.getrandbits(60))
+        parts = loss_parts(self.model, grid, self.vocab, stage.silence, generator)
+        # both kinds of text token share one sum, divided by the number of monologue tokens
+        waits = parts.pop("waits")
+        total = (ALPHA_1 * parts["semantic"] + ALPHA_2 * parts["acoustic"]
+                 + BETA * parts["mono"] + stage.wait * waits * parts["wait"])
+        return total, parts
+
+    def state(self):
+        return {"model": self.model.state_dict(), "vocab": dataclasses.asdict(self.vocab)}
+
+    def load(self, saved, where):
+        load_weights(self.model, saved["model"], where)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what the codec learns from
+
+
+LETTERS = " abcdefghijklmnopqrstuvwxyz"
+
+
+class CodecJob:
+    """The sound files of a manifest. Loss: spectra, waveform, commitment, and letters: a CTC head reads the words off the
+    first codebook, a cheap stand-in for Mimi's distillation that makes its codes tell what is said and not who says it."""
+    kind = "codec"
+    files = {}
+
+    def __init__(self, config, data, device):
+        self.config, self.device = config, device
+        self.model = Mimi(config)
+        self.letters = nn.Linear(config.dim, 4 * (len(LETTERS) + 1))  # four guesses a frame
+        self.modules = nn.ModuleList([self.model, self.letters]).to(device)
+        self.spectra = [Spectrum(n).to(device) for n in (256, 512, 1024, 2048)]
+        dialogues = read_manifest(os.path.join(data, "manifest.jsonl"))
+        self.clips = {split: sorted({(t["path"], t["text"]) for d in dialogues if d["split"] == split for t in d["turns"]})
+                      for split in ("train", "seen")}
+        self.frames = {p: soundfile.info(p).frames for clips in self.clips.values() for p, _ in clips}
+        self.sounds = {}  # path -> int16 samples, once read
+
+    def batch(self, stage, split, rng):
+        """B clips of about the same length, begun at any place in a frame: sound (B, 1, 1920*T), letters of each."""
+        pool = sorted(rng.sample(self.clips[split], 8 * stage.batch), key=lambda clip: self.frames[clip[0]])
+        start = stage.batch * rng.randrange(8)
+        pool = pool[start:start + stage.batch]
+        leads = [rng.randrange(2 * FRAME) for _ in pool]
+        T = max(-(-(lead + self.frames[path]) // FRAME) for lead, (path, _) in zip(leads, pool)) + 1
+        wav = torch.zeros(stage.batch, 1, T * FRAME)
+        for row, lead, (path, _) in zip(wav, leads, pool):
+            if path not in self.sounds:
+                self.sounds[path] = soundfile.read(path, dtype="int16")[0]
+            x = torch.from_numpy(self.sounds[path]).float() / 32768
+            row[0, lead:lead + len(x)] = x * 10 ** (rng.uniform(-6, 6) / 20)
+        return wav.to(self.device), [[1 + LETTERS.index(c) for c in text if c in LETTERS] for _, text in pool]
+
+    def loss(self, stage, progress, split, rng):
+        wav, words = self.batch(stage, split, rng)
+        training = split == "train"
+        K = self.config.codebooks
+        depth = [rng.randint(1, K) if training and rng.random() < 0.4 else K for _ in wav]
+        y, semantic, commitment = self.model(wav, torch.tensor(depth, device=self.device))
+        logits = self.letters(semantic.mT).float().unflatten(-1, (4, -1)).flatten(1, 2)  # (B, 4*T, letters)
+        spectra = rng.sample(self.spectra, 2) if training else self.spectra
+        parts = {
+            "spectrum": sum(s(y, wav) for s in spectra) / len(spectra),
+            "wave": (y - wav).abs().mean(),
+            "commitment": commitment,
+            "letters": F.ctc_loss(logits.log_softmax(-1).transpose(0, 1), torch.tensor(sum(words, [])),
+                                  torch.full((len(wav),), logits.shape[1]), torch.tensor([len(w) for w in words]),
+                                  zero_infinity=True)}
+        return parts["spectrum"] + parts["wave"] + 0.25 * parts["commitment"] + 0.3 * parts["letters"], parts
+
+    def state(self):
+        return {"model": self.model.state_dict(), "letters": self.letters.state_dict()}
+
+    def load(self, saved, where):
+        load_weights(self.model, saved["model"], where)
+        load_weights(self.letters, saved["letters"], where)
+
+
+class Spectrum(nn.Module):
+    """How far two sounds (B, 1, N) are apart in log-mel and log-magnitude spectra of one window length."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.n = n
+        self.register_buffer("window", torch.hann_window(n))
+        self.register_buffer("mel", mel_filters(n, min(80, n // 8)))
+
+    def forward(self, x, y):
+        X, Y = (torch.stft(s[:, 0].float(), self.n, self.n // 4, window=self.window, return_complex=True).abs()
+                / self.n ** 0.5 for s in (x, y))
+        distance = lambda a, b: (torch.log(a + 1e-3) - torch.log(b + 1e-3)).abs().mean()
+        return distance(self.mel @ X, self.mel @ Y) + 0.5 * distance(X, Y)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the loop
+
+
+def bf16_is_faster(device):
+    """Whether this machine multiplies matrices faster in bfloat16: GPUs, and CPUs with instructions for it."""
+    if device != "cpu":
+        return True
+
+    def seconds(dtype):
+        a = torch.ones(512, 512, dtype=dtype)
+        a @ a
+        start = time.perf_counter()
+        for _ in range(10):
+            a @ a
+        return time.perf_counter() - start
+    return seconds(torch.bfloat16) < 0.7 * seconds(torch.float32)
+
+
+def train(job, stages, out, minutes=None, resume=False, seed=1, save_every=60.0):
+    """Run all stages; write out/checkpoint.pt, out/log.jsonl and what else chat.py needs. Returns the path."""
+    path, log_path = os.path.join(out, "checkpoint.pt"), os.path.join(out, "log.jsonl")
+    params = [p for p in job.modules.parameters() if p.requires_grad]
+    decay = [p for p in params if p.ndim > 1]
+    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05},
+                                   {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}],
+                                  lr=0, betas=(0.9, 0.98), fused=True)
+    # where the run stands: steps of each stage (None: not known yet), this stage, the step in it
+    at = {"plan": [None if minutes else s.steps for s in stages], "stage": 0, "step": 0}
+    if os.path.exists(path):
+        if not resume:
+            raise ValueError(f"{path}: is there already; --resume goes on with it, --out names another folder")
+        saved = load_checkpoint(path, job.kind)
+        if saved["config"] != json.loads(json.dumps(dataclasses.asdict(job.config))) and saved["config"] != dataclasses.asdict(job.config):
+            raise ValueError(f"{path}: was trained with another config; --out names another folder")
+        job.load(saved, path)
+        optimizer.load_state_dict(saved["optimizer"])
+        at = saved["at"]
+    os.makedirs(out, exist_ok=True)
+    for name, source in job.files.items():
+        if not os.path.exists(source):
+            raise FileNotFoundError(f"{source}: not there; the data in use was encoded with it")
+        with mimi.replace_when_done(os.path.join(out, name)) as temporary:
+            shutil.copyfile(source, temporary)
+
+    def save():
+        save_checkpoint(path, job.kind, job.config, **job.state(), optimizer=optimizer.state_dict(), at=at,
+                        stages=[dataclasses.asdict(s) for s in stages])
+
+    def log(**entry):
+        with open(log_path, "a") as f:
+            f.write(json.dumps(entry) + "\n")
+
+    amp = bf16_is_faster(job.device)
+    autocast = lambda: torch.autocast(job.device, torch.bfloat16, enabled=amp)
+    total = sum(s.steps for s in stages)
+    saved_at = time.monotonic()
+    while at["stage"] < len(stages):
+        stage = stages[at["stage"]]
+        plan = at["plan"][at["stage"]]
+        bar = tqdm(total=plan, initial=at["step"], desc=f"{stage.name:16}", unit="step", mininterval=1)
+        begun = time.monotonic()
+        while plan is None or at["step"] < plan:
+            step = at["step"]
+            if plan is None and step == 12:  # the machine's speed is known: fix the length of the stage
+                each = (time.monotonic() - begun) / 10
+                plan = at["plan"][at["stage"]] = max(13, round(60 * minutes * stage.steps / total / each))
+                bar.reset(plan)
+                bar.update(step)
+            if step == 2:
+                begun = time.monotonic()
+            progress = step / plan if plan else 0.0
+            rng = random.Random(f"{seed} {at['stage']} {step}")
+            torch.manual_seed(rng.getrandbits(60))
+            lr = stage.lr_end + (stage.lr - stage.lr_end) * (0.5 + 0.5 * math.cos(math.pi * progress))
+            if at["stage"] == 0:
+                lr *= min(1, (step + 1) / WARMUP)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            with autocast():
+                loss, parts = job.loss(stage, progress, "train", rng)
+            if not torch.isfinite(loss):
+                raise ValueError(f"the loss is {loss.item()} at step {step} of {stage.name}; {path} holds the last good state")
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(params, 1.0)
+            optimizer.step()
+            at["step"] = step + 1
+            bar.update()
+            if step % 10 == 0:
+                numbers = {k: round(v.item(), 4) for k, v in parts.items()}
+                bar.set_postfix({k: f"{v:.2f}" for k, v in numbers.items()}, refresh=False)
+                log(stage=stage.name, step=step, lr=lr, loss=round(loss.item(), 4), **numbers)
+            if time.monotonic() - saved_at > save_every:
+                save()
+                saved_at = time.monotonic()
+        bar.close()
+        numbers = held_out(job, stage, autocast)
+        print(f"{stage.name}: held-out loss  " + "  ".join(f"{k} {v:.3f}" for k, v in numbers.items()), flush=True)
+        log(stage=stage.name, step=at["step"], split="held-out", **numbers)
+        at["stage"], at["step"] = at["stage"] + 1, 0
+        save()
+    return path
+
+
+@torch.no_grad()
+def held_out(job, stage, autocast, batches=4):
+    """Mean of each part of the loss over the same batches of held-out items every time."""
+    job.modules.eval()
+    sums = {}
+    for i in range(batches):
+        with autocast():
+            _, parts = job.loss(stage, 1.0, "seen", random.Random(i))
+        for k, v in parts.items():
+            sums[k] = sums.get(k, 0) + v.item() / batches
+    job.modules.train()
+    return {k: round(v, 4) for k, v in sums.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="tiny", choices=STAGES)
+    parser.add_argument("--data", help="default: data/toy for the codec, data/toy/encoded for a model")
+    parser.add_argument("--out", help="default: out/CONFIG")
+    parser.add_argument("--minutes", type=float, help="train about so long on this machine instead of the table's steps")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    try:
+        if args.config == "codec":
+            job = CodecJob(mimi.CONFIGS["tiny"], args.data or "data/toy", args.device)
+        else:
+            job = ModelJob(model.CONFIGS[args.config], args.data or "data/toy/encoded", args.device)
+        out = args.out or f"out/{args.config}"
+        path = train(job, STAGES[args.config], out, args.minutes, args.resume, args.seed)
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+    size = sum(p.numel() for p in job.model.parameters())
+    print(f"Wrote {path} ({size / 1e6:.1f} M parameters)")
+
+
+if __name__ == "__main__":
+    main()
