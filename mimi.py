@@ -187,15 +187,6 @@ class Pointwise(nn.Module):
         return self.down(F.gelu(self.up(self.norm(x.mT)))).mT
 
 
-def fourier_basis(n, device=None):
-    """Rows of cosines and negative sines under a Hann window: (2*(n//2 + 1), n). Applied to n samples it gives the
-    real and imaginary parts of their spectrum."""
-    t = torch.arange(n, device=device, dtype=torch.float64)
-    angle = 2 * math.pi * torch.outer(torch.arange(n // 2 + 1, device=device, dtype=torch.float64), t) / n
-    window = 0.5 - 0.5 * torch.cos(2 * math.pi * t / n)
-    return (torch.cat([angle.cos(), -angle.sin()]) * window).float()
-
-
 def mel_filters(n_fft, n_mels=MELS):
     """Triangles that are evenly spaced on the mel scale: (n_mels, n_fft//2 + 1)."""
     top = 2595 * math.log10(1 + SAMPLE_RATE / 2 / 700)
@@ -206,37 +197,55 @@ def mel_filters(n_fft, n_mels=MELS):
     return torch.minimum(rise, fall).clamp(min=0)
 
 
-class LogMel(Conv):
-    """(B, 1, hop*T) -> (B, 80, T), a step for each window that has just ended."""
+class LogMel(nn.Module):
+    """(B, 1, hop*T) -> (B, 80, T), a step for each window that has just ended. State: the windows' overlap."""
 
     def __init__(self, hop):
-        super().__init__(1, WINDOW + 2, WINDOW, stride=hop, bias=False)
-        self.weight = nn.Parameter(fourier_basis(WINDOW)[:, None], requires_grad=False)
+        super().__init__()
+        self.hop = hop
+        self.register_buffer("window", torch.hann_window(WINDOW), persistent=False)
         self.register_buffer("mel", mel_filters(WINDOW), persistent=False)
 
+    def init_state(self, B):
+        return {"past": self.window.new_zeros(B, WINDOW - self.hop)}
+
     def forward(self, x, state):
         with torch.autocast(x.device.type, enabled=False):
-            re, im = super().forward(x.float(), state).chunk(2, dim=1)
-            return 0.3 * torch.log(self.mel @ (re * re + im * im) + 1e-3)  # roughly within -2..2
+            x = torch.cat([state["past"], x[:, 0].float()], -1)
+            state["past"].copy_(x[:, self.hop - WINDOW:])
+            power = torch.fft.rfft(x.unfold(-1, WINDOW, self.hop) * self.window).abs().square()  # (B, T, bins)
+            return 0.3 * torch.log(power @ self.mel.T + 1e-3).mT  # roughly within -2..2
 
 
-class InverseFourier(ConvTranspose):
-    """(B, C, T) -> (B, 1, hop*T): each step predicts the magnitudes and phases of one window, which are overlapped."""
+class InverseFourier(nn.Module):
+    """(B, C, T) -> (B, 1, hop*T): each step predicts the magnitudes and phases of one window; the windows overlap and are
+    summed. State: what the last windows add to samples that are not finished yet."""
 
     def __init__(self, c_in, hop):
-        super().__init__(WINDOW + 2, 1, WINDOW, stride=hop, bias=False)
-        basis = fourier_basis(WINDOW) * (2 / WINDOW)  # the inverse: twice each bin but the first and last, ...
-        basis[[0, WINDOW // 2, WINDOW // 2 + 1, WINDOW + 1]] /= 2
-        squares = 0.375 * WINDOW / hop  # ... and Hann windows, applied twice, sum to this
-        self.weight = nn.Parameter(basis[:, None] / squares, requires_grad=False)
+        super().__init__()
+        self.hop = hop
         self.norm = nn.LayerNorm(c_in)
         self.head = nn.Linear(c_in, WINDOW + 2)
+        self.register_buffer("window", torch.hann_window(WINDOW), persistent=False)
+
+    def init_state(self, B):
+        return {"over": self.window.new_zeros(B, WINDOW - self.hop)}
 
     def forward(self, x, state):
-        magnitude, phase = self.head(self.norm(x.mT)).mT.float().chunk(2, dim=1)
+        magnitude, phase = self.head(self.norm(x.mT)).float().chunk(2, dim=-1)  # (B, T, bins)
         with torch.autocast(x.device.type, enabled=False):
-            magnitude = magnitude.clamp(max=6).exp()
-            return super().forward(torch.cat([magnitude * phase.cos(), magnitude * phase.sin()], 1), state)
+            return self.overlap(torch.polar(magnitude.clamp(max=6).exp(), phase), state)[:, None]
+
+    def overlap(self, spectrum, state):
+        """(B, T, bins) -> (B, hop*T)"""
+        B, T, _ = spectrum.shape
+        n = WINDOW // self.hop
+        squares = 0.375 * n  # Hann windows, applied before and after, sum to this
+        pieces = (torch.fft.irfft(spectrum, WINDOW) * self.window / squares).view(B, T, n, self.hop)
+        y = sum(F.pad(pieces[:, :, i], (0, 0, i, n - 1 - i)) for i in range(n)).flatten(1)  # (B, hop * (T + n - 1))
+        y = torch.cat([y[:, :WINDOW - self.hop] + state["over"], y[:, WINDOW - self.hop:]], -1)
+        state["over"].copy_(y[:, T * self.hop:].detach())
+        return y[:, :T * self.hop]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -546,7 +555,10 @@ class replace_when_done:
 
 def save_checkpoint(path, kind, config, **parts):
     with replace_when_done(path) as temporary:
-        torch.save({"kind": kind, "config": dataclasses.asdict(config), **parts}, temporary)
+        try:
+            torch.save({"kind": kind, "config": dataclasses.asdict(config), **parts}, temporary)
+        except RuntimeError as e:  # so torch tells of a full disk
+            raise OSError(f"{path}: could not be written; is the disk full? ({str(e).splitlines()[0]})") from None
 
 
 def load_checkpoint(path, kind):

@@ -61,10 +61,10 @@ def attend(q, k, v, mask):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     # On a CPU and for short sequences the plain formula is twice as fast.
     B, H, T, E = q.shape
-    q = q.reshape(B, k.shape[1], -1, E)  # the heads that share keys stand above one another: (B, G, H/G * T, E)
-    scores = (q @ k.mT).view(B, H, T, -1) * E ** -0.5
+    q = q.reshape(B, k.shape[1], H // k.shape[1] * T, E)  # the heads that share keys stand above one another: (B, G, H/G * T, E)
+    scores = (q @ k.mT).view(B, H, T, k.shape[2]) * E ** -0.5
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=q.dtype)
-    return (weights.view(B, k.shape[1], -1, k.shape[2]) @ v).view(B, H, T, E)
+    return (weights.view(*q.shape[:3], k.shape[2]) @ v).view(B, H, T, E)
 
 
 def rotary(position, E, base):
@@ -135,7 +135,7 @@ class DepthBlock(nn.Module):
     def forward(self, x, k0, mask, remember=None):
         """x (N, n, W): positions k0 to k0 + n of N frames."""
         N, n, W = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(N, n, 3 * self.H, -1).transpose(1, 2).chunk(3, 1)
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3 * self.H, W // self.H)).transpose(1, 2).chunk(3, 1)
         if remember:
             k, v = remember(k, v)
         x = x + self.out(attend(q, k, v, mask).transpose(1, 2).reshape(N, n, W))
@@ -162,7 +162,7 @@ class Depth(nn.Module):
         """Teacher-forced: h (N, D) and the frame's own codes (N, K) -> logits (N, K, A)."""
         seen = torch.cat([torch.full_like(codes[:, :1], self.empty), codes[:, :-1]], 1)
         x = torch.stack([e(seen[:, k]) for k, e in enumerate(self.codes)], 1)
-        x = x + self.from_h(h).view(len(h), K, -1) + self.positions
+        x = x + self.from_h(h).unflatten(-1, self.positions.shape) + self.positions
         mask = torch.ones(K, K, dtype=torch.bool, device=h.device).tril()
         for block in self.blocks:
             x = block(x, 0, mask)
@@ -171,7 +171,7 @@ class Depth(nn.Module):
     def generate(self, h, draw):
         """h (B, D) -> codes (B, K), each drawn by draw(logits (B, A), k) -> (B,) and shown to the next position."""
         cache = [[None, None] for _ in self.blocks]
-        from_h = self.from_h(h).view(len(h), K, -1)
+        from_h = self.from_h(h).unflatten(-1, self.positions.shape)
         code, codes = torch.full_like(h[:, 0], self.empty, dtype=torch.long), []
         for k in range(K):
             x = (self.codes[k](code) + from_h[:, k] + self.positions[k])[:, None]
@@ -328,7 +328,7 @@ def sample(logits, s: Sampling, generator=None, recent=None):
     """logits (B, V) -> tokens (B,). recent (B, n): the tokens that the repetition penalty is for; -1 is none."""
     logits = logits.float()
     if recent is not None and s.penalty != 1:
-        known = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, recent.clamp(min=0), recent >= 0)
+        known = F.one_hot(recent + 1, logits.shape[1] + 1).amax(1)[:, 1:] > 0  # (B, V); the first column is "none"
         logits = torch.where(known, torch.where(logits > 0, logits / s.penalty, logits * s.penalty), logits)
     if s.temperature == 0:
         return logits.argmax(-1)

@@ -6,7 +6,7 @@
 A manifest is a text file with one dialogue to a line, each a list of turns (FLM-Audio, section 3.2.1):
 
     {"id": 7, "kind": "repeat", "split": "train", "turns": [
-      {"role": "user",  "voice": "en-us+f2", "text": "repeat cat red moon", "audio": "user/000007.flac"},
+      {"role": "user",  "voice": "en-us+f4", "text": "repeat cat red moon", "audio": "user/000007.flac"},
       {"role": "model", "voice": "model",    "text": "cat red moon",        "audio": "model/cat-red-moon.flac"}]}
 
 The toy world is the smallest world that needs everything a spoken chatbot needs. A user asks, the model answers:
@@ -83,9 +83,9 @@ def make_request(kind, test, rng):
 # the toy world: who says it
 
 ACCENTS = "en-us en-gb-x-rp gmw/en en-gb-scotland en-us-nyc en-gb-x-gbcwmd".split()
-VARIANTS = "m1 m2 m3 m4 m5 m7 f1 f2 f3 f4 f5 Andy Annie steph".split()
+VARIANTS = "m1 m2 m3 m4 m5 m6 m7 f1 f4 Andy Annie steph linda belinda".split()  # not f2, f3, f5: their breath noise differs
 MODEL_VOICE = "en-us+m3"
-NEW_VOICES = ["en-us+f2", "en-gb-x-rp+m7"]  # heard only in tests
+NEW_VOICES = ["en-us+f1", "en-gb-x-rp+m7"]  # heard only in tests
 
 
 def user_voices(n, seed):
@@ -209,8 +209,7 @@ def make_toy(out, items, tests, voices, seed, tts):
     for folder in ("user", "model", "words"):
         os.makedirs(os.path.join(work, folder))
     for split, n in (("train", items), ("seen", tests), ("new", tests)):
-        kinds = [k for k, share in SHARES.items() for _ in range(round(n * share))]
-        for kind in rng.sample(kinds, len(kinds)):
+        for kind in rng.choices(list(SHARES), SHARES.values(), k=n):
             request, answer = make_request(kind, split != "train", rng)
             voice = rng.choice(NEW_VOICES if split == "new" else known)
             path = f"user/{len(dialogues):06d}.flac"
@@ -365,7 +364,8 @@ def encode(data, codec_path, vocab_size, copies, skip_broken, device):
     silence = codec.encode(torch.zeros(1, 1, 32 * FRAME, device=device))[0].T.tolist()
     with open(os.path.join(work, "meta.json"), "w") as f:
         json.dump({"codebook_size": codec.config.codebook_size, "codebooks": codec.config.codebooks,
-                   "text_size": tokenizer.n_vocab, "silence": silence, "codec": os.path.abspath(codec_path)}, f)
+                   "text_size": tokenizer.n_vocab, "silence": silence, "codec": os.path.abspath(codec_path),
+                   "codec_sha256": hashlib.sha256(open(codec_path, "rb").read()).hexdigest()}, f)
     shutil.rmtree(out, ignore_errors=True)
     os.rename(work, out)
     print(f"Wrote {offset} frames ({offset * FRAME / SAMPLE_RATE / 3600:.2f} hours) of {len(dialogues)} dialogues to {out}")
@@ -373,7 +373,7 @@ def encode(data, codec_path, vocab_size, copies, skip_broken, device):
 
 # Sound is encoded with silence before and after it, as it will be heard in a conversation: the codec looks back, so the
 # frames after the last word still carry it. The lead is thrown away; the tail is kept, frames[speech:].
-LEAD, TAIL = 8, 6
+LEAD, TAIL = 6, 5
 
 
 def main():
@@ -389,7 +389,7 @@ def main():
     toy.add_argument("--tts", help="another synthesiser: a command with {text}, {voice} and {out}")
     enc = commands.add_parser("encode", help="sound -> codes, text -> tokens")
     enc.add_argument("--data", default="data/toy")
-    enc.add_argument("--codec", default="out/codec.pt")
+    enc.add_argument("--codec", default="out/codec/checkpoint.pt")
     enc.add_argument("--vocab-size", type=int, default=512, help="of the text tokeniser that is trained")
     enc.add_argument("--copies", type=int, default=2, help="of each user turn, at other places in a frame and loudness")
     enc.add_argument("--skip-broken", action="store_true", help="go on after a broken line of the manifest")

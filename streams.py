@@ -206,7 +206,9 @@ def load_tokenizer(path):
     try:
         with open(path, encoding="utf-8") as f:
             saved = json.load(f)
-        ranks = {base64.b64decode(b): r for b, r in saved["ranks"].items()}
+        ranks = {base64.b64decode(b, validate=True): r for b, r in saved["ranks"].items()}
+        if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)):
+            raise ValueError("its ranks are not 0, 1, 2, ... with every byte among them")
         return make_tokenizer(ranks, saved["pattern"])
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise ValueError(f"{path}: not a tokeniser that prepare.py wrote ({e})") from None

@@ -58,6 +58,8 @@ POST = {"tts": (1, 1), "asr": (1, 1)}
 FINE_1 = {"asr_response_tts": (1, 1)}
 FINE_2 = {"response_tts": (0.3, 0.3), "free_response_tts": (0.7, 0.7)}
 
+FADE_2 = {"asr_response_tts": (0.7, -0.7), "asr": (0.3, 0), **FINE_2}  # a share below 0 is none: gone half-way
+
 # Why the wait weight of `tiny` is 0.3 and not the paper's 0.01: <wait> fills nine of ten frames, and a 7B language model
 # must not forget its language over it. A model from scratch has no language to forget; it has to learn when to keep quiet,
 # and with 0.01 more than a quarter of its answers began before the user had ended.
@@ -69,8 +71,13 @@ STAGES = {
         Stage("post-training 1", 400, 16, 2e-3, 2e-3, 128, POST, 0.3, 0.15),
         Stage("post-training 2", 100, 16, 2e-3, 2e-3, 128, POST, 0.3, 0.15),
         Stage("fine-tuning 1", 500, 16, 2e-3, 2e-3, 128, FINE_1, 0.3, 0.15),
-        Stage("fine-tuning 2", 1000, 16, 2e-3, 0, 128,
-              {"asr_response_tts": (0.7, -0.7), "asr": (0.3, 0), **FINE_2}, 0.3, 0.15),
+        Stage("fine-tuning 2", 1000, 16, 2e-3, 0, 128, FADE_2, 0.3, 0.15),
+    ),
+    "small": (  # one GPU
+        Stage("post-training 1", 600, 32, 6e-4, 6e-4, 256, POST, 0.3, 0.15),
+        Stage("post-training 2", 100, 32, 6e-4, 6e-4, 256, POST, 0.3, 0.15),
+        Stage("fine-tuning 1", 700, 32, 6e-4, 6e-4, 256, FINE_1, 0.3, 0.15),
+        Stage("fine-tuning 2", 1600, 32, 6e-4, 0, 256, FADE_2, 0.3, 0.15),
     ),
     "7b": (
         Stage("post-training 1", 100_000, 256, 2e-4, 1e-5, 8192, POST),
@@ -79,6 +86,7 @@ STAGES = {
         Stage("fine-tuning 2", 4_700, 256, 8e-6, 7e-6, 8192, FINE_2),
     ),
 }
+STAGES["0.5b"] = STAGES["7b"]
 ALPHA_1, ALPHA_2, BETA = 1.0, 0.5, 1.0  # Eq. 3: semantic, acoustic, monologue
 WARMUP = 100  # steps at the start of a run
 
@@ -106,6 +114,7 @@ class ModelJob:
         self.model = self.modules = FLM(self.config).to(device)
         self.device = device
         self.dialogues = {s: [d["turns"] for d in dialogues if d["split"] == s] for s in ("train", "seen")}
+        self.fingerprint = f"{meta['codec_sha256'][:16]} {sum(map(len, self.dialogues.values()))} dialogues"
         self.files = {"tokenizer.json": os.path.join(data, "tokenizer.json"), "codec.pt": meta["codec"]}
 
     def utterance(self, turn, rng):
@@ -182,6 +191,7 @@ class CodecJob:
         self.clips = {split: sorted({(t["path"], t["text"]) for d in dialogues if d["split"] == split for t in d["turns"]})
                       for split in ("train", "seen")}
         self.frames = {p: soundfile.info(p).frames for clips in self.clips.values() for p, _ in clips}
+        self.fingerprint = f"{sum(map(len, self.clips.values()))} clips"
         self.sounds = {}  # path -> int16 samples, once read
 
     def batch(self, stage, split, rng):
@@ -268,13 +278,16 @@ def train(job, stages, out, minutes=None, resume=False, seed=1, save_every=60.0)
                                    {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}],
                                   lr=0, betas=(0.9, 0.98), fused=True)
     # where the run stands: steps of each stage (None: not known yet), this stage, the step in it
-    at = {"plan": [None if minutes else s.steps for s in stages], "stage": 0, "step": 0}
+    at = {"plan": [None if minutes else s.steps for s in stages], "stage": 0, "step": 0,
+          "bf16": bf16_is_faster(job.device)}
     if os.path.exists(path):
         if not resume:
             raise ValueError(f"{path}: is there already; --resume goes on with it, --out names another folder")
         saved = load_checkpoint(path, job.kind)
-        if saved["config"] != json.loads(json.dumps(dataclasses.asdict(job.config))) and saved["config"] != dataclasses.asdict(job.config):
-            raise ValueError(f"{path}: was trained with another config; --out names another folder")
+        if saved["config"] != dataclasses.asdict(job.config) or saved["data"] != job.fingerprint:
+            raise ValueError(f"{path}: was trained with another config or on other data; --out names another folder")
+        if [s["name"] for s in saved["stages"]] != [s.name for s in stages]:
+            raise ValueError(f"{path}: was trained in other stages; --out names another folder")
         job.load(saved, path)
         optimizer.load_state_dict(saved["optimizer"])
         at = saved["at"]
@@ -286,15 +299,14 @@ def train(job, stages, out, minutes=None, resume=False, seed=1, save_every=60.0)
             shutil.copyfile(source, temporary)
 
     def save():
-        save_checkpoint(path, job.kind, job.config, **job.state(), optimizer=optimizer.state_dict(), at=at,
+        save_checkpoint(path, job.kind, job.config, **job.state(), optimizer=optimizer.state_dict(), at=at, data=job.fingerprint,
                         stages=[dataclasses.asdict(s) for s in stages])
 
     def log(**entry):
         with open(log_path, "a") as f:
             f.write(json.dumps(entry) + "\n")
 
-    amp = bf16_is_faster(job.device)
-    autocast = lambda: torch.autocast(job.device, torch.bfloat16, enabled=amp)
+    autocast = lambda: torch.autocast(job.device, torch.bfloat16, enabled=at["bf16"])
     total = sum(s.steps for s in stages)
     saved_at = time.monotonic()
     while at["stage"] < len(stages):

@@ -1,0 +1,47 @@
+"""What several tests need: a tiny world of sound, codes, a codec and a model, untrained but whole."""
+import dataclasses
+import json
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import mimi
+import model
+import prepare
+import train
+from mimi import Mimi, MimiConfig, save_checkpoint
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+CODEC = MimiConfig("spectral", 24, (240, 4), 1, dim=32, encoder_layers=0, decoder_layers=1, heads=4, mlp=64, context=9,
+                   codebook_size=32, codebook_dim=16)
+FLM = model.FLMConfig(layers=1, width=32, heads=4, kv_heads=2, mlp=48, depth_layers=1, depth_width=16, depth_heads=2,
+                      vocab_size=300, codebook_size=32, context=128)
+
+
+def run(*args, **kwargs):
+    """A command line of ours: (exit code, standard output, standard error)."""
+    done = subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, timeout=300, cwd=ROOT, **kwargs)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder with toy/ (24 + 8 + 8 dialogues, encoded), codec.pt and flm/, a folder for chat.py."""
+    folder = tmp_path_factory.mktemp("world")
+    toy = str(folder / "toy")
+    prepare.make_toy(toy, items=24, tests=8, voices=6, seed=1, tts=None)
+    torch.manual_seed(0)
+    codec = Mimi(CODEC)
+    with torch.no_grad():
+        for p in codec.parameters():
+            p.mul_(1.5)
+    save_checkpoint(str(folder / "codec.pt"), "codec", CODEC, model=codec.state_dict())
+    prepare.encode(toy, str(folder / "codec.pt"), 300, 2, False, "cpu")
+    job = train.ModelJob(FLM, os.path.join(toy, "encoded"), "cpu")
+    stage = train.Stage("once", 2, 2, 1e-3, 0, 48, {"response_tts": (1, 1)})
+    train.train(job, [stage], str(folder / "flm"))
+    return folder

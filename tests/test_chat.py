@@ -1,0 +1,113 @@
+"""A whole conversation through files, as a user would have it, with any file a user may have."""
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from chat import Speaker, Transcript
+from conftest import run
+from mimi import FRAME, SAMPLE_RATE, read_audio
+from model import Sampling
+from streams import K, LISTEN, ROWS, SPEAK, TEXT, delay
+
+
+def tone(path, seconds, rate=24_000, channels=1, **kwargs):
+    x = 0.2 * np.sin(np.arange(int(seconds * rate)) / rate * 2000)
+    soundfile.write(path, np.stack([x] * channels, 1), rate, **kwargs)
+    return path
+
+
+def chat(world, source, target, *more):
+    return run("chat.py", "--checkpoint", world / "flm", "--input", source, "--output", target, *more)
+
+
+def test_a_reply_on_the_clock_of_the_input(world, tmp_path):
+    source, target = tone(tmp_path / "in.wav", 1.23), tmp_path / "reply.wav"
+    code, out, err = chat(world, source, target)
+    assert code == 0, err
+    assert soundfile.info(target).frames == soundfile.info(source).frames
+    assert soundfile.info(target).samplerate == 24_000
+    for line in open(tmp_path / "reply.jsonl"):
+        piece = json.loads(line)
+        assert 0 < piece["time"] <= 1.3 and isinstance(piece["text"], str)
+    assert "times real time" in out and out.splitlines()[-1].startswith("Wrote")
+
+
+@pytest.mark.parametrize("name, seconds, rate, channels", [
+    ("phone.wav", 0.7, 8000, 1), ("cd.wav", 0.7, 44100, 2), ("studio.flac", 0.5, 96000, 2), ("voice.ogg", 0.6, 48000, 1),
+    ("music.mp3", 0.6, 44100, 2), ("blink.wav", 0.0001, 24000, 1), ("surround.wav", 0.3, 48000, 6)])
+def test_any_sound_file(world, tmp_path, name, seconds, rate, channels):
+    source, target = tone(tmp_path / name, seconds, rate, channels), tmp_path / "reply.flac"
+    code, _, err = chat(world, source, target, "--stereo")
+    assert code == 0, err
+    info = soundfile.info(target)
+    assert info.channels == 2 and abs(info.frames - soundfile.info(source).frames * 24000 / rate) < 2
+
+
+def test_stereo_holds_the_user_left_and_the_model_right(world, tmp_path):
+    source = tone(tmp_path / "in.wav", 0.5)
+    assert chat(world, source, tmp_path / "one.wav")[0] == chat(world, source, tmp_path / "two.wav", "--stereo")[0] == 0
+    left, right = read_audio(str(tmp_path / "two.wav"), mono=False)
+    assert torch.equal(left, read_audio(str(source))) and torch.equal(right, read_audio(str(tmp_path / "one.wav")))
+
+
+@pytest.mark.parametrize("kind", ["missing", "directory", "empty", "garbage", "no frames", "not finite", "cut off"])
+def test_bad_input_is_one_line_and_leaves_the_old_reply(world, tmp_path, kind):
+    from test_mimi import bad_file
+    target = tmp_path / "reply.wav"
+    target.write_text("old")
+    code, _, err = chat(world, bad_file(tmp_path, kind), target)
+    assert code == 1 and len(err.strip().splitlines()) == 1 and err.startswith("error: ") and "bad.wav" in err
+    assert target.read_text() == "old"
+
+
+def test_bad_checkpoints_are_one_line(world, tmp_path):
+    source = tone(tmp_path / "in.wav", 0.3)
+    for folder, message in (("nowhere", "no such folder"), (tmp_path, "no such checkpoint")):
+        code, _, err = run("chat.py", "--checkpoint", folder, "--input", source, "--output", tmp_path / "r.wav")
+        assert code == 1 and len(err.strip().splitlines()) == 1 and message in err
+    assert not (tmp_path / "r.wav").exists()
+
+
+def test_what_is_heard_later_changes_nothing_before(world):
+    speaker = Speaker(str(world / "flm"))
+    x = torch.randn(1, 10 * FRAME, generator=torch.Generator().manual_seed(0)) * 0.1
+    y = x.clone()
+    y[:, 6 * FRAME:] = 0
+    (text_a, said_a), (text_b, said_b) = speaker.converse(x), speaker.converse(y)
+    assert torch.equal(text_a[:, :6], text_b[:, :6]) and torch.equal(said_a[:, :7 * FRAME], said_b[:, :7 * FRAME])
+    assert (said_a[:, :FRAME] == 0).all()  # nothing can be said about what has not been heard
+
+
+def test_a_conversation_is_the_grid_that_training_sees(world):
+    """Replay what a conversation heard, wrote and said as a delayed grid, teacher-forced: the same choices come out."""
+    speaker = Speaker(str(world / "flm"))
+    x = torch.randn(1, 12 * FRAME, generator=torch.Generator().manual_seed(0)) * 0.1
+    columns, step = [], speaker.model.step
+    speaker.model.step = lambda column, *a: columns.append(column.clone()) or step(column, *a)
+    text, _ = speaker.converse(x)
+    grid = torch.stack(columns, -1)  # (1, 17, T)
+    heard = speaker.codec.encode(x[:, None])[0]
+    undelayed = np.concatenate([grid[0, :LISTEN.start].numpy(), heard.numpy()])
+    assert (delay(undelayed, speaker.vocab.empty)[LISTEN] == grid[0, LISTEN].numpy()).all()
+    h = speaker.model(grid)
+    assert (speaker.model.head(h)[0, :-1].argmax(-1) == grid[0, TEXT, 1:]).all()
+    codes = speaker.model.depth(h[0, :-1], grid[0, SPEAK, 1:].T)[..., :speaker.vocab.codebook_size].argmax(-1)
+    assert (codes == grid[0, SPEAK, 1:].T).float().mean() > 0.99
+
+
+def test_a_second_conversation_equals_the_first_and_seeds_matter(world):
+    speaker = Speaker(str(world / "flm"), text=Sampling(1.0), sound=Sampling(1.0))
+    x = torch.zeros(1, 8 * FRAME)
+    a, b, c = speaker.converse(x, seed=1)[0], speaker.converse(x, seed=1)[0], speaker.converse(x, seed=2)[0]
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_the_transcript_joins_bytes_to_characters(world):
+    speaker = Speaker(str(world / "flm"))
+    transcript = Transcript(speaker)
+    pieces = [transcript.add(t, token) for t, token in enumerate([*"é".encode(), speaker.vocab.wait, speaker.vocab.asr])]
+    assert pieces == ["", "é", "", "<asr>"]
+    assert transcript.pieces == [{"time": 0.16, "text": "é"}, {"time": 0.32, "text": "<asr>"}]

@@ -1,0 +1,177 @@
+"""The two transformers: stepwise = teacher-forced, the ring of the cache, the loss of Eq. 3, sampling."""
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import CONFIGS, FLM, FLMConfig, Sampling, loss_parts, sample
+from streams import K, LISTEN, ROWS, SPEAK, TEXT, Vocab
+
+C = FLMConfig(layers=2, width=32, heads=4, kv_heads=2, mlp=48, depth_layers=2, depth_width=16, depth_heads=2,
+              vocab_size=40, codebook_size=20, context=32)
+V = Vocab(40, 20, ((0,) * K,))
+
+
+@pytest.fixture
+def flm():
+    torch.manual_seed(0)
+    m = FLM(C).eval()
+    with torch.no_grad():
+        for p in m.parameters():
+            if p.ndim > 1:
+                p.mul_(4)  # logits that differ
+    return m
+
+
+def grid(B, T, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randint(0, 21, (B, ROWS, T), generator=g)
+    x[:, TEXT] = torch.randint(0, 40, (B, T), generator=g)
+    return x
+
+
+def test_step_by_step_equals_teacher_forced(flm):
+    x = grid(3, 24)
+    with torch.no_grad():
+        h = flm(x)
+        state = flm.init_state(3)
+        steps = torch.stack([flm.hidden_step(x[..., t], state) for t in range(24)], 1)
+    assert (steps - h).abs().max() < 1e-5
+    assert (flm.head(steps) - flm.head(h)).abs().max() < 1e-5
+    assert state.position.tolist() == [24] * 3
+
+
+def test_the_depth_transformer_step_by_step_equals_teacher_forced(flm):
+    torch.manual_seed(1)
+    h, codes = torch.randn(5, 32), torch.randint(0, 20, (5, K))
+    seen = []
+    with torch.no_grad():
+        logits = flm.depth(h, codes)
+        flm.depth.generate(h, lambda l, k: seen.append(l) or codes[:, k])
+    assert (torch.stack(seen, 1) - logits).abs().max() < 1e-5
+
+
+def test_the_cache_is_a_ring(flm):
+    """Past the context a step sees just the last C frames: the same as a fresh start that many frames ago, in the first
+    layer exactly, because rotary positions are relative."""
+    one = FLM(dataclasses.replace(C, layers=1)).eval()
+    x = grid(1, 80)
+    with torch.no_grad():
+        long, short = one.init_state(1), one.init_state(1)
+        for t in range(80):
+            a = one.hidden_step(x[..., t], long)
+            if t >= 80 - C.context:
+                b = one.hidden_step(x[..., t], short)
+    assert (a - b).abs().max() < 1e-4
+    assert long.keys.shape == short.keys.shape == (1, 1, 2, C.context, 8)
+
+
+def test_members_of_a_batch_are_independent(flm):
+    """A member that joins late gives what it gives alone."""
+    a, b = grid(1, 20, 1), grid(1, 20, 2)
+    with torch.no_grad():
+        alone = flm.init_state(1)
+        right = torch.stack([flm.hidden_step(b[..., t], alone) for t in range(12)], 1)
+        state, got = flm.init_state(2), []
+        for t in range(20):
+            if t == 8:
+                state.position[1] = 0
+            member = b[..., t - 8] if t >= 8 else grid(1, 1, t)[..., 0]
+            got.append(flm.hidden_step(torch.cat([a[..., t], member]), state)[1:])
+    assert (torch.stack(got[8:], 1) - right).abs().max() < 1e-5
+
+
+def test_listening_is_never_predicted_and_depth_sees_neither_text_nor_listening_of_its_frame(flm):
+    x = grid(1, 6)
+    other = x.clone()
+    other[:, LISTEN, -1] = 3
+    other[:, TEXT, -1] = 3
+    a, b = loss_parts(flm, x, V), loss_parts(flm, other, V)
+    assert torch.equal(a["semantic"], b["semantic"]) and torch.equal(a["acoustic"], b["acoustic"])
+
+
+def test_the_loss_is_eq_3_counted_by_hand(flm):
+    x = grid(2, 10)
+    x[:, TEXT, 4:7] = V.wait
+    x[0, SPEAK, 5] = V.empty
+    parts = loss_parts(flm, x, V)
+    with torch.no_grad():
+        h = flm(x[..., :-1])
+        text = flm.head(h).log_softmax(-1)
+        sums = {k: [] for k in ("mono", "wait", "semantic", "acoustic")}
+        for b in range(2):
+            for t in range(9):
+                token = x[b, TEXT, t + 1].item()
+                sums["wait" if token == V.wait else "mono"].append(-text[b, t, token].item())
+                codes = x[b, SPEAK, t + 1]
+                logp = flm.depth(h[b, t:t + 1], codes[None])[0].log_softmax(-1)
+                for k, code in enumerate(codes.tolist()):
+                    if code != V.empty:
+                        sums["semantic" if k == 0 else "acoustic"].append(-logp[k, code].item())
+    for name, values in sums.items():
+        assert math.isclose(parts[name].item(), sum(values) / len(values), rel_tol=1e-4), name
+    assert math.isclose(parts["waits"].item(), len(sums["wait"]) / len(sums["mono"]), rel_tol=1e-6)
+
+
+def test_depth_learns_from_all_frames_of_speech_and_a_share_of_silence(flm):
+    """With a share of 0 only speech and its neighbours count, so silence elsewhere may be anything."""
+    x = grid(1, 20)
+    x[:, SPEAK] = 0
+    x[:, SPEAK, 8:12] = 5
+    counted = []
+    flm.depth.register_forward_hook(lambda m, args, out: counted.append(len(args[1])))
+    loss_parts(flm, x, V, 0.0, torch.Generator().manual_seed(0))
+    loss_parts(flm, x, V, 1.0)
+    assert counted == [4 + 2, 19]
+
+
+def test_sizes():
+    """Parameters of the configurations, in millions."""
+    sizes = {}
+    for name, c in CONFIGS.items():
+        with torch.device("meta"):
+            m = FLM(c)
+        sizes[name] = round(sum(p.numel() for p in m.parameters()) / 1e6)
+    assert 100 <= sizes["small"] <= 200
+    assert sizes["7b"] - sizes["0.5b"] > 7000
+    with torch.device("meta"):
+        m = FLM(CONFIGS["7b"])
+    qwen = sum(p.numel() for part in (m.text, m.blocks, m.norm, m.head) for p in part.parameters())
+    assert qwen == 7_615_616_512  # Qwen2.5-7B
+
+
+def test_greedy_and_seeds():
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    assert sample(logits, Sampling()).tolist() == logits.argmax(-1).tolist()
+    hot = Sampling(temperature=1.5)
+    draws = [sample(logits, hot, torch.Generator().manual_seed(s)).tolist() for s in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+@pytest.mark.parametrize("s, allowed", [(Sampling(1.0, top_k=2), {0, 1}), (Sampling(1.0, top_p=0.7), {0, 1}),
+                                        (Sampling(1.0, top_k=3, top_p=0.5), {0}), (Sampling(1.0), {0, 1, 2, 3})])
+def test_top_k_and_top_p(s, allowed):
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(4000, 1)
+    drawn = sample(logits, s, torch.Generator().manual_seed(0))
+    assert set(drawn.tolist()) == allowed
+    p = torch.zeros(4)
+    p[list(allowed)] = logits[0].exp()[list(allowed)]
+    assert (drawn.bincount(minlength=4) / 4000 - p / p.sum()).abs().max() < 0.03
+
+
+def test_repetition_penalty_looks_at_the_window_only():
+    logits = torch.tensor([[2.0, 1.9, -1.0]])
+    s = Sampling(penalty=1.5)
+    assert sample(logits, s, recent=torch.tensor([[-1, -1]])).item() == 0
+    assert sample(logits, s, recent=torch.tensor([[0, -1]])).item() == 1, sample(logits, s, recent=torch.tensor([[0, -1]]))
+    assert sample(torch.tensor([[-1.0, -1.2]]), s, recent=torch.tensor([[0]])).item() == 1  # negative: further down
+
+
+def test_attention_of_the_cpu_is_that_of_torch(flm):
+    from model import attend
+    q, k, v = torch.randn(2, 4, 7, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    mask = torch.ones(7, 9, dtype=torch.bool).tril(2)
+    right = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    assert (attend(q, k, v, mask) - right).abs().max() < 1e-5

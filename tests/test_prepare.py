@@ -1,0 +1,182 @@
+"""The toy world, the manifest, and sound -> codes."""
+import json
+import os
+import random
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import prepare
+from conftest import run
+from mimi import FRAME, Mimi, read_audio
+from prepare import (MODEL_VOICE, NEW_VOICES, NUMBERS, OPPOSITES, WORDS, Espeak, held_out, make_request, on_frames,
+                     read_manifest, train_bpe, user_voices)
+from streams import make_tokenizer
+
+
+def manifest(world):
+    return [json.loads(line) for line in open(world / "toy/manifest.jsonl")]
+
+
+def test_some_thirty_words():
+    assert len(WORDS) == len(set(WORDS)) == 30
+    assert all(OPPOSITES[OPPOSITES[w]] == w for w in OPPOSITES)
+
+
+@pytest.mark.parametrize("kind", prepare.SHARES)
+def test_answers_are_right_and_tests_are_held_out(kind):
+    rng = random.Random(0)
+    train = {make_request(kind, False, rng) for _ in range(400)}
+    test = {make_request(kind, True, rng) for _ in range(400)}
+    for request, answer in train | test:
+        words = request.split()
+        if kind == "repeat":
+            assert words[1:] == answer.split() and len(words) == 4
+        elif kind == "count":
+            a, b = NUMBERS.index(words[2]), NUMBERS.index(words[4])
+            assert answer.split() == NUMBERS[a:b + 1] and b > a
+        elif kind == "next":
+            assert NUMBERS.index(answer) == NUMBERS.index(words[-1]) + 1
+        else:
+            assert OPPOSITES[words[-1]] == answer
+    if kind in ("repeat", "count"):
+        assert not train & test
+        assert all(held_out(*r.replace("count from", "").replace(" to", "").replace("repeat", "").split()) for r, _ in test)
+
+
+def test_voices_held_out_are_never_trained_on(world):
+    for d in manifest(world):
+        assert (d["turns"][0]["voice"] in NEW_VOICES) == (d["split"] == "new")
+        assert d["turns"][0]["voice"] != MODEL_VOICE
+    assert not set(user_voices(1000, 1)) & {*NEW_VOICES, MODEL_VOICE}
+
+
+def test_the_same_seed_gives_the_same_bytes(world, tmp_path):
+    out = str(tmp_path / "again")
+    prepare.make_toy(out, items=24, tests=8, voices=6, seed=1, tts=None)
+    files = [os.path.relpath(os.path.join(r, f), out) for r, _, fs in os.walk(out) for f in fs]
+    assert len(files) > 60
+    for name in files:
+        assert open(os.path.join(out, name), "rb").read() == open(world / "toy" / name, "rb").read(), name
+
+
+def test_speaking_twice_in_a_process_gives_the_same_samples():
+    e = Espeak()
+    a = e.speak("repeat cat red moon", "en-us+f4", 160, 50)
+    e.speak("something else", "gmw/en+m4", 150, 60)
+    assert np.array_equal(a, e.speak("repeat cat red moon", "en-us+f4", 160, 50))
+    assert len(a) > 22_050 and np.abs(a).max() > 0.1
+
+
+def test_an_unknown_voice_is_a_clear_error():
+    with pytest.raises(ValueError, match="no-such-voice"):
+        Espeak().speak("hello", "no-such-voice", 160, 50)
+
+
+def test_words_of_the_model_begin_on_frames():
+    x, starts = on_frames([np.ones(3000), np.ones(1920), np.ones(100)])
+    assert starts == [0, 0.24, 0.4] and len(x) == 6 * FRAME  # 3000 samples and the gap of 960 fill three frames
+    assert x[3 * FRAME] == 1 and x[3 * FRAME - 1] == 0
+
+
+def test_any_synthesiser(tmp_path):
+    script = tmp_path / "tts.py"
+    script.write_text("import sys, numpy, soundfile\ntext, voice, out = sys.argv[1:]\n"
+                      "soundfile.write(out, 0.3 * numpy.sin(numpy.arange(len(text) * 800) / 9), 16000)\n")
+    code, out, err = run("prepare.py", "toy", "--out", tmp_path / "toy", "--items", 4, "--tests", 2,
+                         "--tts", f"{sys.executable} {script} {{text}} {{voice}} {{out}}")
+    assert code == 0, err
+    d = json.loads(open(tmp_path / "toy/manifest.jsonl").readline())
+    assert len(read_audio(str(tmp_path / "toy" / d["turns"][0]["audio"]))) > 24 * len(d["turns"][0]["text"])
+    assert "Wrote 8 dialogues" in out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("tts, message", [("say {text}", "{out}"), ("false {text} {out}", "failed")])
+def test_a_synthesiser_that_does_not_work_leaves_nothing(tmp_path, tts, message):
+    code, _, err = run("prepare.py", "toy", "--out", tmp_path / "toy", "--items", 4, "--tests", 2, "--tts", tts)
+    assert code == 1 and message in err.splitlines()[-1] and not (tmp_path / "toy").exists()
+
+
+def test_an_existing_world_is_not_overwritten(world):
+    code, _, err = run("prepare.py", "toy", "--out", world / "toy")
+    assert code == 1 and "is there already" in err
+
+
+def test_bpe_makes_words_whole_and_text_round_trips():
+    ranks = train_bpe([" repeat cat red moon"] * 3 + [" opposite of red"], 400)
+    t = make_tokenizer(ranks, prepare.PATTERN)
+    assert len(t.encode_ordinary(" repeat cat red")) == 3
+    for text in (" repeat cat", "Grüße, 世界!\n\t two  spaces", ""):
+        assert t.decode(t.encode_ordinary(text)) == text
+
+
+def test_codes_are_those_of_a_live_stream(world):
+    """A turn's stored codes are what the codec gives when the sound comes after silence, frame by frame."""
+    codec = Mimi.load(str(world / "codec.pt"))
+    codes = np.load(world / "toy/encoded/codes.npy")
+    for line in list(open(world / "toy/encoded/dialogues.jsonl"))[:6]:
+        turn = json.loads(line)["turns"][1]  # the model's: begins on a frame
+        copy = turn["copies"][0]
+        x = read_audio(str(world / "toy/model" / (turn["text"].replace(" ", "-") + ".flac")))
+        state, heard = codec.init_state(1), []
+        x = torch.nn.functional.pad(x, (20 * FRAME, 10 * FRAME - len(x) % FRAME))
+        for w in x[None, None].split(FRAME, -1):
+            heard.append(codec.encode_step(w, state)[0, :, 0])
+        heard = torch.stack(heard)[20:20 + copy["frames"]].numpy()
+        assert (heard == codes[copy["offset"]:copy["offset"] + copy["frames"]]).mean() > 0.999
+        assert copy["speech"] == -(-(len(x) - 30 * FRAME + 1) // FRAME) or copy["frames"] == copy["speech"] + prepare.TAIL
+
+
+def test_tokens_know_their_frames(world):
+    for line in open(world / "toy/encoded/dialogues.jsonl"):
+        model = json.loads(line)["turns"][1]
+        assert len(model["starts"]) == len(model["tokens"]) and model["starts"][0] == 0
+        assert model["starts"] == sorted(model["starts"]) and model["starts"][-1] < model["copies"][0]["speech"]
+
+
+def broken(world, tmp_path, what):
+    folder = tmp_path / "toy"
+    folder.mkdir()
+    lines = [json.loads(line) for line in open(world / "toy/manifest.jsonl")][:3]
+    for d in lines:
+        for t in d["turns"]:
+            t["audio"] = str(world / "toy" / t["audio"])
+    text = [json.dumps(d) for d in lines]
+    if what == "not json":
+        text[1] = "{" + text[1]
+    elif what == "no turns":
+        text[1] = '{"id": 1}'
+    elif what == "odd role":
+        text[1] = text[1].replace('"user"', '"waiter"')
+    elif what == "no sound":
+        text[1] = text[1].replace("/user/", "/nowhere/")
+    (folder / "manifest.jsonl").write_text("\n".join(text) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("what", ["not json", "no turns", "odd role", "no sound"])
+def test_a_broken_line_is_named_and_may_be_skipped(world, tmp_path, what, capsys):
+    folder = broken(world, tmp_path, what)
+    with pytest.raises(ValueError, match="line 2"):
+        read_manifest(str(folder / "manifest.jsonl"))
+    assert [d["id"] for d in read_manifest(str(folder / "manifest.jsonl"), skip_broken=True)] == [0, 2]
+    assert "line 2" in capsys.readouterr().err
+    code, out, err = run("prepare.py", "encode", "--data", folder, "--codec", world / "codec.pt")
+    assert code == 1 and "line 2" in err.splitlines()[-1] and not (folder / "encoded").exists()
+    code, out, err = run("prepare.py", "encode", "--data", folder, "--codec", world / "codec.pt", "--skip-broken")
+    assert code == 0 and "of 2 dialogues" in out
+
+
+def test_a_sound_file_that_is_cut_off_stops_the_encoding_and_names_it(world, tmp_path):
+    folder = broken(world, tmp_path, "")
+    d = [json.loads(line) for line in open(folder / "manifest.jsonl")]
+    bad = tmp_path / "bad.wav"
+    soundfile.write(bad, np.zeros(24000), 24000)
+    bad.write_bytes(bad.read_bytes()[:9999])
+    d[2]["turns"][0]["audio"] = str(bad)
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(x) + "\n" for x in d))
+    code, _, err = run("prepare.py", "encode", "--data", folder, "--codec", world / "codec.pt")
+    assert code == 1 and "bad.wav: cut off" in err.splitlines()[-1] and not (folder / "encoded").exists()

@@ -1,0 +1,213 @@
+"""The loop: batches are functions of the step, a killed run goes on to the same weights, nothing is half-written."""
+import dataclasses
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import mimi
+import model
+import train
+from conftest import CODEC, FLM, ROOT, run
+from mimi import load_checkpoint
+from streams import K, LISTEN, SPEAK, TEXT
+from train import STAGES, CodecJob, ModelJob, Stage
+
+SHORT = [Stage("one", 14, 2, 1e-3, 1e-3, 48, {"tts": (1, 0), "asr": (0, 1)}, 0.3, 0.2),
+         Stage("two", 26, 2, 1e-3, 0, 48, {"asr_response_tts": (1, 1), "free_response_tts": (1, 1)}, 0.3, 0.2)]
+
+# a run of the model and of the codec, saving after every step
+SCRIPT = """
+import sys; sys.path[:0] = [{root!r}, {tests!r}]
+import train, test_train, conftest, torch
+torch.set_num_threads(1); torch.manual_seed(1)
+kind, data, out = sys.argv[1:]
+if kind == "model":
+    job, stages = train.ModelJob(conftest.FLM, data + "/encoded", "cpu"), test_train.SHORT
+else:
+    job, stages = train.CodecJob(conftest.CODEC, data, "cpu"), [train.Stage("codec", 25, 1, 1e-3, 0)]
+train.train(job, stages, out, resume=True, save_every=0)
+"""
+
+
+def start(kind, data, out):
+    script = SCRIPT.format(root=ROOT, tests=os.path.join(ROOT, "tests"))
+    return subprocess.Popen([sys.executable, "-c", script, kind, str(data), str(out)], stderr=subprocess.DEVNULL,
+                            stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("kind", ["model", "codec"])
+def test_a_killed_run_goes_on_to_the_same_weights(world, tmp_path, kind):
+    whole = start(kind, world / "toy", tmp_path / "whole")
+    path = tmp_path / "killed/checkpoint.pt"
+    kills, seen = 0, None
+    while True:
+        process = start(kind, world / "toy", tmp_path / "killed")
+        deadline = time.time() + 60
+        if kills < 3:  # wait until it has moved on, then kill it with no warning
+            while process.poll() is None and time.time() < deadline:
+                now = path.stat().st_mtime_ns if path.exists() else None
+                if now != seen:
+                    break
+                time.sleep(0.001)
+            time.sleep(random.Random(kills).random() * 0.05)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills, seen = kills + 1, path.stat().st_mtime_ns if path.exists() else None
+        else:
+            assert process.wait(120) == 0
+            break
+    assert whole.wait(120) == 0
+    kind = {"model": "flm", "codec": "codec"}[kind]
+    a, b = load_checkpoint(str(path), kind), load_checkpoint(str(tmp_path / "whole/checkpoint.pt"), kind)
+    assert a["at"] == b["at"]
+    assert a["model"].keys() == b["model"].keys() and all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+
+
+def test_training_lowers_the_loss(world, tmp_path):
+    torch.manual_seed(0)
+    job = ModelJob(FLM, str(world / "toy/encoded"), "cpu")
+    train.train(job, [Stage("s", 150, 4, 3e-3, 0, 64, {"response_tts": (1, 1)}, 0.3)], str(tmp_path / "o"))
+    log = [json.loads(line) for line in open(tmp_path / "o/log.jsonl")]
+    first, last = log[0], [e for e in log if "loss" in e][-1]
+    assert last["loss"] < 0.6 * first["loss"]
+    assert {"mono", "wait", "semantic", "acoustic"} <= log[-1].keys() and log[-1]["split"] == "held-out"
+
+
+def test_every_batch_is_a_function_of_its_step(world):
+    job = ModelJob(FLM, str(world / "toy/encoded"), "cpu")
+    a, b, c = (job.batch(SHORT[1], 0.5, "train", random.Random(s)) for s in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_batches_hold_what_their_layout_says(world):
+    job = ModelJob(FLM, str(world / "toy/encoded"), "cpu")
+    v = job.vocab
+    of = lambda layout: job.batch(Stage("s", 1, 8, 0, 0, 96, {layout: (1, 1)}), 0, "train", random.Random(0))
+    assert (of("tts")[:, LISTEN] == v.empty).all() and (of("asr")[:, SPEAK] == v.empty).all()
+    assert (of("asr_response_tts")[:, TEXT] == v.asr).any() and not (of("response_tts")[:, TEXT] == v.asr).any()
+    for layout in ("response_tts", "free_response_tts"):
+        assert (of(layout)[..., 1:][:, 1:] < v.empty).all()  # real sound throughout
+
+
+def test_interruptions_come_with_probability_0_7(world):
+    job = ModelJob(FLM, str(world / "toy/encoded"), "cpu")
+    calls, original = [], train.streams.free_response_tts
+    train.streams.free_response_tts = lambda turns, gaps, barge, v: calls.extend(barge[:-1]) or original(turns, gaps, barge, v)
+    try:
+        rng = random.Random(0)
+        for _ in range(1500):
+            job.grid("free_response_tts", "train", rng)
+    finally:
+        train.streams.free_response_tts = original
+    assert abs(sum(b is not None for b in calls) / len(calls) - 0.7) < 0.04
+
+
+def test_the_paper_is_in_the_tables():
+    """Table 3 and section 3.1."""
+    rows = STAGES["7b"]
+    assert [(s.lr, s.lr_end, s.batch, s.frames) for s in rows] == [
+        (2e-4, 1e-5, 256, 8192), (1e-5, 8e-6, 256, 8192), (1e-5, 8e-6, 256, 8192), (8e-6, 7e-6, 256, 8192)]
+    assert (train.ALPHA_1, train.ALPHA_2, train.BETA, rows[0].wait) == (1, 0.5, 1, 0.01)
+    for config in ("tiny", "small", "0.5b", "7b"):
+        with torch.device("meta"):
+            model.FLM(model.CONFIGS[config])
+        assert len(STAGES[config]) == 4
+        for stage in STAGES[config]:
+            assert all(hasattr(train.streams, name) for name in stage.layouts)
+
+
+def test_a_finished_run_is_not_repeated(world, tmp_path):
+    path = world / "flm/checkpoint.pt"
+    before = path.read_bytes()
+    job = ModelJob(FLM, str(world / "toy/encoded"), "cpu")
+    stage = Stage("once", 2, 2, 1e-3, 0, 48, {"response_tts": (1, 1)})
+    with pytest.raises(ValueError, match="--resume"):
+        train.train(job, [stage], str(world / "flm"))
+    train.train(job, [stage], str(world / "flm"), resume=True)
+    assert path.read_bytes() == before
+
+
+def test_a_checkpoint_of_another_config_is_refused(world):
+    job = ModelJob(dataclasses.replace(FLM, layers=2), str(world / "toy/encoded"), "cpu")
+    with pytest.raises(ValueError, match="another config"):
+        train.train(job, SHORT, str(world / "flm"), resume=True)
+
+
+def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(world, tmp_path):
+    job = ModelJob(FLM, str(world / "toy/encoded"), "cpu")
+    good = job.loss
+    job.loss = lambda stage, *a: good(stage, *a) if stage.name == "one" else (torch.tensor(math.nan), {})
+    with pytest.raises(ValueError, match="step 0 of two"):
+        train.train(job, SHORT, str(tmp_path))
+    at = load_checkpoint(str(tmp_path / "checkpoint.pt"), "flm")["at"]
+    assert (at["stage"], at["step"]) == (1, 0)
+
+
+@pytest.mark.parametrize("damage, message", [
+    ("cut", "not a checkpoint"), ("text", "not a checkpoint"), ("codec", "is not a flm checkpoint"),
+    ("key", "unknown or missing keys"), ("tensor", "tensors are not those"), ("missing", "no such checkpoint")])
+def test_damaged_checkpoints_are_one_clear_error(world, tmp_path, damage, message):
+    path = tmp_path / "checkpoint.pt"
+    whole = (world / "flm/checkpoint.pt").read_bytes()
+    if damage == "cut":
+        path.write_bytes(whole[:len(whole) // 2])
+    elif damage == "text":
+        path.write_text("hello")
+    elif damage == "codec":
+        path.write_bytes((world / "codec.pt").read_bytes())
+    elif damage in ("key", "tensor"):
+        saved = load_checkpoint(str(world / "flm/checkpoint.pt"), "flm")
+        if damage == "key":
+            saved["config"]["colour"] = 1
+        else:
+            saved["model"]["norm.weight"] = torch.zeros(3)
+        torch.save(saved, path)
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        model.FLM.load(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_nothing_in_a_checkpoint_is_run(tmp_path):
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+    torch.save({"kind": "flm", "x": Evil()}, tmp_path / "evil.pt")
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Evil()))
+    for name in ("evil.pt", "evil.pkl"):
+        with pytest.raises(ValueError):
+            load_checkpoint(str(tmp_path / name), "flm")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_full_disk_is_one_clear_error_and_keeps_the_old_checkpoint(world, tmp_path):
+    """The system refuses files over 20 kB, as it refuses all on a full disk."""
+    script = ("import sys, resource, signal; sys.path[:0] = [{root!r}, {tests!r}]\n"
+              "import torch, mimi, conftest\n"
+              "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+              "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+              "try:\n    mimi.save_checkpoint(sys.argv[1], 'codec', conftest.CODEC, x=torch.zeros(100_000))\n"
+              "except (ValueError, OSError) as e:\n    sys.exit(f'error: {{e}}')\n").format(
+        root=ROOT, tests=os.path.join(ROOT, "tests"))
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(b"old")
+    code, _, err = run("-c", script, path)
+    assert code == 1 and "checkpoint.pt" in err and len(err.strip().splitlines()) == 1
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--config", "huge"], "invalid choice: 'huge'"), (["--data", "nowhere"], "prepare.py encode"),
+    (["--config", "codec", "--data", "nowhere"], "prepare.py toy"), (["--colour", "1"], "unrecognized")])
+def test_wrong_flags_are_a_clear_error(tmp_path, args, message):
+    code, _, err = run("train.py", *args, "--out", tmp_path / "x")
+    assert code in (1, 2) and message in err.splitlines()[-1] and not (tmp_path / "x").exists()
