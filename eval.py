@@ -9,7 +9,7 @@ What is measured (FLM-Audio, section 4; all on the clock of the user's sound):
     spoken      the reply, as the recogniser hears it: share of right words (1 - word error rate), and all words right
     in time     the reply begins at most 0.4 s after the user's end; early: before it
     interrupted the user breaks into a long answer with a new request: silent within 1 s? and is the new one answered?
-    kept on     the same long answers without interruption: spoken to their end
+    kept on     the same long answers without interruption: all that was written is spoken, to the last word
 
 The default recogniser is a small network that learns letters from the original recordings only, never from the codec or the
 model. It knows nothing but the toy world, so it flatters; what it makes of the originals and of their codec
@@ -35,7 +35,7 @@ import mimi
 import train
 from chat import Speaker
 from mimi import FRAME, SAMPLE_RATE, LogMel, load_checkpoint, load_weights, read_audio, replace_when_done, write_audio
-from prepare import read_manifest
+from prepare import SHARES, read_manifest
 from train import LETTERS, CodecJob, Stage
 
 LEAD = 1.0  # seconds of silence before the user speaks
@@ -251,6 +251,16 @@ def answers(speaker, recogniser, items, seed, shares, name):
     return list(zip(items, sounds, talks))
 
 
+def word_seconds(items):
+    """How long the model's voice takes for each word."""
+    out = {}
+    for d in items:
+        turn = d["turns"][1]
+        ends = turn["starts"][1:] + [len(read_audio(turn["path"])) / SAMPLE_RATE]
+        out |= {w: end - start for w, start, end in zip(turn["text"].split(), turn["starts"], ends)}
+    return out
+
+
 def reconstruct(codec, x):
     return codec.decode(codec.encode(x[None, None]))[0, 0, :len(x)]
 
@@ -270,14 +280,16 @@ def interruptions(speaker, items, n, seed, shares):
     firsts = [torch.cat([seconds(LEAD), read_audio(a["turns"][0]["path"])]) for a, _ in pairs]
     lasting = [len(read_audio(a["turns"][1]["path"])) / SAMPLE_RATE for a, _ in pairs]
     alone = converse_all(speaker, [torch.cat([x, seconds(s + LISTEN_ON)]) for x, s in zip(firsts, lasting)], seed, "left alone")
+    length = word_seconds(items)
     cases, sounds = [], []
-    for (a, b), first, last, (text, said) in zip(pairs, firsts, lasting, alone):
+    for (a, b), first, (text, said) in zip(pairs, firsts, alone):
         begun = [s for s in speech(said) if s[0] >= len(first) / SAMPLE_RATE - 0.2]
         if not begun:
             shares.add("kept on", 0)
             continue
         onset = begun[0][0]
-        shares.add("kept on", bool(begun[0][1] >= onset + last - 0.5))
+        last = sum(length.get(w, 0) for w in written(speaker, text))
+        shares.add("kept on", begun[0][1] >= onset + last - 0.5)
         at = onset + rng.uniform(1.0, 1.5)
         user = read_audio(b["turns"][0]["path"])
         end = at + len(user) / SAMPLE_RATE
@@ -325,15 +337,16 @@ def main():
         speaker = Speaker(args.checkpoint, args.device)
         dialogues = read_manifest(os.path.join(args.data, "manifest.jsonl"))
         rng, shares, talks = random.Random(args.seed), Shares(), []
-        splits = {s: [d for d in dialogues if d["split"] == s] for s in ("seen", "new")}
+        splits = {s: [d for d in dialogues if d["split"] == s and len(d["turns"]) == 2] for s in ("seen", "new")}
         for name, items in splits.items():
             items = rng.sample(items, min(args.items, len(items)))
             talks += answers(speaker, recogniser, items, args.seed, shares, name)
         interruptions(speaker, splits["seen"], max(1, args.items // 2), args.seed, shares)
         folder = os.path.join(args.checkpoint, "samples")
-        kinds = {d["kind"]: (d, heard, text, said) for d, heard, (text, said) in reversed(talks)}
+        kinds = {d["kind"]: (d, heard, text, said) for d, heard, (text, said) in reversed(talks)}  # the first of each
         print("\nThree of the conversations (left the user, right the model):")
-        for kind, (d, heard, text, said) in sorted(kinds.items())[:3]:
+        for kind in [k for k in SHARES if k in kinds][:3]:
+            d, heard, text, said = kinds[kind]
             path = os.path.join(folder, f"{kind}.wav")
             write_audio(path, torch.stack([heard, said]))
             print(f"  user: {d['turns'][0]['text']}\n    model: {' '.join(written(speaker, text))}\n    {path}")

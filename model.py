@@ -281,12 +281,12 @@ class FLM(nn.Module):
 # the loss
 
 
-def loss_parts(model, grid, v: Vocab, silence_share=1.0, rng=None):
+def loss_parts(model, grid, v: Vocab, depth_share=(1.0, 1.0), rng=None):
     """The four cross-entropies of Eq. 3, and how many wait tokens there are for each monologue token.
 
     grid (B, 17, T) -> {"semantic", "acoustic", "mono", "wait"}: means over the tokens of each kind, and "waits".
-    Empty speak tokens carry no loss. silence_share: of the frames in which the model is silent, and was and will be in
-    the next, only this share enters the depth transformer (chosen by the torch.Generator rng).
+    Empty speak tokens carry no loss. depth_share: which shares of the frames of speech (and those beside them) and of the
+    frames of silence enter the depth transformer, drawn by the torch.Generator rng; the rest costs nothing.
     """
     h, target = model(grid[..., :-1]), grid[..., 1:]
     h, text = h.flatten(0, 1), target[:, TEXT].flatten()
@@ -295,11 +295,10 @@ def loss_parts(model, grid, v: Vocab, silence_share=1.0, rng=None):
     parts = {"mono": mean_where(ce, ~wait), "wait": mean_where(ce, wait), "waits": wait.sum() / (~wait).sum().clamp(min=1)}
 
     codes = target[:, SPEAK].transpose(1, 2)  # (B, T-1, K)
-    chosen = (codes != v.empty).any(-1)
-    if silence_share < 1:
-        speaks = (codes != torch.tensor(v.silence[-1], device=grid.device)).any(-1)
-        near = F.max_pool1d(speaks[:, None].float(), 3, 1, 1)[:, 0] > 0
-        chosen &= near | (torch.rand(near.shape, generator=rng).to(grid.device) < silence_share)
+    speaks = (codes != torch.tensor(v.silence[-1], device=grid.device)).any(-1)
+    speaks = F.max_pool1d(speaks[:, None].float(), 3, 1, 1)[:, 0] > 0
+    share = torch.where(speaks, *depth_share)
+    chosen = (codes != v.empty).any(-1) & (torch.rand(share.shape, generator=rng).to(grid.device) < share)
     codes = codes.flatten(0, 1)[chosen.flatten()]  # (N, K)
     logits = model.depth(h[chosen.flatten()], codes).float()
     ce = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none").view(-1, K)

@@ -16,7 +16,9 @@ The toy world is the smallest world that needs everything a spoken chatbot needs
     opposite of big              -> small
     count from three to seven    -> three four ... seven    a long answer, good to interrupt
 
-Held out, never trained on: a fifth of all word triples and of all number pairs, and two of the user voices.
+Held out, never trained on: a fifth of all word triples and of all number pairs, and two of the user voices. Besides the
+dialogues there are sentences, words in any order, which the users or the model say: a line with a single turn. They stand for
+the audio books of the paper's post-training.
 The speech is real synthetic speech, by espeak-ng or any other command. To keep the world small, the model's voice
 speaks word by word, each word beginning on a frame; the users speak whole sentences at any time.
 """
@@ -52,11 +54,15 @@ NUMBERS = "one two three four five six seven eight nine ten eleven twelve".split
 OPPOSITES = dict(pair.split("/") for pair in "big/small hot/cold left/right day/night up/down".split())
 OPPOSITES |= {b: a for a, b in OPPOSITES.items()}
 WORDS = NUMBERS + list(OPPOSITES) + "red green cat fish sun moon tree apple".split()  # 30
+LITTLE = "repeat count from to what comes after opposite of".split()  # the other words of the requests
 SHARES = {"repeat": 0.45, "count": 0.35, "next": 0.1, "opposite": 0.1}  # of the requests
 
+RING = random.Random(0).sample(NUMBERS, len(NUMBERS))
+HELD_OUT_PAIRS = {frozenset(pair) for pair in zip(RING, RING[1:] + RING[:1])}  # 12 of 66, each number in two of them
 
-def held_out(*words):
-    """Whether this combination belongs to the fifth that is never trained on."""
+
+def held_out_triple(words):
+    """Whether these three words, in this order, belong to the fifth that is never trained on."""
     return hashlib.sha256(" ".join(words).encode()).digest()[0] < 51
 
 
@@ -65,18 +71,30 @@ def make_request(kind, test, rng):
     while True:
         if kind == "repeat":
             words = rng.sample(WORDS, 3)
-            if held_out(*words) == test:
+            if held_out_triple(words) == test:
                 return "repeat " + " ".join(words), " ".join(words)
         elif kind == "count":
-            a, b = sorted(rng.sample(range(len(NUMBERS)), 2))
-            if held_out(NUMBERS[a], NUMBERS[b]) == test:
-                return f"count from {NUMBERS[a]} to {NUMBERS[b]}", " ".join(NUMBERS[a:b + 1])
+            a, b = rng.sample(range(len(NUMBERS)), 2)
+            if (frozenset((NUMBERS[a], NUMBERS[b])) in HELD_OUT_PAIRS) == test:
+                way = NUMBERS[a:b + 1] if a < b else NUMBERS[b:a + 1][::-1]
+                return f"count from {NUMBERS[a]} to {NUMBERS[b]}", " ".join(way)
         elif kind == "next":
             i = rng.randrange(len(NUMBERS) - 1)
             return "what comes after " + NUMBERS[i], NUMBERS[i + 1]
         else:
             word = rng.choice(sorted(OPPOSITES))
             return "opposite of " + word, OPPOSITES[word]
+
+
+def make_sentence(vocabulary, rng):
+    """Three to five words in any order, for post-training: its text is no use for guessing what comes next, so whoever
+    shall write it down must hear every word. Nothing that is held out occurs in it."""
+    while True:
+        words = [rng.choice(vocabulary) for _ in range(rng.randint(3, 5))]
+        numbers = [w for w in words if w in NUMBERS]
+        if not any(held_out_triple(words[i:i + 3]) for i in range(len(words) - 2)) and \
+                not any(frozenset((a, b)) in HELD_OUT_PAIRS for a in numbers for b in numbers):
+            return " ".join(words)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,53 +213,62 @@ def on_frames(words, gap=0.04):
     return np.concatenate(padded), starts.round(4).tolist()
 
 
-def make_toy(out, items, tests, voices, seed, tts):
+def make_toy(out, items, tests, sentences, voices, seed, tts):
     """Speak the toy world into the folder `out`: user/*.flac, model/*.flac, manifest.jsonl."""
-    global SYNTHESISER  # the forks inherit it
+    global SYNTHESISER  # the processes that speak inherit it
     if os.path.exists(out):
         raise ValueError(f"{out}: is there already; remove it, or name another folder with --out")
     SYNTHESISER = Command(tts) if tts else Espeak()
     rng = random.Random(seed)
     known = user_voices(voices, seed)
-    dialogues, jobs = [], []
+    lines = []
+
+    def add(kind, split, *texts):
+        path = f"user/{len(lines):06d}.flac"
+        turns = [{"role": "user", "voice": rng.choice(NEW_VOICES if split == "new" else known), "text": texts[0], "audio": path},
+                 *({"role": "model", "voice": "model", "text": text, "audio": f"model/{text.replace(' ', '-')}.flac"}
+                   for text in texts[1:])]
+        lines.append({"id": len(lines), "kind": kind, "split": split, "turns": [t for t in turns if t["text"]]})
+
+    for split, n in (("train", sentences), ("seen", sentences // 40)):
+        for _ in range(n):
+            add("heard", split, make_sentence(WORDS + LITTLE, rng))
+        for _ in range(n // 4):
+            add("said", split, "", make_sentence(WORDS, rng))
+    for split, n in (("train", items), ("seen", tests), ("new", tests)):
+        for kind in rng.choices(list(SHARES), SHARES.values(), k=n):
+            add(kind, split, *make_request(kind, split != "train", rng))
+
     work = out + ".partial"
     shutil.rmtree(work, ignore_errors=True)
     for folder in ("user", "model", "words"):
         os.makedirs(os.path.join(work, folder))
-    for split, n in (("train", items), ("seen", tests), ("new", tests)):
-        for kind in rng.choices(list(SHARES), SHARES.values(), k=n):
-            request, answer = make_request(kind, split != "train", rng)
-            voice = rng.choice(NEW_VOICES if split == "new" else known)
-            path = f"user/{len(dialogues):06d}.flac"
-            turns = [{"role": "user", "voice": voice, "text": request, "audio": path},
-                     {"role": "model", "voice": "model", "text": answer, "audio": f"model/{answer.replace(' ', '-')}.flac"}]
-            dialogues.append({"id": len(dialogues), "kind": kind, "split": split, "turns": turns})
-            jobs.append((os.path.join(work, path), request, voice, rng.randint(140, 190), rng.randint(35, 65)))
-    vocabulary = sorted({w for d in dialogues for w in d["turns"][1]["text"].split()})
-    speak_all([(os.path.join(work, f"words/{w}.flac"), w, MODEL_VOICE, 170, 50) for w in vocabulary], "words")
-    words = {w: soundfile.read(os.path.join(work, f"words/{w}.flac"), dtype="float32")[0] for w in vocabulary}
+    said = [t for d in lines for t in d["turns"] if t["role"] == "model"]
+    words = {w: os.path.join(work, f"words/{w}.flac") for w in sorted({w for t in said for w in t["text"].split()})}
+    speak_all([(path, w, MODEL_VOICE, 170, 50) for w, path in words.items()], "words")
+    words = {w: read_audio(path).numpy() for w, path in words.items()}
     shutil.rmtree(os.path.join(work, "words"))
-    answers = {}
-    for d in dialogues:
-        turn = d["turns"][1]
+    lasting = {}
+    for turn in said:
         x, turn["starts"] = on_frames([words[w] for w in turn["text"].split()])
-        if turn["audio"] not in answers:
+        if turn["audio"] not in lasting:
             write_audio(os.path.join(work, turn["audio"]), x)
-            answers[turn["audio"]] = len(x) / SAMPLE_RATE
-    seconds = speak_all(jobs, "requests")
+            lasting[turn["audio"]] = len(x) / SAMPLE_RATE
+    heard = [t for d in lines for t in d["turns"] if t["role"] == "user"]
+    jobs = [(os.path.join(work, t["audio"]), t["text"], t["voice"], rng.randint(140, 190), rng.randint(35, 65)) for t in heard]
+    lasting |= dict(zip((t["audio"] for t in heard), speak_all(jobs, "sentences and requests")))
     with open(os.path.join(work, "manifest.jsonl"), "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(d) + "\n" for d in dialogues)
+        f.writelines(json.dumps(d) + "\n" for d in lines)
     os.rename(work, out)
-    print(f"\n{'split':8}{'items':>7}{'minutes':>9}   voices")
+    print(f"\n{'split':8}{'sentences':>10}{'dialogues':>11}{'minutes':>9}   user voices")
     for split in ("train", "seen", "new"):
-        mine = [d for d in dialogues if d["split"] == split]
-        print(f"{split:8}{len(mine):7}{sum(seconds[d['id']] for d in mine) / 60:9.1f}   "
-              f"{len({d['turns'][0]['voice'] for d in mine})}")
-    pairs = [(a, b) for i, a in enumerate(NUMBERS) for b in NUMBERS[i + 1:]]
-    print(f"Held out: a fifth of the {len(WORDS)}*{len(WORDS) - 1}*{len(WORDS) - 2} word triples, "
-          f"{sum(held_out(*p) for p in pairs)} of {len(pairs)} number pairs, the voices {' and '.join(NEW_VOICES)}.")
-    print(f"Wrote {len(dialogues)} dialogues, {(sum(seconds) + sum(answers.values())) / 3600:.2f} hours, "
-          f"to {out}/manifest.jsonl")
+        mine = [d for d in lines if d["split"] == split]
+        turns = [t for d in mine for t in d["turns"]]
+        print(f"{split:8}{sum(len(d['turns']) == 1 for d in mine):10}{sum(len(d['turns']) == 2 for d in mine):11}"
+              f"{sum(lasting[t['audio']] for t in turns) / 60:9.1f}   {len({t['voice'] for t in turns if t['role'] == 'user'})}")
+    print(f"Held out: a fifth of the {len(WORDS)}*{len(WORDS) - 1}*{len(WORDS) - 2} word triples, {len(HELD_OUT_PAIRS)} of 66 "
+          f"number pairs, the voices {' and '.join(NEW_VOICES)}.")
+    print(f"Wrote {len(lines)} lines, {sum(lasting.values()) / 3600:.2f} hours of sound, to {out}/manifest.jsonl")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -339,7 +366,8 @@ def encode(data, codec_path, vocab_size, copies, skip_broken, device):
         for t in d["turns"]:
             n = copies if t["role"] == "user" and d["split"] == "train" else 1
             sounds.setdefault(t["path"], [(rng.randrange(FRAME) if t["role"] == "user" else 0,
-                                           10 ** (rng.uniform(-6, 6) / 20) if n > 1 else 1.0) for _ in range(n)])
+                                           10 ** (rng.uniform(-6, 6) / 20) if t["role"] == "user" else 1.0)
+                                          for _ in range(n)])
     jobs = sorted(((soundfile.info(p).duration, p, i) for p, v in sounds.items() for i in range(len(v))))
     where, codes, offset = {}, [], 0
     for start in tqdm(range(0, len(jobs), 32), "encode", unit="batch"):
@@ -382,7 +410,8 @@ def main():
     toy = commands.add_parser("toy", help="speak the toy world",
                               epilog="example: python prepare.py toy --items 1000 --tts 'say -v {voice} -o {out} {text}'")
     toy.add_argument("--out", default="data/toy")
-    toy.add_argument("--items", type=int, default=4000, help="dialogues to train on")
+    toy.add_argument("--items", type=int, default=6000, help="dialogues to train on")
+    toy.add_argument("--sentences", type=int, default=5000, help="sentences of users to train on; a fourth as many of the model")
     toy.add_argument("--tests", type=int, default=240, help="held-out dialogues for each of seen and new voices")
     toy.add_argument("--voices", type=int, default=24, help="user voices to train on")
     toy.add_argument("--seed", type=int, default=1)
@@ -391,7 +420,7 @@ def main():
     enc.add_argument("--data", default="data/toy")
     enc.add_argument("--codec", default="out/codec/checkpoint.pt")
     enc.add_argument("--vocab-size", type=int, default=512, help="of the text tokeniser that is trained")
-    enc.add_argument("--copies", type=int, default=2, help="of each user turn, at other places in a frame and loudness")
+    enc.add_argument("--copies", type=int, default=1, help="of each user turn, at other places in a frame and loudness")
     enc.add_argument("--skip-broken", action="store_true", help="go on after a broken line of the manifest")
     enc.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = vars(parser.parse_args())

@@ -35,7 +35,7 @@ import streams
 from mimi import FRAME, Mimi, load_checkpoint, load_weights, mel_filters, save_checkpoint
 from model import FLM, loss_parts
 from prepare import read_manifest
-from streams import Utterance, Vocab, blank, pack
+from streams import K, LISTEN, Utterance, Vocab, blank, pack
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the stages
@@ -51,7 +51,8 @@ class Stage:
     frames: int = 0  # T
     layouts: dict = None  # share of each layout at the start and at the end of the stage
     wait: float = 0.01  # gamma of Eq. 3: weight of a <wait> token, that of a monologue token being 1
-    silence: float = 1.0  # share of the model's silent frames that the depth transformer learns from
+    blot: float = 0.0  # share of the heard frames, and of the rows of heard acoustic codes, that is blotted out
+    depth: tuple = (1.0, 1.0)  # shares of the frames of speech and of silence that the depth transformer learns from
 
 
 POST = {"tts": (1, 1), "asr": (1, 1)}
@@ -68,16 +69,16 @@ STAGES = {
         Stage("codec", 2000, 8, 1.5e-3, 0),
     ),
     "tiny": (
-        Stage("post-training 1", 400, 16, 2e-3, 2e-3, 128, POST, 0.3, 0.15),
-        Stage("post-training 2", 100, 16, 2e-3, 2e-3, 128, POST, 0.3, 0.15),
-        Stage("fine-tuning 1", 500, 16, 2e-3, 2e-3, 128, FINE_1, 0.3, 0.15),
-        Stage("fine-tuning 2", 1000, 16, 2e-3, 0, 128, FADE_2, 0.3, 0.15),
+        Stage("post-training 1", 400, 16, 2e-3, 2e-3, 128, POST, 0.3, 0.15, (0.4, 0.1)),
+        Stage("post-training 2", 100, 16, 2e-3, 2e-3, 128, POST, 0.3, 0.15, (0.4, 0.1)),
+        Stage("fine-tuning 1", 500, 16, 2e-3, 2e-3, 128, FINE_1, 0.3, 0.15, (0.4, 0.1)),
+        Stage("fine-tuning 2", 1000, 16, 2e-3, 0, 128, FADE_2, 0.3, 0.15, (0.4, 0.1)),
     ),
     "small": (  # one GPU
-        Stage("post-training 1", 600, 32, 6e-4, 6e-4, 256, POST, 0.3, 0.15),
-        Stage("post-training 2", 100, 32, 6e-4, 6e-4, 256, POST, 0.3, 0.15),
-        Stage("fine-tuning 1", 700, 32, 6e-4, 6e-4, 256, FINE_1, 0.3, 0.15),
-        Stage("fine-tuning 2", 1600, 32, 6e-4, 0, 256, FADE_2, 0.3, 0.15),
+        Stage("post-training 1", 600, 32, 6e-4, 6e-4, 256, POST, 0.3, 0.15, (0.4, 0.1)),
+        Stage("post-training 2", 100, 32, 6e-4, 6e-4, 256, POST, 0.3, 0.15, (0.4, 0.1)),
+        Stage("fine-tuning 1", 700, 32, 6e-4, 6e-4, 256, FINE_1, 0.3, 0.15, (0.4, 0.1)),
+        Stage("fine-tuning 2", 1600, 32, 6e-4, 0, 256, FADE_2, 0.3, 0.15, (0.4, 0.1)),
     ),
     "7b": (
         Stage("post-training 1", 100_000, 256, 2e-4, 1e-5, 8192, POST),
@@ -113,8 +114,14 @@ class ModelJob:
                                           codebook_size=self.vocab.codebook_size)
         self.model = self.modules = FLM(self.config).to(device)
         self.device = device
-        self.dialogues = {s: [d["turns"] for d in dialogues if d["split"] == s] for s in ("train", "seen")}
-        self.fingerprint = f"{meta['codec_sha256'][:16]} {sum(map(len, self.dialogues.values()))} dialogues"
+        self.heard, self.said, self.dialogues = {}, {}, {}  # split -> turns of users, of the model, and (user, model)
+        for split in ("train", "seen"):
+            mine = [d["turns"] for d in dialogues if d["split"] == split]
+            alone = [turns[0] for turns in mine if len(turns) == 1]
+            self.heard[split] = [t for t in alone if t["role"] == "user"]
+            self.said[split] = [t for t in alone if t["role"] == "model"]
+            self.dialogues[split] = [turns for turns in mine if len(turns) == 2]
+        self.fingerprint = f"{meta['codec_sha256'][:16]} {len(dialogues)} lines"
         self.files = {"tokenizer.json": os.path.join(data, "tokenizer.json"), "codec.pt": meta["codec"]}
 
     def utterance(self, turn, rng):
@@ -125,12 +132,11 @@ class ModelJob:
     def grid(self, layout, split, rng):
         """One sample of a layout, undelayed: (17, any number of frames)."""
         v = self.vocab
-        turns = rng.choice(self.dialogues[split])
         if layout in ("tts", "asr"):
-            speaker = 1 if layout == "tts" else 0
+            turn = rng.choice((self.said if layout == "tts" else self.heard)[split])
             pause = blank(rng.randint(2, 12), v, v.empty)
-            return np.concatenate([pause, getattr(streams, layout)(self.utterance(turns[speaker], rng), v)], 1)
-        turns = [turns] + [rng.choice(self.dialogues[split]) for _ in range(rng.randint(0, 2))]
+            return np.concatenate([pause, getattr(streams, layout)(self.utterance(turn, rng), v)], 1)
+        turns = [rng.choice(self.dialogues[split]) for _ in range(rng.randint(1, 3))]
         turns = [(self.utterance(a, rng), self.utterance(b, rng)) for a, b in turns]
         gaps = [rng.randint(2, 20) for _ in turns]
         if layout != "free_response_tts":
@@ -149,12 +155,15 @@ class ModelJob:
                 layout = rng.choices(list(shares), list(shares.values()))[0]
                 grids.append(self.grid(layout, split, rng))
             rows.append(pack(grids, stage.frames, self.vocab))
-        return torch.from_numpy(np.stack(rows)).to(self.device)
+        return torch.from_numpy(np.stack(rows))
 
     def loss(self, stage, progress, split, rng):
-        grid = self.batch(stage, progress, split, rng)
         generator = torch.Generator().manual_seed(rng.getrandbits(60))
-        parts = loss_parts(self.model, grid, self.vocab, stage.silence, generator)
+        grid = self.batch(stage, progress, split, rng)
+        if split == "train" and stage.blot:
+            grid = blot_out(grid, stage.blot, self.vocab.empty, generator)
+        grid = grid.to(self.device)
+        parts = loss_parts(self.model, grid, self.vocab, stage.depth, generator)
         # both kinds of text token share one sum, divided by the number of monologue tokens
         waits = parts.pop("waits")
         total = (ALPHA_1 * parts["semantic"] + ALPHA_2 * parts["acoustic"]
@@ -166,6 +175,17 @@ class ModelJob:
 
     def load(self, saved, where):
         load_weights(self.model, saved["model"], where)
+
+
+def blot_out(grid, share, empty, generator):
+    """Leave out this share of all that is heard: whole frames, and acoustic codes throughout a row. A small model with few
+    recordings would otherwise know them by heart instead of understanding them."""
+    B, _, T = grid.shape
+    lost = torch.rand(B, K, 1, generator=generator) < share
+    lost[:, 0] = False  # the semantic codes of a row are never all lost
+    lost = lost | (torch.rand(B, 1, T, generator=generator) < share)
+    grid[:, LISTEN] = torch.where(lost, empty, grid[:, LISTEN])
+    return grid
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -122,8 +122,8 @@ def test_depth_learns_from_all_frames_of_speech_and_a_share_of_silence(flm):
     x[:, SPEAK, 8:12] = 5
     counted = []
     flm.depth.register_forward_hook(lambda m, args, out: counted.append(len(args[1])))
-    loss_parts(flm, x, V, 0.0, torch.Generator().manual_seed(0))
-    loss_parts(flm, x, V, 1.0)
+    loss_parts(flm, x, V, (1.0, 0.0), torch.Generator().manual_seed(0))
+    loss_parts(flm, x, V)
     assert counted == [4 + 2, 19]
 
 

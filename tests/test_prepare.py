@@ -12,8 +12,8 @@ import torch
 import prepare
 from conftest import run
 from mimi import FRAME, Mimi, read_audio
-from prepare import (MODEL_VOICE, NEW_VOICES, NUMBERS, OPPOSITES, WORDS, Espeak, held_out, make_request, on_frames,
-                     read_manifest, train_bpe, user_voices)
+from prepare import (HELD_OUT_PAIRS, MODEL_VOICE, NEW_VOICES, NUMBERS, OPPOSITES, WORDS, Espeak, held_out_triple, make_request,
+                     make_sentence, on_frames, read_manifest, train_bpe, user_voices)
 from streams import make_tokenizer
 
 
@@ -37,26 +37,38 @@ def test_answers_are_right_and_tests_are_held_out(kind):
             assert words[1:] == answer.split() and len(words) == 4
         elif kind == "count":
             a, b = NUMBERS.index(words[2]), NUMBERS.index(words[4])
-            assert answer.split() == NUMBERS[a:b + 1] and b > a
+            assert answer.split() == (NUMBERS[a:b + 1] if a < b else NUMBERS[b:a + 1][::-1]) and a != b
         elif kind == "next":
             assert NUMBERS.index(answer) == NUMBERS.index(words[-1]) + 1
         else:
             assert OPPOSITES[words[-1]] == answer
     if kind in ("repeat", "count"):
         assert not train & test
-        assert all(held_out(*r.replace("count from", "").replace(" to", "").replace("repeat", "").split()) for r, _ in test)
+    if kind == "repeat":
+        assert all(held_out_triple(a.split()) for _, a in test) and not any(held_out_triple(a.split()) for _, a in train)
+    if kind == "count":
+        assert {frozenset((a.split()[0], a.split()[-1])) for _, a in test} <= HELD_OUT_PAIRS
+
+
+def test_sentences_hold_nothing_that_is_held_out():
+    rng = random.Random(0)
+    assert len(HELD_OUT_PAIRS) == 12 and all(sum(w in p for p in HELD_OUT_PAIRS) == 2 for w in NUMBERS)
+    for _ in range(500):
+        words = make_sentence(WORDS, rng).split()
+        assert not any(held_out_triple(words[i:i + 3]) for i in range(len(words) - 2))
+        assert not any(set(p) <= set(words) for p in HELD_OUT_PAIRS)
 
 
 def test_voices_held_out_are_never_trained_on(world):
     for d in manifest(world):
-        assert (d["turns"][0]["voice"] in NEW_VOICES) == (d["split"] == "new")
-        assert d["turns"][0]["voice"] != MODEL_VOICE
+        for voice in [t["voice"] for t in d["turns"] if t["role"] == "user"]:
+            assert (voice in NEW_VOICES) == (d["split"] == "new") and voice != MODEL_VOICE
     assert not set(user_voices(1000, 1)) & {*NEW_VOICES, MODEL_VOICE}
 
 
 def test_the_same_seed_gives_the_same_bytes(world, tmp_path):
     out = str(tmp_path / "again")
-    prepare.make_toy(out, items=24, tests=8, voices=6, seed=1, tts=None)
+    prepare.make_toy(out, items=24, tests=8, sentences=40, voices=6, seed=1, tts=None)
     files = [os.path.relpath(os.path.join(r, f), out) for r, _, fs in os.walk(out) for f in fs]
     assert len(files) > 60
     for name in files:
@@ -86,17 +98,18 @@ def test_any_synthesiser(tmp_path):
     script = tmp_path / "tts.py"
     script.write_text("import sys, numpy, soundfile\ntext, voice, out = sys.argv[1:]\n"
                       "soundfile.write(out, 0.3 * numpy.sin(numpy.arange(len(text) * 800) / 9), 16000)\n")
-    code, out, err = run("prepare.py", "toy", "--out", tmp_path / "toy", "--items", 4, "--tests", 2,
+    code, out, err = run("prepare.py", "toy", "--out", tmp_path / "toy", "--items", 4, "--tests", 2, "--sentences", 4,
                          "--tts", f"{sys.executable} {script} {{text}} {{voice}} {{out}}")
     assert code == 0, err
     d = json.loads(open(tmp_path / "toy/manifest.jsonl").readline())
+    assert d["kind"] == "heard" and len(d["turns"]) == 1
     assert len(read_audio(str(tmp_path / "toy" / d["turns"][0]["audio"]))) > 24 * len(d["turns"][0]["text"])
-    assert "Wrote 8 dialogues" in out.splitlines()[-1]
+    assert "Wrote 13 lines" in out.splitlines()[-1]
 
 
 @pytest.mark.parametrize("tts, message", [("say {text}", "{out}"), ("false {text} {out}", "failed")])
 def test_a_synthesiser_that_does_not_work_leaves_nothing(tmp_path, tts, message):
-    code, _, err = run("prepare.py", "toy", "--out", tmp_path / "toy", "--items", 4, "--tests", 2, "--tts", tts)
+    code, _, err = run("prepare.py", "toy", "--out", tmp_path / "toy", "--items", 4, "--tests", 2, "--sentences", 4, "--tts", tts)
     assert code == 1 and message in err.splitlines()[-1] and not (tmp_path / "toy").exists()
 
 
@@ -117,7 +130,7 @@ def test_codes_are_those_of_a_live_stream(world):
     """A turn's stored codes are what the codec gives when the sound comes after silence, frame by frame."""
     codec = Mimi.load(str(world / "codec.pt"))
     codes = np.load(world / "toy/encoded/codes.npy")
-    for line in list(open(world / "toy/encoded/dialogues.jsonl"))[:6]:
+    for line in list(open(world / "toy/encoded/dialogues.jsonl"))[-6:]:
         turn = json.loads(line)["turns"][1]  # the model's: begins on a frame
         copy = turn["copies"][0]
         x = read_audio(str(world / "toy/model" / (turn["text"].replace(" ", "-") + ".flac")))
@@ -132,7 +145,9 @@ def test_codes_are_those_of_a_live_stream(world):
 
 def test_tokens_know_their_frames(world):
     for line in open(world / "toy/encoded/dialogues.jsonl"):
-        model = json.loads(line)["turns"][1]
+        model = json.loads(line)["turns"][-1]
+        if model["role"] == "user":
+            continue
         assert len(model["starts"]) == len(model["tokens"]) and model["starts"][0] == 0
         assert model["starts"] == sorted(model["starts"]) and model["starts"][-1] < model["copies"][0]["speech"]
 
@@ -140,7 +155,9 @@ def test_tokens_know_their_frames(world):
 def broken(world, tmp_path, what):
     folder = tmp_path / "toy"
     folder.mkdir()
-    lines = [json.loads(line) for line in open(world / "toy/manifest.jsonl")][:3]
+    lines = [{**json.loads(line), "id": i} for i, line in enumerate(list(open(world / "toy/manifest.jsonl"))[-3:])]
+    for d in lines:
+        d["split"] = "train"
     for d in lines:
         for t in d["turns"]:
             t["audio"] = str(world / "toy" / t["audio"])

@@ -20,8 +20,8 @@ from mimi import load_checkpoint
 from streams import K, LISTEN, SPEAK, TEXT
 from train import STAGES, CodecJob, ModelJob, Stage
 
-SHORT = [Stage("one", 14, 2, 1e-3, 1e-3, 48, {"tts": (1, 0), "asr": (0, 1)}, 0.3, 0.2),
-         Stage("two", 26, 2, 1e-3, 0, 48, {"asr_response_tts": (1, 1), "free_response_tts": (1, 1)}, 0.3, 0.2)]
+SHORT = [Stage("one", 14, 2, 1e-3, 1e-3, 48, {"tts": (1, 0), "asr": (0, 1)}, 0.3, 0.1, (0.5, 0.2)),
+         Stage("two", 26, 2, 1e-3, 0, 48, {"asr_response_tts": (1, 1), "free_response_tts": (1, 1)}, 0.3, 0.1, (0.5, 0.2))]
 
 # a run of the model and of the codec, saving after every step
 SCRIPT = """
