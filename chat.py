@@ -73,7 +73,7 @@ class Speaker:
         return text, self.codec.decode_step(said[..., None], talk.codec)
 
     def draw_text(self, logits, talk):
-        text = sample(logits, self.text, talk.generator, talk.recent)
+        text = sample(logits[:, :self.vocab.text_size], self.text, talk.generator, talk.recent)
         written = torch.where(text == self.vocab.wait, -1, text)
         talk.recent = torch.cat([talk.recent[:, 1:], written[:, None]], 1)
         return text

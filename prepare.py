@@ -87,10 +87,10 @@ def make_request(kind, test, rng):
 
 
 def make_sentence(vocabulary, rng):
-    """Three to five words in any order, for post-training: its text is no use for guessing what comes next, so whoever
+    """One to four words in any order, for post-training: its text is no use for guessing what comes next, so whoever
     shall write it down must hear every word. Nothing that is held out occurs in it."""
     while True:
-        words = [rng.choice(vocabulary) for _ in range(rng.randint(3, 5))]
+        words = [rng.choice(vocabulary) for _ in range(rng.randint(1, 4))]
         numbers = [w for w in words if w in NUMBERS]
         if not any(held_out_triple(words[i:i + 3]) for i in range(len(words) - 2)) and \
                 not any(frozenset((a, b)) in HELD_OUT_PAIRS for a in numbers for b in numbers):
@@ -410,8 +410,8 @@ def main():
     toy = commands.add_parser("toy", help="speak the toy world",
                               epilog="example: python prepare.py toy --items 1000 --tts 'say -v {voice} -o {out} {text}'")
     toy.add_argument("--out", default="data/toy")
-    toy.add_argument("--items", type=int, default=6000, help="dialogues to train on")
-    toy.add_argument("--sentences", type=int, default=5000, help="sentences of users to train on; a fourth as many of the model")
+    toy.add_argument("--items", type=int, default=9000, help="dialogues to train on")
+    toy.add_argument("--sentences", type=int, default=4000, help="sentences of users to train on; a fourth as many of the model")
     toy.add_argument("--tests", type=int, default=240, help="held-out dialogues for each of seen and new voices")
     toy.add_argument("--voices", type=int, default=24, help="user voices to train on")
     toy.add_argument("--seed", type=int, default=1)
