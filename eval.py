@@ -36,7 +36,7 @@ import train
 from chat import Speaker
 from mimi import FRAME, SAMPLE_RATE, LogMel, load_checkpoint, load_weights, read_audio, replace_when_done, write_audio
 from prepare import SHARES, read_manifest
-from train import LETTERS, CodecJob, Stage
+from train import LETTERS, CodecJob, Stage, letters_loss
 
 LEAD = 1.0  # seconds of silence before the user speaks
 LISTEN_ON = 2.5  # seconds that a recording goes on after the expected answer
@@ -100,8 +100,7 @@ class RecogniserJob(CodecJob):
     def loss(self, stage, progress, split, rng):
         wav, words = self.batch(stage, split, rng)
         logits = self.model(wav, rng if split == "train" else None)
-        loss = F.ctc_loss(logits.log_softmax(-1).transpose(0, 1), torch.tensor(sum(words, [])),
-                          torch.full((len(wav),), logits.shape[1]), torch.tensor([len(w) for w in words]), zero_infinity=True)
+        loss = letters_loss(logits, words)
         return loss, {"letters": loss}
 
     def state(self):
@@ -262,7 +261,8 @@ def word_seconds(items):
 
 
 def reconstruct(codec, x):
-    return codec.decode(codec.encode(x[None, None]))[0, 0, :len(x)]
+    device = next(codec.parameters()).device
+    return codec.decode(codec.encode(x[None, None].to(device)))[0, 0, :len(x)].cpu()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -223,18 +223,21 @@ def make_toy(out, items, tests, sentences, voices, seed, tts):
     known = user_voices(voices, seed)
     lines = []
 
-    def add(kind, split, *texts):
-        path = f"user/{len(lines):06d}.flac"
-        turns = [{"role": "user", "voice": rng.choice(NEW_VOICES if split == "new" else known), "text": texts[0], "audio": path},
-                 *({"role": "model", "voice": "model", "text": text, "audio": f"model/{text.replace(' ', '-')}.flac"}
-                   for text in texts[1:])]
-        lines.append({"id": len(lines), "kind": kind, "split": split, "turns": [t for t in turns if t["text"]]})
+    def add(kind, split, request=None, answer=None):
+        voice = rng.choice(NEW_VOICES if split == "new" else known)
+        turns = []
+        if request:
+            turns.append({"role": "user", "voice": voice, "text": request, "audio": f"user/{len(lines):06d}.flac"})
+        if answer:
+            path = f"model/{answer.replace(' ', '-')}.flac"
+            turns.append({"role": "model", "voice": "model", "text": answer, "audio": path})
+        lines.append({"id": len(lines), "kind": kind, "split": split, "turns": turns})
 
     for split, n in (("train", sentences), ("seen", sentences // 40)):
         for _ in range(n):
-            add("heard", split, make_sentence(WORDS + LITTLE, rng))
+            add("heard", split, request=make_sentence(WORDS + LITTLE, rng))
         for _ in range(n // 4):
-            add("said", split, "", make_sentence(WORDS, rng))
+            add("said", split, answer=make_sentence(WORDS, rng))
     for split, n in (("train", items), ("seen", tests), ("new", tests)):
         for kind in rng.choices(list(SHARES), SHARES.values(), k=n):
             add(kind, split, *make_request(kind, split != "train", rng))

@@ -244,9 +244,7 @@ class CodecJob:
             "spectrum": sum(s(y, wav) for s in spectra) / len(spectra),
             "wave": (y - wav).abs().mean(),
             "commitment": commitment,
-            "letters": F.ctc_loss(logits.log_softmax(-1).transpose(0, 1), torch.tensor(sum(words, [])),
-                                  torch.full((len(wav),), logits.shape[1]), torch.tensor([len(w) for w in words]),
-                                  zero_infinity=True)}
+            "letters": letters_loss(logits, words)}
         return parts["spectrum"] + parts["wave"] + 0.25 * parts["commitment"] + 0.7 * parts["letters"], parts
 
     def state(self):
@@ -255,6 +253,12 @@ class CodecJob:
     def load(self, saved, where):
         load_weights(self.model, saved["model"], where)
         load_weights(self.letters, saved["letters"], where)
+
+
+def letters_loss(logits, words):
+    """Connectionist temporal classification: logits (B, T, letters) against the letters of each item."""
+    return F.ctc_loss(logits.log_softmax(-1).transpose(0, 1), torch.tensor(sum(words, []), device=logits.device),
+                      torch.full((len(logits),), logits.shape[1]), torch.tensor([len(w) for w in words]), zero_infinity=True)
 
 
 class Spectrum(nn.Module):
@@ -292,108 +296,123 @@ def bf16_is_faster(device):
     return seconds(torch.bfloat16) < 0.7 * seconds(torch.float32)
 
 
-def train(job, stages, out, minutes=None, resume=False, seed=1, save_every=60.0):
-    """Run all stages; write out/checkpoint.pt, out/log.jsonl and what else chat.py needs. Returns the path."""
-    path, log_path = os.path.join(out, "checkpoint.pt"), os.path.join(out, "log.jsonl")
-    params = [p for p in job.modules.parameters() if p.requires_grad]
-    decay = [p for p in params if p.ndim > 1]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05},
-                                   {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}],
-                                  lr=0, betas=(0.9, 0.98), fused=True)
-    # where the run stands: steps of each stage (None: not known yet), this stage, the step in it
-    at = {"plan": [None if minutes else s.steps for s in stages], "stage": 0, "step": 0,
-          "bf16": bf16_is_faster(job.device)}
-    if os.path.exists(path):
-        if not resume:
-            raise ValueError(f"{path}: is there already; --resume goes on with it, --out names another folder")
-        saved = load_checkpoint(path, job.kind)
-        if saved["config"] != dataclasses.asdict(job.config) or saved["data"] != job.fingerprint:
-            raise ValueError(f"{path}: was trained with another config or on other data; --out names another folder")
-        if [s["name"] for s in saved["stages"]] != [s.name for s in stages]:
-            raise ValueError(f"{path}: was trained in other stages; --out names another folder")
-        job.load(saved, path)
-        optimizer.load_state_dict(saved["optimizer"])
-        at = saved["at"]
-    os.makedirs(out, exist_ok=True)
-    for name, source in job.files.items():
-        if not os.path.exists(source):
-            raise FileNotFoundError(f"{source}: not there; the data in use was encoded with it")
-        with mimi.replace_when_done(os.path.join(out, name)) as temporary:
-            shutil.copyfile(source, temporary)
+class Run:
+    """A job on its way through the stages, kept in the folder `out`: checkpoint.pt, log.jsonl, and what else chat.py needs."""
 
-    def save():
-        save_checkpoint(path, job.kind, job.config, **job.state(), optimizer=optimizer.state_dict(), at=at, data=job.fingerprint,
-                        stages=[dataclasses.asdict(s) for s in stages])
+    def __init__(self, job, stages, out, minutes=None, resume=False, seed=1):
+        self.job, self.stages, self.out, self.minutes, self.seed = job, stages, out, minutes, seed
+        self.path = os.path.join(out, "checkpoint.pt")
+        self.params = [p for p in job.modules.parameters() if p.requires_grad]
+        groups = [{"params": [p for p in self.params if p.ndim > 1], "weight_decay": 0.05},
+                  {"params": [p for p in self.params if p.ndim <= 1], "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=0, betas=(0.9, 0.98), fused=True)
+        # where it stands: steps of each stage (None: not known yet), the stage, the step in it
+        self.at = {"plan": [None if minutes else s.steps for s in stages], "stage": 0, "step": 0,
+                   "bf16": bf16_is_faster(job.device)}
+        if os.path.exists(self.path):
+            if not resume:
+                raise ValueError(f"{self.path}: is there already; --resume goes on with it, --out names another folder")
+            self.restore()
+        os.makedirs(out, exist_ok=True)
+        for name, source in job.files.items():
+            if not os.path.exists(source):
+                raise FileNotFoundError(f"{source}: not there; the data in use was encoded with it")
+            with mimi.replace_when_done(os.path.join(out, name)) as temporary:
+                shutil.copyfile(source, temporary)
 
-    def log(**entry):
-        with open(log_path, "a") as f:
+    def restore(self):
+        saved = load_checkpoint(self.path, self.job.kind)
+        if saved["config"] != dataclasses.asdict(self.job.config) or saved["data"] != self.job.fingerprint:
+            raise ValueError(f"{self.path}: was trained with another config or on other data; --out names another folder")
+        if [s["name"] for s in saved["stages"]] != [s.name for s in self.stages]:
+            raise ValueError(f"{self.path}: was trained in other stages; --out names another folder")
+        self.job.load(saved, self.path)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.at = saved["at"]
+
+    def save(self):
+        save_checkpoint(self.path, self.job.kind, self.job.config, **self.job.state(), data=self.job.fingerprint, at=self.at,
+                        optimizer=self.optimizer.state_dict(), stages=[dataclasses.asdict(s) for s in self.stages])
+
+    def log(self, **numbers):
+        entry = {"stage": self.stages[self.at["stage"]].name, "step": self.at["step"], **numbers}
+        with open(os.path.join(self.out, "log.jsonl"), "a") as f:
             f.write(json.dumps(entry) + "\n")
 
-    autocast = lambda: torch.autocast(job.device, torch.bfloat16, enabled=at["bf16"])
-    total = sum(s.steps for s in stages)
-    saved_at = time.monotonic()
+    def autocast(self):
+        return torch.autocast(self.job.device, torch.bfloat16, enabled=self.at["bf16"])
+
+    def step(self, stage, progress):
+        """One step of the optimiser. Returns the loss, its parts and the learning rate."""
+        number = self.at["step"]
+        rng = random.Random(f"{self.seed} {self.at['stage']} {number}")
+        torch.manual_seed(rng.getrandbits(60))
+        lr = stage.lr_end + (stage.lr - stage.lr_end) * (0.5 + 0.5 * math.cos(math.pi * progress))
+        if self.at["stage"] == 0:
+            lr *= min(1, (number + 1) / WARMUP)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        with self.autocast():
+            loss, parts = self.job.loss(stage, progress, "train", rng)
+        if not torch.isfinite(loss):
+            raise ValueError(f"the loss is {loss.item()} at step {number} of {stage.name}; "
+                             f"{self.path} holds the last good state")
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.params, 1.0)
+        self.optimizer.step()
+        self.at["step"] += 1
+        return loss, parts, lr
+
+    @torch.no_grad()
+    def held_out(self, stage, batches=4):
+        """Mean of each part of the loss, over the same batches of held-out items every time; logged."""
+        self.job.modules.eval()
+        sums = {}
+        for i in range(batches):
+            with self.autocast():
+                _, parts = self.job.loss(stage, 1.0, "seen", random.Random(i))
+            for name, value in parts.items():
+                sums[name] = sums.get(name, 0) + value.item() / batches
+        self.job.modules.train()
+        self.log(split="held-out", **{name: round(value, 4) for name, value in sums.items()})
+        return sums
+
+
+CALIBRATION = 30  # steps by which --minutes learns the speed of the machine
+
+
+def train(job, stages, out, minutes=None, resume=False, seed=1, save_every=60.0):
+    """Run all stages, or, with resume, what is left of them. Returns the path of the checkpoint."""
+    run = Run(job, stages, out, minutes, resume, seed)
+    at, saved_at = run.at, time.monotonic()
     while at["stage"] < len(stages):
-        stage = stages[at["stage"]]
-        plan = at["plan"][at["stage"]]
+        stage, plan = stages[at["stage"]], at["plan"][at["stage"]]
         bar = tqdm(total=plan, initial=at["step"], desc=f"{stage.name:16}", unit="step", mininterval=1)
-        begun = time.monotonic()
+        begun, first = time.monotonic(), at["step"]
         while plan is None or at["step"] < plan:
-            step = at["step"]
-            if plan is None and step == 12:  # the machine's speed is known: fix the length of the stage
-                each = (time.monotonic() - begun) / 10
-                plan = at["plan"][at["stage"]] = max(13, round(60 * minutes * stage.steps / total / each))
-                bar.reset(plan)
-                bar.update(step)
-            if step == 2:
-                begun = time.monotonic()
-            progress = step / plan if plan else 0.0
-            rng = random.Random(f"{seed} {at['stage']} {step}")
-            torch.manual_seed(rng.getrandbits(60))
-            lr = stage.lr_end + (stage.lr - stage.lr_end) * (0.5 + 0.5 * math.cos(math.pi * progress))
-            if at["stage"] == 0:
-                lr *= min(1, (step + 1) / WARMUP)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            with autocast():
-                loss, parts = job.loss(stage, progress, "train", rng)
-            if not torch.isfinite(loss):
-                raise ValueError(f"the loss is {loss.item()} at step {step} of {stage.name}; {path} holds the last good state")
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(params, 1.0)
-            optimizer.step()
-            at["step"] = step + 1
+            loss, parts, lr = run.step(stage, at["step"] / plan if plan else 0.0)
             bar.update()
-            if step % 10 == 0:
-                numbers = {k: round(v.item(), 4) for k, v in parts.items()}
-                bar.set_postfix({k: f"{v:.2f}" for k, v in numbers.items()}, refresh=False)
-                log(stage=stage.name, step=step, lr=lr, loss=round(loss.item(), 4), **numbers)
+            if plan is None and at["step"] >= first + CALIBRATION:
+                each = (time.monotonic() - begun) / CALIBRATION
+                share = stage.steps / sum(s.steps for s in stages)
+                plan = at["plan"][at["stage"]] = max(at["step"], round(60 * minutes * share / each))
+                bar.total = plan
+            if at["step"] % 10 == 1:
+                numbers = {name: round(value.item(), 4) for name, value in parts.items()}
+                bar.set_postfix({name: f"{value:.2f}" for name, value in numbers.items()}, refresh=False)
+                run.log(lr=lr, loss=round(loss.item(), 4), **numbers)
             if plan and at["step"] % math.ceil(plan / 4) == 0 and at["step"] < plan:
-                log(stage=stage.name, step=at["step"], split="held-out", **held_out(job, stage, autocast))
+                run.held_out(stage)
             if time.monotonic() - saved_at > save_every:
-                save()
+                run.save()
                 saved_at = time.monotonic()
         bar.close()
-        numbers = held_out(job, stage, autocast)
-        log(stage=stage.name, step=at["step"], split="held-out", **numbers)
-        print(f"{stage.name}: held-out loss  " + "  ".join(f"{k} {v:.3f}" for k, v in numbers.items()), flush=True)
+        print(f"{stage.name}: held-out loss  "
+              + "  ".join(f"{name} {value:.3f}" for name, value in run.held_out(stage).items()), flush=True)
         at["stage"], at["step"] = at["stage"] + 1, 0
-        save()
-    return path
-
-
-@torch.no_grad()
-def held_out(job, stage, autocast, batches=4):
-    """Mean of each part of the loss over the same batches of held-out items every time."""
-    job.modules.eval()
-    sums = {}
-    for i in range(batches):
-        with autocast():
-            _, parts = job.loss(stage, 1.0, "seen", random.Random(i))
-        for k, v in parts.items():
-            sums[k] = sums.get(k, 0) + v.item() / batches
-    job.modules.train()
-    return {k: round(v, 4) for k, v in sums.items()}
+        run.save()
+    return run.path
 
 
 def main():
