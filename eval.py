@@ -34,7 +34,7 @@ from tqdm import tqdm
 import mimi
 import train
 from chat import Speaker
-from mimi import FRAME, SAMPLE_RATE, LogMel, load_checkpoint, load_weights, read_audio, replace_when_done, write_audio
+from mimi import FRAME, SAMPLE_RATE, LogMel, load_weights, read_audio, replace_when_done, write_audio
 from prepare import SHARES, read_manifest
 from train import LETTERS, CodecJob, Stage, letters_loss
 

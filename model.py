@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mimi import from_fields, load_checkpoint, load_weights
-from streams import K, LISTEN, ROWS, SPEAK, TEXT, Vocab
+from streams import K, SPEAK, TEXT, Vocab
 
 
 @dataclass(frozen=True)

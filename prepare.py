@@ -44,7 +44,7 @@ import soundfile
 import torch
 from tqdm import tqdm
 
-from mimi import FRAME, SAMPLE_RATE, Mimi, read_audio, replace_when_done, resample, write_audio
+from mimi import FRAME, SAMPLE_RATE, Mimi, read_audio, resample, write_audio
 from streams import load_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from its last checkpoint with --resume to the same weights as one that was not.
 B rows in a batch, T frames in a row, K codebooks.
 """
 import argparse
-import contextlib
 import dataclasses
 import json
 import math

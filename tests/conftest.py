@@ -1,8 +1,5 @@
 """What several tests need: a tiny world of sound, codes, a codec and a model, untrained but whole."""
-import dataclasses
-import json
 import os
-import random
 import subprocess
 import sys
 

@@ -8,9 +8,9 @@ import torch
 
 from chat import Speaker, Transcript
 from conftest import run
-from mimi import FRAME, SAMPLE_RATE, read_audio
+from mimi import FRAME, read_audio
 from model import Sampling
-from streams import K, LISTEN, ROWS, SPEAK, TEXT, delay
+from streams import LISTEN, SPEAK, TEXT, delay
 
 
 def tone(path, seconds, rate=24_000, channels=1, **kwargs):

@@ -17,7 +17,7 @@ import model
 import train
 from conftest import CODEC, FLM, ROOT, run
 from mimi import load_checkpoint
-from streams import K, LISTEN, SPEAK, TEXT
+from streams import LISTEN, SPEAK, TEXT
 from train import STAGES, CodecJob, ModelJob, Stage
 
 SHORT = [Stage("one", 14, 2, 1e-3, 1e-3, 48, {"tts": (1, 0), "asr": (0, 1)}, 0.3, 0.1, (0.5, 0.2)),
