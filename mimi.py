@@ -423,6 +423,10 @@ class Mimi(nn.Module):
         """(B, K, n) codes -> (B, 1, 1920*n) samples; the state moves on by n frames."""
         return self.decoder(self.dequantize(codes), state["decoder"])
 
+    def codebooks(self):
+        """(K, codebook_size, codebook_dim): the vectors that the codes stand for."""
+        return torch.stack([layer.embedding for layer in (*self.semantic.layers, *self.acoustic.layers)])
+
     def dequantize(self, codes):  # (B, K, T) -> (B, C, T)
         x = self.semantic.decode(codes[:, :1])
         return x + self.acoustic.decode(codes[:, 1:]) if codes.shape[1] > 1 else x

@@ -224,6 +224,19 @@ class FLM(nn.Module):
                 residual = name.endswith(("out.weight", "down.weight", "down"))
                 p.normal_(std=0.02 / (2 * self.config.layers) ** 0.5 if residual else 0.02)
 
+    @torch.no_grad()
+    def init_audio(self, codebooks, std=0.05):
+        """Let the embeddings of sound start as a random projection of the codec's own vectors, codebooks (K, A - 1, dim): codes
+        that sound alike then look alike, and the sum over a frame's acoustic codes is a picture of its sound. A model that
+        starts from scratch hears much sooner for it."""
+        for group in (slice(0, 1), slice(1, K)):  # semantic, acoustic: two vector spaces
+            vectors = codebooks[group] - codebooks[group].mean(1, keepdim=True)
+            spread = vectors.square().mean(1).sum(0).sum().sqrt()  # of the sum over the group
+            for tables in (self.speak, self.listen):
+                projection = torch.randn(vectors.shape[-1], self.config.width, device=vectors.device)
+                for table, v in zip(tables[group], vectors):
+                    table.weight[:-1] = v @ projection * (std / spread)
+
     def embed(self, grid):
         """Eq. 1: (B, 17, T) -> (B, T, D)."""
         channels = [self.text, *self.speak, *self.listen]

@@ -115,6 +115,7 @@ class ModelJob:
         self.config = dataclasses.replace(config, vocab_size=max(config.vocab_size, self.vocab.text_size),
                                           codebook_size=self.vocab.codebook_size)
         self.model = self.modules = FLM(self.config).to(device)
+        self.model.init_audio(Mimi.load(meta["codec"], device).codebooks())
         self.device = device
         self.heard, self.said, self.dialogues = {}, {}, {}  # split -> turns of users, of the model, and (user, model)
         for split in ("train", "seen"):
