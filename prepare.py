@@ -413,7 +413,7 @@ def main():
     toy = commands.add_parser("toy", help="speak the toy world",
                               epilog="example: python prepare.py toy --items 1000 --tts 'say -v {voice} -o {out} {text}'")
     toy.add_argument("--out", default="data/toy")
-    toy.add_argument("--items", type=int, default=9000, help="dialogues to train on")
+    toy.add_argument("--items", type=int, default=8000, help="dialogues to train on")
     toy.add_argument("--sentences", type=int, default=4000, help="sentences of users to train on; a fourth as many of the model")
     toy.add_argument("--tests", type=int, default=240, help="held-out dialogues for each of seen and new voices")
     toy.add_argument("--voices", type=int, default=24, help="user voices to train on")

@@ -60,7 +60,7 @@ FINE_2 = {"response_tts": (0.3, 0.3), "free_response_tts": (0.7, 0.7)}
 
 # The toy model learns to speak one voice quickly and to hear many slowly, so it hears more. Fine-tuning 2 takes <asr> away
 # gradually (a share below 0 is none: gone half-way); all at once would cost minutes.
-POST_TINY = {"tts": (1, 1), "asr": (3, 3)}
+POST_TINY = {"tts": (1, 1), "asr": (2, 2)}
 FADE_2 = {"asr_response_tts": (0.7, -0.7), "asr": (0.2, 0.2), **FINE_2}
 
 # Why the wait weight of `tiny` is 0.3 and not the paper's 0.01: <wait> fills nine of ten frames, and a 7B language model
@@ -71,16 +71,16 @@ STAGES = {
         Stage("codec", 2200, 8, 1.5e-3, 0),
     ),
     "tiny": (
-        Stage("post-training 1", 350, 16, 1.5e-3, 1.5e-3, 128, POST_TINY, 0.3, 0.2, (0.4, 0.1)),
-        Stage("post-training 2", 50, 16, 1.5e-3, 1.5e-3, 128, POST_TINY, 0.3, 0.2, (0.4, 0.1)),
-        Stage("fine-tuning 1", 400, 16, 1.5e-3, 1.5e-3, 128, FINE_1, 0.3, 0.2, (0.4, 0.1)),
-        Stage("fine-tuning 2", 1200, 16, 1.5e-3, 0, 128, FADE_2, 0.3, 0.2, (0.4, 0.1)),
+        Stage("post-training 1", 400, 16, 1.5e-3, 1.5e-3, 128, POST_TINY, 0.3, 0.15, (0.4, 0.1)),
+        Stage("post-training 2", 100, 16, 1.5e-3, 1.5e-3, 128, POST_TINY, 0.3, 0.15, (0.4, 0.1)),
+        Stage("fine-tuning 1", 500, 16, 1.5e-3, 1.5e-3, 128, FINE_1, 0.3, 0.15, (0.4, 0.1)),
+        Stage("fine-tuning 2", 1000, 16, 1.5e-3, 0, 128, FADE_2, 0.3, 0.15, (0.4, 0.1)),
     ),
     "small": (  # one GPU
-        Stage("post-training 1", 600, 32, 6e-4, 6e-4, 256, POST_TINY, 0.3, 0.2, (0.4, 0.1)),
-        Stage("post-training 2", 100, 32, 6e-4, 6e-4, 256, POST_TINY, 0.3, 0.2, (0.4, 0.1)),
-        Stage("fine-tuning 1", 700, 32, 6e-4, 6e-4, 256, FINE_1, 0.3, 0.2, (0.4, 0.1)),
-        Stage("fine-tuning 2", 1600, 32, 6e-4, 0, 256, FADE_2, 0.3, 0.2, (0.4, 0.1)),
+        Stage("post-training 1", 600, 32, 6e-4, 6e-4, 256, POST_TINY, 0.3, 0.15, (0.4, 0.1)),
+        Stage("post-training 2", 100, 32, 6e-4, 6e-4, 256, POST_TINY, 0.3, 0.15, (0.4, 0.1)),
+        Stage("fine-tuning 1", 700, 32, 6e-4, 6e-4, 256, FINE_1, 0.3, 0.15, (0.4, 0.1)),
+        Stage("fine-tuning 2", 1600, 32, 6e-4, 0, 256, FADE_2, 0.3, 0.15, (0.4, 0.1)),
     ),
     "7b": (
         Stage("post-training 1", 100_000, 256, 2e-4, 1e-5, 8192, POST),
@@ -245,7 +245,7 @@ class CodecJob:
             "wave": (y - wav).abs().mean(),
             "commitment": commitment,
             "letters": letters_loss(logits, words)}
-        return parts["spectrum"] + parts["wave"] + 0.25 * parts["commitment"] + 0.7 * parts["letters"], parts
+        return parts["spectrum"] + parts["wave"] + 0.25 * parts["commitment"] + 0.3 * parts["letters"], parts
 
     def state(self):
         return {"model": self.model.state_dict(), "letters": self.letters.state_dict()}
