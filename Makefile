@@ -1,6 +1,5 @@
 # make demo   from nothing to a talking model: environment, toy world, codec, four stages, three conversations, scores
 # make test   environment and test suite
-# make slow   the long checks as well
 PYTHON ?= python3
 MINUTES ?= 20
 PY = .venv/bin/python
@@ -17,12 +16,9 @@ demo: .venv/ready
 test: .venv/ready
 	$(PY) -m pytest -q
 
-slow: .venv/ready
-	$(PY) -m pytest -q -m "slow or not slow"
-
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install -q --disable-pip-version-check -e '.[toy]'
 	touch $@
 
-.PHONY: demo test slow
+.PHONY: demo test
