@@ -36,7 +36,7 @@ import train
 from chat import Speaker
 from mimi import FRAME, SAMPLE_RATE, LogMel, load_weights, read_audio, replace_when_done, write_audio
 from prepare import SHARES, read_manifest
-from train import LETTERS, CodecJob, Stage, letters_loss
+from train import LETTERS, Clips, Stage, letters_loss
 
 LEAD = 1.0  # seconds of silence before the user speaks
 LISTEN_ON = 2.5  # seconds that a recording goes on after the expected answer
@@ -89,17 +89,19 @@ class Recogniser(nn.Module):
         return "".join(LETTERS[i - 1] for i in best.tolist() if i).split()
 
 
-class RecogniserJob(CodecJob):
+class RecogniserJob:
     kind = "recogniser"
+    files = {}
 
     def __init__(self, config, data, device):
-        super().__init__(mimi.CONFIGS["tiny"], data, device)
-        self.config = config
+        self.config, self.device = config, device
         self.model = self.modules = Recogniser(config).to(device)
+        self.clips = Clips(data)
+        self.fingerprint = self.clips.fingerprint
 
     def loss(self, stage, progress, split, rng):
-        wav, words = self.batch(stage, split, rng)
-        logits = self.model(wav, rng if split == "train" else None)
+        wav, words = self.clips.batch(stage, split, rng)
+        logits = self.model(wav.to(self.device), rng if split == "train" else None)
         loss = letters_loss(logits, words)
         return loss, {"letters": loss}
 

@@ -347,7 +347,7 @@ class Codebook(nn.Module):
         self.embedding_sum.lerp_(one_hot.T @ x, 1 - decay)
         restart = self.cluster_usage < dead
         sample = x[torch.randint(len(x), (len(restart),), device=x.device)]
-        self.embedding_sum[restart] = sample[restart] * 1.0
+        self.embedding_sum[restart] = sample[restart]
         self.cluster_usage[restart] = 1.0
 
 

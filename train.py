@@ -198,18 +198,10 @@ def blot_out(grid, share, empty, generator):
 LETTERS = " abcdefghijklmnopqrstuvwxyz"
 
 
-class CodecJob:
-    """The sound files of a manifest. Loss: spectra, waveform, commitment, and letters: a CTC head reads the words off the
-    first codebook, a cheap stand-in for Mimi's distillation that makes its codes tell what is said and not who says it."""
-    kind = "codec"
-    files = {}
+class Clips:
+    """The sound files of a manifest and what is said in them."""
 
-    def __init__(self, config, data, device):
-        self.config, self.device = config, device
-        self.model = Mimi(config)
-        self.letters = nn.Linear(config.dim, 4 * (len(LETTERS) + 1))  # four guesses a frame
-        self.modules = nn.ModuleList([self.model, self.letters]).to(device)
-        self.spectra = [Spectrum(n).to(device) for n in (256, 512, 1024, 2048)]
+    def __init__(self, data):
         dialogues = read_manifest(os.path.join(data, "manifest.jsonl"))
         self.clips = {split: sorted({(t["path"], t["text"]) for d in dialogues if d["split"] == split for t in d["turns"]})
                       for split in ("train", "seen")}
@@ -230,10 +222,27 @@ class CodecJob:
                 self.sounds[path] = soundfile.read(path, dtype="int16")[0]
             x = torch.from_numpy(self.sounds[path]).float() / 32768
             row[0, lead:lead + len(x)] = x * 10 ** (rng.uniform(-6, 6) / 20)
-        return wav.to(self.device), [[1 + LETTERS.index(c) for c in text if c in LETTERS] for _, text in pool]
+        return wav, [[1 + LETTERS.index(c) for c in text if c in LETTERS] for _, text in pool]
+
+
+class CodecJob:
+    """Loss: spectra, waveform, commitment, and letters: a CTC head reads the words off the first codebook, a cheap stand-in
+    for Mimi's distillation that makes its codes tell what is said and not who says it."""
+    kind = "codec"
+    files = {}
+
+    def __init__(self, config, data, device):
+        self.config, self.device = config, device
+        self.model = Mimi(config)
+        self.letters = nn.Linear(config.dim, 4 * (len(LETTERS) + 1))  # four guesses a frame
+        self.modules = nn.ModuleList([self.model, self.letters]).to(device)
+        self.spectra = [Spectrum(n).to(device) for n in (256, 512, 1024, 2048)]
+        self.clips = Clips(data)
+        self.fingerprint = self.clips.fingerprint
 
     def loss(self, stage, progress, split, rng):
-        wav, words = self.batch(stage, split, rng)
+        wav, words = self.clips.batch(stage, split, rng)
+        wav = wav.to(self.device)
         training = split == "train"
         K = self.config.codebooks
         depth = [rng.randint(1, K) if training and rng.random() < 0.4 else K for _ in wav]

@@ -18,7 +18,7 @@ import train
 from conftest import CODEC, FLM, ROOT, run
 from mimi import load_checkpoint
 from streams import LISTEN, SPEAK, TEXT
-from train import STAGES, CodecJob, ModelJob, Stage
+from train import STAGES, ModelJob, Stage
 
 SHORT = [Stage("one", 14, 2, 1e-3, 1e-3, 48, {"tts": (1, 0), "asr": (0, 1)}, 0.3, 0.1, (0.5, 0.2)),
          Stage("two", 26, 2, 1e-3, 0, 48, {"asr_response_tts": (1, 1), "free_response_tts": (1, 1)}, 0.3, 0.1, (0.5, 0.2))]
