@@ -345,7 +345,7 @@ def tokens_of(turn, tokenizer):
     words = [tokenizer.encode_ordinary(" " + w) for w in turn["text"].split()]
     out = {"tokens": [t for w in words for t in w]}
     if "starts" in turn:
-        out["starts"] = [int(s * SAMPLE_RATE / FRAME) + i for w, s in zip(words, turn["starts"]) for i in range(len(w))]
+        out["starts"] = [round(s * SAMPLE_RATE) // FRAME + i for w, s in zip(words, turn["starts"]) for i in range(len(w))]
     return out
 
 

@@ -152,6 +152,12 @@ def test_tokens_know_their_frames(world):
         assert model["starts"] == sorted(model["starts"]) and model["starts"][-1] < model["copies"][0]["speech"]
 
 
+def test_a_word_that_begins_on_a_frame_belongs_to_it():
+    t = make_tokenizer(train_bpe([" a"], 400), prepare.PATTERN)
+    turn = {"text": " ".join("a" * 400), "starts": [round(i * 0.08, 4) for i in range(400)]}
+    assert prepare.tokens_of(turn, t)["starts"] == list(range(400))
+
+
 def broken(world, tmp_path, what):
     folder = tmp_path / "toy"
     folder.mkdir()
