@@ -3,15 +3,16 @@
 PYTHON ?= python3
 MINUTES ?= 20
 PY = .venv/bin/python
-# MINUTES is for all of it on two CPU cores: some five go into speaking, encoding and evaluating, the rest is training.
-part = $(shell awk 'BEGIN { print ($(MINUTES) - 5.5) * $(1) }')
+# MINUTES is for all of it. More minutes also get more to hear; what is left of them after each step is trained in the next.
+BEGUN := $(shell date +%s)
+left = $$(awk "BEGIN { left = $(MINUTES) - ($$(date +%s) - $(BEGUN)) / 60; m = left * $(1) - $(2); print m > 0.5 ? m : 0.5 }")
 
 demo: .venv/ready
-	test -f data/toy/manifest.jsonl || $(PY) prepare.py toy
-	$(PY) train.py --config codec --minutes $(call part,0.3) --resume
+	test -f data/toy/manifest.jsonl || $(PY) prepare.py toy --items $$((400 * $(MINUTES))) --sentences $$((200 * $(MINUTES)))
+	$(PY) train.py --config codec --minutes $(call left,0.25,0) --resume
 	test data/toy/encoded/meta.json -nt out/codec/checkpoint.pt || $(PY) prepare.py encode
-	$(PY) train.py --config tiny --minutes $(call part,0.6) --resume
-	$(PY) eval.py --checkpoint out/tiny --asr-minutes $(call part,0.1)
+	$(PY) train.py --config tiny --minutes $(call left,1,4) --resume
+	$(PY) eval.py --checkpoint out/tiny --asr-minutes 1.5
 
 test: .venv/ready
 	$(PY) -m pytest -q

@@ -22,6 +22,7 @@ each step reads and updates it. Offline work is one long step from a fresh state
 B batch, C channels, T frames or time steps, K codebooks, H heads, D channels of a head.
 """
 import dataclasses
+import functools
 import math
 import os
 from dataclasses import dataclass
@@ -213,7 +214,8 @@ class LogMel(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             x = torch.cat([state["past"], x[:, 0].float()], -1)
             state["past"].copy_(x[:, self.hop - WINDOW:])
-            power = torch.fft.rfft(x.unfold(-1, WINDOW, self.hop) * self.window).abs().square()  # (B, T, bins)
+            x = torch.fft.rfft(x.unfold(-1, WINDOW, self.hop) * self.window)  # (B, T, bins)
+            power = x.real.square() + x.imag.square()
             return 0.3 * torch.log(power @ self.mel.T + 1e-3).mT  # roughly within -2..2
 
 
@@ -513,10 +515,20 @@ def cut_off(path):
     return True
 
 
-def resample(x, rate, width=64, rolloff=0.9476, beta=14.77):
+def resample(x, rate):
     """(channels, N) at `rate` -> at 24 kHz: one strided convolution with a bank of Kaiser-windowed sinc filters."""
     if rate == SAMPLE_RATE:
         return x
+    bank, old, new = resampling_filters(rate)
+    half = (bank.shape[-1] - old) // 2
+    n = math.ceil(x.shape[1] * new / old)
+    y = F.conv1d(F.pad(x, (half, half + old))[:, None], bank, stride=old)  # (channels, new, steps)
+    return y.mT.flatten(1)[:, :n]
+
+
+@functools.lru_cache(4)
+def resampling_filters(rate, width=64, rolloff=0.9476, beta=14.77):
+    """A filter for each of the `new` samples that take the place of `old` ones: (new, 1, 2*half + old), old, new."""
     g = math.gcd(rate, SAMPLE_RATE)
     old, new = rate // g, SAMPLE_RATE // g
     cut = min(old, new) * rolloff
@@ -524,10 +536,7 @@ def resample(x, rate, width=64, rolloff=0.9476, beta=14.77):
     t = torch.arange(-half, half + old, dtype=torch.float64) / old  # seconds, in units of 1/g
     t = (t - torch.arange(new, dtype=torch.float64)[:, None] / new) * cut
     window = torch.special.i0(beta * (1 - (t / width).clamp(-1, 1).square()).sqrt()) / torch.special.i0(torch.tensor(beta))
-    bank = (torch.sinc(t) * window * (cut / old)).float()[:, None]  # (new, 1, 2*half + old)
-    n = math.ceil(x.shape[1] * new / old)
-    y = F.conv1d(F.pad(x, (half, half + old))[:, None], bank, stride=old)  # (channels, new, steps)
-    return y.mT.flatten(1)[:, :n]
+    return (torch.sinc(t) * window * (cut / old)).float()[:, None], old, new
 
 
 def write_audio(path, x):

@@ -71,10 +71,10 @@ STAGES = {
         Stage("codec", 2200, 8, 1.5e-3, 0),
     ),
     "tiny": (
-        Stage("post-training 1", 400, 16, 1.5e-3, 1.5e-3, 128, POST_TINY, 0.3, 0.15, (0.4, 0.1)),
+        Stage("post-training 1", 300, 16, 1.5e-3, 1.5e-3, 128, POST_TINY, 0.3, 0.15, (0.4, 0.1)),
         Stage("post-training 2", 100, 16, 1.5e-3, 1.5e-3, 128, POST_TINY, 0.3, 0.15, (0.4, 0.1)),
         Stage("fine-tuning 1", 500, 16, 1.5e-3, 1.5e-3, 128, FINE_1, 0.3, 0.15, (0.4, 0.1)),
-        Stage("fine-tuning 2", 1000, 16, 1.5e-3, 0, 128, FADE_2, 0.3, 0.15, (0.4, 0.1)),
+        Stage("fine-tuning 2", 1100, 16, 1.5e-3, 0, 128, FADE_2, 0.3, 0.15, (0.4, 0.1)),
     ),
     "small": (  # one GPU
         Stage("post-training 1", 600, 32, 6e-4, 6e-4, 256, POST_TINY, 0.3, 0.15, (0.4, 0.1)),
@@ -120,9 +120,8 @@ class ModelJob:
         self.heard, self.said, self.dialogues = {}, {}, {}  # split -> turns of users, of the model, and (user, model)
         for split in ("train", "seen"):
             mine = [d["turns"] for d in dialogues if d["split"] == split]
-            alone = [turns[0] for turns in mine if len(turns) == 1]
-            self.heard[split] = [t for t in alone if t["role"] == "user"]
-            self.said[split] = [t for t in alone if t["role"] == "model"]
+            self.heard[split] = [t for turns in mine for t in turns if t["role"] == "user"]
+            self.said[split] = [t for turns in mine for t in turns if t["role"] == "model"]
             self.dialogues[split] = [turns for turns in mine if len(turns) == 2]
         self.fingerprint = f"{meta['codec_sha256'][:16]} {len(dialogues)} lines"
         self.files = {"tokenizer.json": os.path.join(data, "tokenizer.json"), "codec.pt": meta["codec"]}
