@@ -5,7 +5,7 @@ MINUTES ?= 20
 PY = .venv/bin/python
 # MINUTES is for all of it. More minutes also get more to hear; what is left of them after each step is trained in the next.
 BEGUN := $(shell date +%s)
-left = $$(awk "BEGIN { left = $(MINUTES) - ($$(date +%s) - $(BEGUN)) / 60; m = left * $(1) - $(2); print m > 0.5 ? m : 0.5 }")
+left = $$(awk "BEGIN { left = $(MINUTES) - ($$(date +%s) - $(BEGUN)) / 60; m = left * $(1) - $(2); print (m > 0.5 ? m : 0.5) }")
 
 demo: .venv/ready
 	test -f data/toy/manifest.jsonl || $(PY) prepare.py toy --items $$((400 * $(MINUTES))) --sentences $$((200 * $(MINUTES)))
