@@ -1,5 +1,6 @@
 # make demo   from nothing to a talking model: environment, toy world, codec, four stages, three conversations, scores
 # make test   environment and test suite
+# make slow   the checks that take minutes, against the reference packages too
 PYTHON ?= python3
 MINUTES ?= 20
 PY = .venv/bin/python
@@ -17,9 +18,14 @@ demo: .venv/ready
 test: .venv/ready
 	$(PY) -m pytest -q
 
+slow: .venv/ready
+	.venv/bin/pip install -q --disable-pip-version-check -e '.[reference]'
+	.venv/bin/pip install -q --disable-pip-version-check --no-deps moshi==0.2.13
+	$(PY) -m pytest -q -m slow
+
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install -q --disable-pip-version-check -e '.[toy]'
+	.venv/bin/pip install -q --disable-pip-version-check -e '.[toy,weights]'
 	touch $@
 
-.PHONY: demo test
+.PHONY: demo test slow

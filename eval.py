@@ -2,6 +2,7 @@
 
     python eval.py --checkpoint out/tiny                         200 items with voices of the training, 200 with new ones
     python eval.py --checkpoint out/tiny --asr 'mycmd {wav}'     another recogniser: it prints the words it hears
+    python eval.py --codec out/codec/checkpoint.pt               the codec alone: how far off, how well understood
 
 What is measured (FLM-Audio, section 4; all on the clock of the user's sound):
 
@@ -34,7 +35,8 @@ from tqdm import tqdm
 import mimi
 import train
 from chat import Speaker
-from mimi import FRAME, SAMPLE_RATE, LogMel, load_weights, read_audio, replace_when_done, write_audio
+from mimi import (FRAME, SAMPLE_RATE, LogMel, Mimi, load_weights, log_spectral_distance, mel_filters, read_audio,
+                  replace_when_done, write_audio)
 from prepare import SHARES, read_manifest
 from train import LETTERS, Clips, Stage, letters_loss
 
@@ -244,12 +246,17 @@ def answers(speaker, recogniser, items, seed, shares, name):
         onset = speech(said)[0][0] if speech(said) else None
         shares.add(f"{name} in time", onset is not None and end <= onset <= end + 0.4)
         shares.add(f"{name} early", onset is not None and onset < end)
-        for kind, sound, truth in (("user", user, d["turns"][0]["text"]), ("model", reply, d["turns"][1]["text"])):
-            for version, x in (("original", sound), ("codec", reconstruct(speaker.codec, sound))):
-                errors = word_errors(recogniser.hear(x), truth.split())
-                shares.add(f"{name} {kind} {version} words", max(0, len(truth.split()) - errors), len(truth.split()))
-                shares.add(f"{name} {kind} {version} exactly", errors == 0)
+        for turn, sound in zip(d["turns"], (user, reply)):
+            understood(recogniser, sound, turn["text"], shares, f"{name} {turn['role']} original")
+            understood(recogniser, reconstruct(speaker.codec, sound), turn["text"], shares, f"{name} {turn['role']} codec")
     return list(zip(items, sounds, talks))
+
+
+def understood(recogniser, sound, text, shares, label):
+    right = text.split()
+    errors = word_errors(recogniser.hear(sound), right)
+    shares.add(f"{label} words", max(0, len(right) - errors), len(right))
+    shares.add(f"{label} exactly", errors == 0)
 
 
 def word_seconds(items):
@@ -265,6 +272,31 @@ def word_seconds(items):
 def reconstruct(codec, x):
     device = next(codec.parameters()).device
     return codec.decode(codec.encode(x[None, None].to(device)))[0, 0, :len(x)].cpu()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the codec alone
+
+
+def codec_quality(codec, recogniser, dialogues, n, seed):
+    """Held-out speech through the codec: how far its log-mel spectrum is off, and how much of it is still understood."""
+    print(f"\nHeld-out speech through the codec, seed {seed}: words understood / clips understood entirely")
+    for split, role, who in (("seen", "user", "users heard in training"), ("new", "user", "new users"),
+                             ("seen", "model", "the model's voice")):
+        clips = {t["path"]: t["text"] for d in dialogues if d["split"] == split for t in d["turns"] if t["role"] == role}
+        clips = random.Random(seed).sample(sorted(clips.items()), min(n, len(clips)))
+        shares, off = Shares(), 0.0
+        for path, text in tqdm(clips, who, unit="clip", leave=False):
+            sound = read_audio(path)
+            heard = reconstruct(codec, sound)
+            off += log_spectral_distance(sound, heard, MEL_1024) / len(clips)
+            understood(recogniser, sound, text, shares, "original")
+            understood(recogniser, heard, text, shares, "codec")
+        print(f"  {who:24} {len(clips):4} clips   log-mel distance {off:5.2f} dB   "
+              + "   ".join(f"{v} {shares.share(v + ' words'):.3f} / {shares.share(v + ' exactly'):.3f}" for v in ("original", "codec")))
+
+
+MEL_1024 = mel_filters(1024)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,6 +359,7 @@ def report(shares, args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="out/tiny")
+    parser.add_argument("--codec", help="measure this codec alone instead of a model")
     parser.add_argument("--data", default="data/toy", help="folder with the manifest of the held-out items")
     parser.add_argument("--items", type=int, default=200, help="for each of seen voices, new voices; half for interruptions")
     parser.add_argument("--seed", type=int, default=7)
@@ -336,8 +369,10 @@ def main():
     args = parser.parse_args()
     try:
         recogniser = get_recogniser(args.asr, args.data, "out/recogniser", args.asr_minutes, args.device)
-        speaker = Speaker(args.checkpoint, args.device)
         dialogues = read_manifest(os.path.join(args.data, "manifest.jsonl"))
+        if args.codec:
+            return codec_quality(Mimi.load(args.codec, args.device), recogniser, dialogues, args.items, args.seed)
+        speaker = Speaker(args.checkpoint, args.device)
         rng, shares, talks = random.Random(args.seed), Shares(), []
         splits = {s: [d for d in dialogues if d["split"] == s and len(d["turns"]) == 2] for s in ("seen", "new")}
         for name, items in splits.items():

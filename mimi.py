@@ -21,10 +21,14 @@ each step reads and updates it. Offline work is one long step from a fresh state
 
 B batch, C channels, T frames or time steps, K codebooks, H heads, D channels of a head.
 """
+import argparse
 import dataclasses
 import functools
 import math
 import os
+import re
+import sys
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +36,7 @@ import soundfile
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 SAMPLE_RATE = 24_000
 FRAME = 1920  # samples in one frame: 80 ms
@@ -89,26 +94,41 @@ class Conv(nn.Conv1d):
         x = torch.cat([past, x], -1)
         if self.past:
             state["past"].copy_(x[..., -self.past:].detach())
-        return super().forward(x)
+        if self.groups > 1 or x.shape[-1] > 16 * self.stride[0] + self.past:
+            return super().forward(x)
+        # Over few steps a convolution is one product with a large matrix, limited by how fast that is read. The library
+        # would rearrange the matrix first.
+        windows = x.unfold(-1, *self.kernel_size, *self.stride).transpose(1, 2).flatten(2)  # (B, T, C*kernel)
+        return F.linear(windows, self.weight.flatten(1), self.bias).mT
 
 
-class ConvTranspose(nn.ConvTranspose1d):
-    """Causal transposed convolution, (B, C, T) -> (B, C', stride*T). Its state is the overhang: what the steps so far
-    add to samples that are not finished yet. Offline, the last overhang is dropped, as Mimi does."""
+class ConvTranspose(nn.Module):
+    """Causal transposed convolution, (B, C, T) -> (B, C', stride*T). Each step gives a piece of `kernel` samples, of which
+    those beyond the stride are added to the next step's. Its state is this overhang; at the end of a sound it is dropped,
+    as Mimi does. The weight's layout lets each step of a stream read it once, in order."""
 
-    def __init__(self, c_in, c_out, kernel, stride, groups=1, bias=True):
-        super().__init__(c_in, c_out, kernel, stride=stride, groups=groups, bias=bias)
-        self.over = kernel - stride
+    def __init__(self, c_in, c_out, kernel, stride, depthwise=False, bias=True):
+        super().__init__()
+        assert kernel in (stride, 2 * stride), "a piece may overlap the next one only"
+        self.stride, self.over, self.depthwise = stride, kernel - stride, depthwise
+        bound = (kernel * (1 if depthwise else c_out)) ** -0.5
+        self.weight = nn.Parameter(torch.empty(c_out, kernel, 1 if depthwise else c_in).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(c_out)) if bias else None
 
     def init_state(self, B):
-        return {"over": self.weight.new_zeros(B, self.out_channels, self.over)}
+        return {"over": self.weight.new_zeros(B, len(self.weight), self.over)}
 
     def forward(self, x, state):
-        y = F.conv_transpose1d(x, self.weight, stride=self.stride, groups=self.groups)
-        head = y[..., :self.over] + state["over"].to(y.dtype)
-        y = torch.cat([head, y[..., self.over:]], -1)
-        state["over"].copy_(y[..., y.shape[-1] - self.over:].detach())
-        y = y[..., :y.shape[-1] - self.over]
+        x = x.mT
+        if self.depthwise:
+            pieces = x[..., None] * self.weight[..., 0]  # (B, T, C', kernel)
+        else:
+            pieces = F.linear(x, self.weight.flatten(0, 1)).unflatten(-1, self.weight.shape[:2])
+        y, over = pieces.split([self.stride, self.over], -1)
+        if self.over:
+            y = y + torch.cat([state["over"][:, None].to(y.dtype), over[:, :-1]], 1)
+            state["over"].copy_(over[:, -1].detach())
+        y = y.transpose(1, 2).flatten(2)
         return y if self.bias is None else y + self.bias[:, None]
 
 
@@ -257,7 +277,7 @@ class InverseFourier(nn.Module):
 class Transformer(nn.Module):
     def __init__(self, c: MimiConfig, n_layers):
         super().__init__()
-        self.context = c.context
+        self.context, self.head_dim = c.context, c.dim // c.heads
         self.layers = nn.ModuleList(TransformerLayer(c) for _ in range(n_layers))
 
     def init_state(self, B):
@@ -268,17 +288,18 @@ class Transformer(nn.Module):
     def forward(self, x, state):  # (B, C, T)
         if not self.layers:
             return x
+        T, C = x.shape[-1], self.context
+        # Keys are what the ring of the last C steps remembers, and the T new ones; before a stream's start there is nothing.
+        last = state["position"][:, None] - 1
+        past = last - (last - torch.arange(C, device=x.device)) % C  # (B, C) the step that each place of the ring holds
+        now = last + 1 + torch.arange(T, device=x.device)  # (B, T)
+        keys, now_ = torch.cat([past, now], 1)[:, None], now[..., None]
+        mask = (keys >= 0) & (keys <= now_) & (keys > now_ - C)  # (B, T, C + T)
+        rotation = rotary(now, self.head_dim)
+        places = (now % C)[:, None, -C:, None]
         x = x.mT
-        T, C = x.shape[1], self.context
-        # Keys are the C remembered steps and the T new ones. Before a stream's start there is nothing to see.
-        q = torch.arange(T, device=x.device)[:, None] + C
-        k = torch.arange(C + T, device=x.device)
-        near = (k <= q) & (k > q - C)  # (T, C + T)
-        exists = k >= C - state["position"][:, None]  # (B, C + T)
-        mask = (near & exists[:, None])[:, None]  # (B, 1, T, C + T)
-        angle = state["position"][:, None] + torch.arange(T, device=x.device)  # (B, T)
         for layer, s in zip(self.layers, state["layers"], strict=True):
-            x = layer(x, angle, mask, s)
+            x = layer(x, rotation, mask[:, None], places, s)
         state["position"] += T
         return x.mT
 
@@ -298,24 +319,29 @@ class TransformerLayer(nn.Module):
         w = self.out_proj.weight
         return {name: w.new_zeros(B, self.heads, self.context, w.shape[0] // self.heads) for name in ("k", "v")}
 
-    def forward(self, x, angle, mask, state):  # (B, T, C)
+    def forward(self, x, rotation, mask, places, state):  # (B, T, C)
         B, T, C = x.shape
-        q, k, v = self.in_proj(self.norm1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
-        q, k = rotate(q, angle), rotate(k, angle)
-        k, v = (torch.cat([state[n].to(y.dtype), y], 2) for n, y in (("k", k), ("v", v)))
-        for n, y in (("k", k), ("v", v)):
-            state[n].copy_(y[:, :, -self.context:].detach())
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        qkv = self.in_proj(self.norm1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+        q, k = rotate(qkv[:2], *rotation)
+        v = qkv[2]
+        y = F.scaled_dot_product_attention(q, *(torch.cat([state[n].to(new.dtype), new], 2) for n, new in (("k", k), ("v", v))),
+                                           attn_mask=mask)
+        for n, new in (("k", k), ("v", v)):
+            new = new[:, :, -self.context:].detach().to(state[n].dtype)
+            state[n].scatter_(2, places.expand_as(new), new)
         x = x + self.scale1 * self.out_proj(y.transpose(1, 2).reshape(B, T, C))
         return x + self.scale2 * self.down(F.gelu(self.up(self.norm2(x))))
 
 
-def rotate(x, position):
-    """Rotary position embedding on neighbouring pairs of channels. x (B, H, T, D), position (B, T)."""
-    D = x.shape[-1]
-    rate = 10000 ** (-torch.arange(0, D, 2, device=x.device, dtype=torch.float32) / D)
-    angle = (position[..., None] * rate)[:, None]  # (B, 1, T, D/2)
-    cos, sin = angle.cos(), angle.sin()
+def rotary(position, D):
+    """Cosines and sines (B, 1, T, D/2) of rotary position embedding, for positions (B, T)."""
+    rate = 10000 ** (-torch.arange(0, D, 2, device=position.device, dtype=torch.float32) / D)
+    angle = (position[..., None] * rate)[:, None]
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn neighbouring pairs of the channels of x (..., B, H, T, D)."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
 
@@ -331,14 +357,18 @@ class Codebook(nn.Module):
         super().__init__()
         self.register_buffer("embedding_sum", torch.randn(size, dim))
         self.register_buffer("cluster_usage", torch.ones(size))
+        self.register_buffer("embedding", torch.empty(size, dim), persistent=False)  # (size, dim) the vectors themselves
+        self.register_buffer("closeness", torch.empty(size), persistent=False)  # (size,) -|e|^2 / 2
+        self.divide()
+        self.register_load_state_dict_post_hook(lambda book, _: book.divide())
 
-    @property
-    def embedding(self):  # (size, dim)
-        return self.embedding_sum / self.cluster_usage.clamp(min=1e-5)[:, None]
+    @torch.no_grad()
+    def divide(self):
+        self.embedding.copy_(self.embedding_sum / self.cluster_usage.clamp(min=1e-5)[:, None])
+        self.closeness.copy_(-0.5 * self.embedding.square().sum(1))
 
     def nearest(self, x):  # (N, dim) -> (N,)
-        e = self.embedding
-        return (e.square().sum(1) - 2 * x @ e.T).argmin(1)
+        return torch.addmm(self.closeness, x, self.embedding.T).argmax(1)  # |x - e|^2 is least where x.e - |e|^2/2 is most
 
     @torch.no_grad()
     def learn(self, x, codes, decay=0.97, dead=0.2):
@@ -351,6 +381,7 @@ class Codebook(nn.Module):
         sample = x[torch.randint(len(x), (len(restart),), device=x.device)]
         self.embedding_sum[restart] = sample[restart]
         self.cluster_usage[restart] = 1.0
+        self.divide()
 
 
 class ResidualQuantizer(nn.Module):
@@ -363,13 +394,15 @@ class ResidualQuantizer(nn.Module):
         self.layers = nn.ModuleList(Codebook(c.codebook_size, c.codebook_dim) for _ in range(codebooks))
 
     def encode(self, x):  # (B, C, T) -> (B, K, T)
-        x = self.input_proj(x).mT
-        B, T, _ = x.shape
-        rest, codes = x.reshape(B * T, -1), []
-        for layer in self.layers:
-            codes.append(layer.nearest(rest))
-            rest = rest - layer.embedding[codes[-1]]
-        return torch.stack(codes).view(-1, B, T).transpose(0, 1)
+        B, _, T = x.shape
+        with torch.autocast(x.device.type, enabled=False):  # distances to close neighbours need all digits
+            rest = self.input_proj(x.float()).mT.reshape(B * T, -1)
+            codes = torch.empty(B, len(self.layers), T, dtype=torch.long, device=x.device)
+            for k, layer in enumerate(self.layers):
+                found = layer.nearest(rest)
+                codes[:, k] = found.view(B, T)
+                rest = rest - layer.embedding[found]
+        return codes
 
     def decode(self, codes):  # (B, K, T) -> (B, C, T)
         x = sum(layer.embedding[codes[:, k]] for k, layer in enumerate(self.layers[:codes.shape[1]]))
@@ -377,7 +410,7 @@ class ResidualQuantizer(nn.Module):
 
     def forward(self, x, depth):
         """Quantise for training: x (B, C, T), each item with its first depth (B,) codebooks. Gradients pass straight
-        through. Returns the result (B, C, T) and how far x stayed from its codes."""
+        through. Returns the result (B, C, T) and how far x stayed from its codes. Full precision, as in encode."""
         x = self.input_proj(x.float()).mT  # (B, T, dim)
         rest, out, commitment = x, torch.zeros_like(x), x.new_zeros(())
         for k, layer in enumerate(self.layers):
@@ -407,7 +440,7 @@ class Mimi(nn.Module):
                              Conv(c.dim, c.dim, 4, stride=2, bias=False, repeat_first=True))
         self.semantic = ResidualQuantizer(c, 1)
         self.acoustic = ResidualQuantizer(c, c.codebooks - 1)
-        self.decoder = Chain(ConvTranspose(c.dim, c.dim, 4, stride=2, groups=c.dim, bias=False),
+        self.decoder = Chain(ConvTranspose(c.dim, c.dim, 4, stride=2, depthwise=True, bias=False),
                              Transformer(c, c.decoder_layers), decoder(c))
 
     def init_state(self, B):
@@ -424,6 +457,11 @@ class Mimi(nn.Module):
     def decode_step(self, codes, state):
         """(B, K, n) codes -> (B, 1, 1920*n) samples; the state moves on by n frames."""
         return self.decoder(self.dequantize(codes), state["decoder"])
+
+    def keep(self, K):
+        """Forget all but the first K codebooks."""
+        self.config = dataclasses.replace(self.config, codebooks=K)
+        del self.acoustic.layers[K - 1:]
 
     def codebooks(self):
         """(K, codebook_size, codebook_dim): the vectors that the codes stand for."""
@@ -449,14 +487,31 @@ class Mimi(nn.Module):
         commitment loss. depth (B,): how many codebooks each item uses (quantiser dropout)."""
         state = self.init_state(len(wav))
         x = self.encoder(wav, state["encoder"])
-        with torch.autocast(x.device.type, enabled=False):  # distances to close neighbours need all digits
+        with torch.autocast(x.device.type, enabled=False):
             semantic, loss1 = self.semantic(x, depth)
             acoustic, loss2 = self.acoustic(x, depth - 1)
         return self.decoder(semantic + acoustic, state["decoder"]), semantic, loss1 + loss2
 
     @staticmethod
+    def from_pretrained(path, num_codebooks=8, config=CONFIGS["mimi"], device="cpu"):
+        """Mimi as published, with its first num_codebooks of 32: Kyutai's tokenizer-e351c8d8-checkpoint125.safetensors or
+        the transformers library's kyutai/mimi model.safetensors. Raises ValueError for any tensor that is unknown, missing
+        or of another shape."""
+        weights = read_safetensors(path)
+        most = 1 + sum(name.endswith("cluster_usage") and ("rvq_rest" in name or "acoustic" in name) for name in weights)
+        if not 1 <= num_codebooks <= most:
+            raise ValueError(f"{path}: has 1 to {most} codebooks to offer, not {num_codebooks}")
+        mimi = Mimi(dataclasses.replace(config, codebooks=most))
+        load_published(mimi, weights, config.heads, path)
+        mimi.keep(num_codebooks)
+        return mimi.to(device).eval()
+
+    @staticmethod
     def load(path, device="cpu"):
-        """The codec that `train.py codec` wrote. Raises ValueError if the file is not one."""
+        """The codec that `train.py --config codec` wrote, or Mimi as published with 8 codebooks. Raises ValueError if the
+        file is neither."""
+        if is_safetensors(path):
+            return Mimi.from_pretrained(path, device=device)
         saved = load_checkpoint(path, "codec")
         mimi = Mimi(from_fields(MimiConfig, saved["config"], path))
         load_weights(mimi, saved["model"], path)
@@ -470,6 +525,97 @@ def tensors(state):
     else:
         for s in state.values() if isinstance(state, dict) else state or ():
             yield from tensors(s)
+
+
+def reset(state, fresh, streams):
+    """Let some streams of a batch, (B,) bool, begin anew: their state becomes that of `fresh`, another init_state(B)."""
+    for old, new in zip(tensors(state), tensors(fresh), strict=True):
+        old.copy_(torch.where(streams.view(-1, *(1,) * (old.ndim - 1)), new, old))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mimi's published weights
+
+PUBLISHED = [  # what a tensor is called in Kyutai's or in the transformers library's file -> what it is called here, in turn
+    (r"^(encoder|decoder)_transformer\.(transformer\.)?", r"\1.1."),
+    (r"^encoder\.(model|layers)\.", "encoder.0."),
+    (r"^decoder\.(model|layers)\.", "decoder.2."),
+    (r"^downsample\.", "encoder.2."),
+    (r"^upsample\.", "decoder.0."),
+    (r"\.block\.", "."),
+    (r"(\.conv(tr)?)+\.", "."),
+    (r"\.self_attn\.(in_projs\.0\.|in_proj_)weight$", ".in_proj.weight"),
+    (r"\.self_attn\.(out_projs\.0|out_proj|o_proj)\.", ".out_proj."),
+    (r"\.(linear1|mlp\.fc1)\.", ".up."),
+    (r"\.(linear2|mlp\.fc2)\.", ".down."),
+    (r"\.input_layernorm\.", ".norm1."),
+    (r"\.post_attention_layernorm\.", ".norm2."),
+    (r"\.(layer_scale_1|self_attn_layer_scale)\.scale$", ".scale1"),
+    (r"\.(layer_scale_2|mlp_layer_scale)\.scale$", ".scale2"),
+    (r"^quantizer\.(rvq_first|semantic_residual_vector_quantizer)\.", "semantic."),
+    (r"^quantizer\.(rvq_rest|acoustic_residual_vector_quantizer)\.", "acoustic."),
+    (r"\.(vq\.)?layers\.(\d+)\._?codebook\.", r".layers.\2."),
+    (r"\.embed_sum$", ".embedding_sum"),
+    (r"\._?initialized$", ".initialized"),  # a flag of their training, not used here
+]
+
+
+def load_published(module, weights, heads, where):
+    """Put tensors under their published names into module. Each is accounted for: an unknown, missing or misshaped one is a
+    ValueError that names it."""
+    ours, origin = {}, {}
+    for published, tensor in weights.items():
+        name = published
+        for pattern, replacement in PUBLISHED:
+            name = re.sub(pattern, replacement, name)
+        if name in ours:
+            raise ValueError(f"{where}: holds the same tensor twice, as {origin[name]} and {published}")
+        if not name.endswith(".initialized"):
+            ours[name], origin[name] = tensor, published
+    # The transformers library keeps q, k and v apart, and a head's channels in the order (0, 2, 4, ..., 1, 3, 5, ...).
+    neighbours = lambda w: w.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    for name in [n for n in ours if n.endswith(".self_attn.q_proj.weight")]:
+        layer = name.removesuffix("self_attn.q_proj.weight")
+        try:
+            q, k, v = (ours.pop(f"{layer}self_attn.{x}_proj.weight") for x in "qkv")
+            ours[layer + "in_proj.weight"] = torch.cat([neighbours(q), neighbours(k), v])
+        except (KeyError, RuntimeError) as e:
+            raise ValueError(f"{where}: {origin[name]} does not fit with its keys and values ({e})") from None
+    for name, layer in module.named_modules():
+        if isinstance(layer, ConvTranspose) and name + ".weight" in ours and ours[name + ".weight"].ndim == 3:
+            ours[name + ".weight"] = ours[name + ".weight"].permute((0, 2, 1) if layer.depthwise else (1, 2, 0))
+    wanted = module.state_dict()
+    for name in ours.keys() - wanted.keys():
+        raise ValueError(f"{where}: unknown tensor {origin[name]}; not a Mimi, or one of another size")
+    for name in wanted.keys() - ours.keys():
+        raise ValueError(f"{where}: has no tensor for {name}; not a Mimi, or one of another size")
+    for name, tensor in ours.items():
+        if tensor.shape != wanted[name].shape:
+            raise ValueError(f"{where}: {origin.get(name, name)} is {tuple(tensor.shape)}, not {tuple(wanted[name].shape)}")
+    module.load_state_dict(ours)
+
+
+def is_safetensors(path):
+    """By its beginning: eight bytes of length and a brace."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as f:
+        return f.read(9)[8:] == b"{"
+
+
+def read_safetensors(path):
+    """{name: tensor}. Raises ValueError or OSError with the file's name."""
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError:
+        raise ValueError(f"{path}: published weights need the extra 'weights': pip install '.[weights]'") from None
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, KeyError) as e:
+        raise ValueError(f"{path}: not a safetensors file, or cut off ({e})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -602,3 +748,61 @@ def load_weights(module, weights, where):
         module.load_state_dict(weights)
     except RuntimeError as e:
         raise ValueError(f"{where}: its tensors are not those of its config: {' '.join(str(e).split())[:300]}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a file through the codec
+
+
+def log_spectral_distance(x, y, filters=None):
+    """How far two sounds (N,) are apart, in dB: root mean square over frequency of the difference of their power spectra in
+    dB, mean over windows of 43 ms. With filters (bands, 513): of bands instead of single frequencies."""
+    total, windows = 0.0, 0
+    for pair in zip(x.split(60 * SAMPLE_RATE), y.split(60 * SAMPLE_RATE)):
+        power = [torch.stft(F.pad(p, (512, 512)), 1024, 256, window=torch.hann_window(1024), center=False,
+                            return_complex=True).abs().square() for p in pair]
+        a, b = (10 * torch.log10((p if filters is None else filters @ p) + 1e-5) for p in power)
+        distance = (a - b).square().mean(0).sqrt()
+        total, windows = total + distance.sum().item(), windows + len(distance)
+    return total / windows
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Encode a sound file and decode it again, frame by frame.",
+        epilog="examples: python mimi.py in.wav out.wav    python mimi.py in.mp3 out.flac --codebooks 4 "
+               "--checkpoint tokenizer-e351c8d8-checkpoint125.safetensors")
+    parser.add_argument("input", help="any sound file; several channels are mixed into one")
+    parser.add_argument("output", help="24 kHz, as long as the input; the ending says the format")
+    parser.add_argument("--codebooks", type=int, help="how many of the codec's codebooks to use (default: 8)")
+    parser.add_argument("--checkpoint", default="out/codec/checkpoint.pt",
+                        help="a codec of train.py, or Mimi as published (.safetensors) (default: %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    try:
+        if is_safetensors(args.checkpoint):
+            codec = Mimi.from_pretrained(args.checkpoint, args.codebooks or 8, device=args.device)
+        else:
+            codec = Mimi.load(args.checkpoint, args.device)
+            if args.codebooks and not 1 <= args.codebooks <= codec.config.codebooks:
+                raise ValueError(f"--codebooks {args.codebooks}: {args.checkpoint} has 1 to {codec.config.codebooks}")
+            codec.keep(args.codebooks or codec.config.codebooks)
+        K = codec.config.codebooks
+        wav = read_audio(args.input)
+        state, out, begun = codec.init_state(1), [], time.perf_counter()
+        frames = F.pad(wav, (0, -len(wav) % FRAME)).to(args.device).split(FRAME)
+        for frame in tqdm(frames, "encode, decode", unit="frame", mininterval=0.5):
+            out.append(codec.decode_step(codec.encode_step(frame[None, None], state), state)[0, 0].cpu())
+        took = time.perf_counter() - begun
+        out = torch.cat(out)[:len(wav)]
+        write_audio(args.output, out)
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+    rate = K * math.log2(codec.config.codebook_size) * SAMPLE_RATE / FRAME
+    print(f"{rate:.0f} bits per second ({K} codebooks of {codec.config.codebook_size}), "
+          f"{len(wav) / SAMPLE_RATE / took:.1f} times real time, log-spectral distance {log_spectral_distance(wav, out):.1f} dB")
+    print(f"Wrote {args.output} ({len(wav) / SAMPLE_RATE:.2f} s)")
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,11 @@ import torch
 import torch.nn.functional as F
 
 import mimi
-from mimi import FRAME, SAMPLE_RATE, Mimi, MimiConfig, read_audio, resample, tensors, write_audio
+from bench_mimi import capture
+from conftest import run
+from mimi import FRAME, SAMPLE_RATE, Mimi, MimiConfig, read_audio, reset, resample, tensors, write_audio
+from test_mimi_reference import GOLDEN, sound as reference_sound
+from test_mimi_reference import SMALL as GOLDEN_CONFIG
 
 SMALL = {
     "seanet": MimiConfig(width=8, dim=32, encoder_layers=2, decoder_layers=2, heads=4, mlp=64, context=9,
@@ -58,24 +62,184 @@ def test_streaming_equals_offline(codec, chunk):
 def test_streams_of_one_batch_may_start_at_different_times(codec):
     a, b = sound(1, 12, 1), sound(1, 12, 2)
     state, fresh = codec.init_state(2), codec.init_state(2)
-    got = []
+    codes, sounds = [], []
     for t in range(12):
-        if t == 5:  # the second member begins anew
-            for s, f in zip(tensors(state), tensors(fresh)):
-                s[1] = f[1]
+        if t == 5:
+            reset(state, fresh, torch.tensor([False, True]))
         second = b[..., (t - 5) * FRAME:(t - 4) * FRAME] if t >= 5 else torch.randn(1, 1, FRAME)
-        got.append(codec.encode_step(torch.cat([a[..., t * FRAME:(t + 1) * FRAME], second]), state))
-    got = torch.cat(got, -1)
-    assert (got[:1] == codec.encode(a)).all()
-    assert (got[1:, :, 5:] == codec.encode(b)[..., :7]).all()
+        codes.append(codec.encode_step(torch.cat([a[..., t * FRAME:(t + 1) * FRAME], second]), state))
+        sounds.append(codec.decode_step(codes[-1], state))
+    codes, sounds = torch.cat(codes, -1), torch.cat(sounds, -1)
+    assert (codes[:1] == codec.encode(a)).all()
+    assert (codes[1:, :, 5:] == codec.encode(b)[..., :7]).all()
+    assert torch.allclose(sounds[:1], codec.decode(codes[:1]), atol=1e-5)
+    assert torch.allclose(sounds[1:, :, 5 * FRAME:], codec.decode(codes[1:, :, 5:]), atol=1e-5)
 
 
-def test_the_state_does_not_grow(codec):
+def test_after_a_reset_all_is_as_at_first(codec):
+    state = codec.init_state(2)
+    first = codec.encode_step(sound(2, 3), state)
+    codec.encode_step(sound(2, 20, 1), state)
+    reset(state, codec.init_state(2), torch.tensor([True, True]))
+    assert (codec.encode_step(sound(2, 3), state) == first).all()
+
+
+def test_after_ten_minutes(codec):
+    """The state does not grow, and the last seconds, frame by frame, are those of one offline pass."""
+    wav = sound(1, 7500)
+    codes = codec.encode(wav, chunk=500)
+    y = codec.decode(codes, chunk=500)
     state = codec.init_state(1)
     size = [t.shape for t in tensors(state)]
-    for w in sound(1, 30).split(FRAME, -1):
-        codec.decode_step(codec.encode_step(w, state), state)
+    for w, c in zip(wav[..., :7450 * FRAME].split(149 * FRAME, -1), codes[..., :7450].split(149, -1)):
+        codec.encode_step(w, state)
+        codec.decode_step(c, state)
+    for t in range(7450, 7500):
+        c = codec.encode_step(wav[..., t * FRAME:(t + 1) * FRAME], state)
+        assert (c[..., 0] == codes[..., t]).all()
+        assert (codec.decode_step(c, state) - y[..., t * FRAME:(t + 1) * FRAME]).abs().max() < 1e-4 * y.abs().max()
     assert [t.shape for t in tensors(state)] == size
+
+
+@pytest.mark.parametrize("K", [1, 2, 8])
+def test_fewer_codebooks(codec, K):
+    wav = sound(1, 4)
+    codes = codec.encode(wav)
+    codec.keep(K)
+    assert (codec.encode(wav) == codes[:, :K]).all() and codec.codebooks().shape[0] == K
+    assert codec.decode(codes[:, :K]).shape == (1, 1, 4 * FRAME)
+
+
+def test_half_precision(codec):
+    """bfloat16 by autocast: the quantiser keeps all digits, so most codes stay."""
+    wav = sound(2, 20)
+    codes, y = codec.encode(wav), codec.decode(codec.encode(wav))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (codec.encode(wav)[:, 0] == codes[:, 0]).float().mean() > 0.8
+        assert (codec.decode(codes).float() - y).abs().mean() < 0.05 * y.abs().mean()
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_the_same(codec):
+    wav, state, state_c = sound(1, 4), codec.init_state(1), codec.init_state(1)
+    encode, decode = (torch.compile(step, fullgraph=True) for step in (codec.encode_step, codec.decode_step))
+    for w in wav.split(FRAME, -1):
+        codes = codec.encode_step(w, state)
+        assert (encode(w, state_c) == codes).float().mean() > 0.99
+        assert torch.allclose(decode(codes, state_c), codec.decode_step(codes, state), atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_captured_step_is_the_same(codec):
+    codec.cuda()
+    wav = sound(2, 8).cuda()
+    codes, state = codec.encode(wav), codec.init_state(2)
+    step = capture(codec.encode_step, wav[..., :FRAME].clone(), state)
+    got = torch.cat([step(w).clone() for w in wav.split(FRAME, -1)], -1)
+    assert (got == codes).float().mean() > 0.99
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# published weights (test_mimi_reference.py compares with the programs themselves)
+
+
+@pytest.fixture(params=["kyutai", "transformers"])
+def published(request):
+    pytest.importorskip("safetensors")
+    return f"{GOLDEN}/mimi_{request.param}/"
+
+
+def test_golden_codes_and_sound(published):
+    golden = np.load(published + "golden.npz")
+    codec = Mimi.from_pretrained(published + "model.safetensors", 8, GOLDEN_CONFIG)
+    codes = torch.from_numpy(golden["codes"].astype(np.int64))[None]
+    assert codes.shape == (1, 8, 150) and (codec.encode(reference_sound(150)) == codes).float().mean() >= 0.999
+    right = torch.from_numpy(golden["sound"]) / 32767.0
+    assert (codec.decode(codes)[0, 0, ::7] / golden["peak"].item() - right).abs().max() < 1e-4
+
+
+def change(weights, how):
+    name = next(n for n in weights if how["where"] in n)
+    tensor = weights.pop(name)
+    if "to" in how:
+        weights[name.replace(how["where"], how["to"])] = tensor
+    if "slice" in how:
+        weights[name] = tensor[:how["slice"]].clone()
+    if "copy" in how:
+        weights[name] = tensor
+        weights[name.replace(how["where"], how["copy"])] = tensor.clone()
+    return name
+
+
+@pytest.mark.parametrize("how, says", [
+    ({"where": "encoder_transformer", "to": "encoder_former"}, "unknown tensor encoder_former"),
+    ({"where": "decoder_transformer"}, "no tensor for decoder.1"),
+    ({"where": "quantizer", "slice": 3}, "quantizer.* is \\(3"),
+    ({"where": "upsample.conv", "copy": "upsample.conv.conv"}, "the same tensor twice"),
+    ({"where": "usage", "slice": 0}, "is \\(0,\\), not"),
+])
+def test_every_tensor_is_accounted_for(published, how, says, tmp_path):
+    from safetensors.torch import load_file, save_file
+    weights = load_file(published + "model.safetensors")
+    change(weights, how)
+    save_file(weights, tmp_path / "changed.safetensors")
+    with pytest.raises(ValueError, match=says) as error:
+        Mimi.from_pretrained(str(tmp_path / "changed.safetensors"), 8, GOLDEN_CONFIG)
+    assert "changed.safetensors" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_damaged_or_missing_file_of_weights(published, tmp_path):
+    path = str(tmp_path / "cut.safetensors")
+    open(path, "wb").write(open(published + "model.safetensors", "rb").read()[:5000])
+    with pytest.raises(ValueError, match="cut.safetensors: not a safetensors file, or cut off"):
+        Mimi.from_pretrained(path, 8, GOLDEN_CONFIG)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        Mimi.from_pretrained("nowhere.safetensors")
+    with pytest.raises(ValueError, match="1 to 8 codebooks"):
+        Mimi.from_pretrained(published + "model.safetensors", 9, GOLDEN_CONFIG)
+
+
+def test_without_the_safetensors_package(published, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "safetensors", None)
+    with pytest.raises(ValueError, match="extra 'weights'"):
+        Mimi.from_pretrained(published + "model.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a file through the codec
+
+
+def test_a_file_through_the_codec(world, tmp_path):
+    rate = 8000  # a stereo telephone recording, not a whole number of frames
+    t = np.arange(int(1.33 * rate)) / rate
+    soundfile.write(tmp_path / "in.wav", np.stack([np.sin(2000 * t), np.sin(900 * t)], 1) * 0.3, rate)
+    code, out, err = run("mimi.py", tmp_path / "in.wav", tmp_path / "out.flac", "--checkpoint", world / "codec.pt", "--codebooks", 2)
+    assert code == 0, err
+    assert "125 bits per second (2 codebooks of 32)" in out and "times real time" in out and "dB" in out
+    assert len(read_audio(str(tmp_path / "out.flac"))) == round(1.33 * SAMPLE_RATE)
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["missing.wav", "out.wav"], "missing.wav: no such file"),
+    (["in.wav", "out.wav", "--codebooks", 9], "has 1 to 8"),
+    (["in.wav", "out.xyz"], "cannot write this kind of file"),
+    (["in.wav", "out.wav", "--checkpoint", "nowhere.pt"], "nowhere.pt: no such checkpoint"),
+])
+def test_what_the_command_refuses(arguments, says, world, tmp_path):
+    soundfile.write(tmp_path / "in.wav", np.zeros(2000), SAMPLE_RATE)
+    arguments = [tmp_path / a if str(a).endswith(("wav", "xyz")) else a for a in arguments]
+    if "--checkpoint" not in arguments:
+        arguments += ["--checkpoint", world / "codec.pt"]
+    code, out, err = run("mimi.py", *arguments)
+    assert code == 1 and says in err and "Traceback" not in err
+    assert [p.name for p in tmp_path.iterdir()] == ["in.wav"]
+
+
+def test_log_spectral_distance():
+    x = sound(1, 30)[0, 0]
+    assert mimi.log_spectral_distance(x, x) == 0
+    assert abs(mimi.log_spectral_distance(x, 0.1 * x) - 20) < 0.5
+    assert abs(mimi.log_spectral_distance(x, 0.1 * x, mimi.mel_filters(1024)) - 20) < 0.5
 
 
 def test_what_comes_later_changes_nothing_before(codec):

@@ -1,0 +1,93 @@
+"""How long an 80 ms frame takes, frame by frame: Kyutai's `moshi` package beside ours, full size, the same weights, in turn.
+
+    python tests/bench_mimi.py                                  CPU, 2 threads, one stream
+    python tests/bench_mimi.py --device cuda --batch 64         GPU: both as CUDA graphs
+
+Needs the packages that `make slow` installs.
+"""
+import argparse
+import tempfile
+import time
+
+import torch
+
+from test_mimi_reference import FULL, kyutai, make_healthy, save, sound
+from mimi import FRAME, Mimi, tensors
+
+
+def capture(step, x, state):
+    """step(x, state) as one CUDA graph: a function of x alone that moves this state on. Its result lives until the next call."""
+    before = [t.clone() for t in tensors(state)]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(x, state)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = step(x, state)
+    for t, b in zip(tensors(state), before):
+        t.copy_(b)
+
+    def replay(new):
+        x.copy_(new)
+        graph.replay()
+        return y
+    return replay
+
+
+def seconds(f, inputs, device):
+    """Seconds for each call of f, and the last result."""
+    times = []
+    for x in inputs:
+        begun = time.perf_counter()
+        y = f(x)
+        if device != "cpu":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begun)
+    return times, y
+
+
+@torch.no_grad()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=10, help="of 25 frames for each of the two")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    B, device = args.batch, args.device
+    reference = m, *_ = kyutai(FULL)
+    make_healthy(reference, sound(25))
+    with tempfile.TemporaryDirectory() as folder:
+        ours = Mimi.from_pretrained(save(m, folder), 8, device=device)
+    m.to(device).set_num_codebooks(8)
+    frames = sound(25 * args.rounds, B).to(device).split(FRAME, -1)
+    state = ours.init_state(B)
+    encode, decode = lambda x: ours.encode_step(x, state), lambda c: ours.decode_step(c, state)
+    if device != "cpu":
+        encode = capture(ours.encode_step, frames[0].clone(), state)
+        decode = capture(ours.decode_step, torch.zeros(B, 8, 1, dtype=torch.long, device=device), state)
+    agree, rows = [], {name: [] for name in ("package, encode", "package, decode", "ours, encode", "ours, decode")}
+    with m.streaming(B):
+        for some in (frames[i:i + 25] for i in range(0, len(frames), 25)):
+            codes = []
+            for f, name in ((m.encode, "package, encode"), (encode, "ours, encode")):
+                kept = []
+                times, _ = seconds(lambda x: kept.append(f(x).clone()), some, device)
+                rows[name].append(sorted(times)[len(times) // 2])
+                codes.append(kept)
+            agree.append((torch.cat(codes[0], -1) == torch.cat(codes[1], -1)).float().mean().item())
+            for f, name in ((m.decode, "package, decode"), (decode, "ours, decode")):
+                rows[name].append(sorted(seconds(f, codes[0], device)[0])[12])
+    for name, times in rows.items():
+        print(f"{name:16} {1000 * sorted(times)[len(times) // 2]:7.2f} ms   ({1000 * min(times):.2f} to {1000 * max(times):.2f})")
+    ratios = sorted((c + d) / (a + b) for a, b, c, d in zip(*rows.values()))[1:]  # the first round warms up
+    print(f"ours / package: {ratios[len(ratios) // 2]:.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f} over {len(ratios)} rounds), "
+          f"batch {B}, {device}, {args.threads} threads; the same codes in the first two seconds: {agree[0]:.2%}")
+
+
+if __name__ == "__main__":
+    main()
