@@ -37,6 +37,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import unicodedata
 from collections import Counter
 
 import numpy as np
@@ -313,7 +314,63 @@ def check_dialogue(line, folder):
     return d
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# text -> tokens
+
 PATTERN = r" ?[^\s]+|\s+"  # BPE merges within these: a word with the space before it
+
+
+def get_tokenizer(name, texts, vocab_size):
+    """What the tokenizer.json of an encoded folder holds: {"pattern", "ranks", "specials"}. name is "bytes", "bpe" (learned
+    from texts), or the folder of a published vocabulary."""
+    if name == "bytes":
+        return {"pattern": PATTERN, "ranks": train_bpe([], 256), "specials": []}
+    if name == "bpe":
+        return {"pattern": PATTERN, "ranks": train_bpe(texts, vocab_size), "specials": []}
+    return read_published_bpe(name)
+
+
+def read_published_bpe(folder):
+    """Qwen2.5's tokeniser, or any byte-level BPE in the same files: tokenizer.json, or vocab.json with merges.txt (and
+    tokenizer_config.json, which names the special tokens). Raises ValueError or OSError with the file's name."""
+    def read(name):
+        with open(os.path.join(folder, name), encoding="utf-8") as f:
+            return json.load(f) if name.endswith(".json") else f.read().split("\n")
+    have = [n for n in ("tokenizer.json", "vocab.json") if os.path.isfile(os.path.join(folder, n))]
+    if not have:
+        raise FileNotFoundError(f"{folder}: holds neither tokenizer.json nor vocab.json; --tokenizer is bytes, bpe or a "
+                                "folder with one of them")
+    path = os.path.join(folder, have[0])
+    try:
+        if have[0] == "tokenizer.json":
+            saved = read("tokenizer.json")
+            vocab, merges = saved["model"]["vocab"], saved["model"]["merges"]
+            added = {t["id"]: t["content"] for t in saved["added_tokens"]}
+            pattern = next(p["pattern"]["Regex"] for p in saved["pre_tokenizer"]["pretokenizers"] if p["type"] == "Split")
+        else:
+            vocab, pattern = read("vocab.json"), QWEN_PATTERN
+            merges = [line for line in read("merges.txt") if line and not line.startswith("#version")]
+            known = os.path.isfile(os.path.join(folder, "tokenizer_config.json"))
+            added = {int(i): t["content"] for i, t in read("tokenizer_config.json")["added_tokens_decoder"].items()} if known else {}
+        vocab = {t: i for t, i in vocab.items() if i not in added}
+        # tiktoken merges by the rank of the result: the same as by the list of merges if results are numbered in its order
+        for i, merge in enumerate(merges):
+            if vocab["".join(merge.split(" ") if isinstance(merge, str) else merge)] != 256 + i:
+                raise ValueError(f"merge {i} does not give token {256 + i}")
+        ranks = {bytes(BYTES[c] for c in token): i for token, i in vocab.items()}
+        specials = [added[i] for i in sorted(added)]
+        if sorted(added) != list(range(len(vocab), len(vocab) + len(added))):
+            raise ValueError("its special tokens do not follow its words")
+        return {"pattern": pattern, "ranks": ranks, "specials": specials}
+    except (KeyError, TypeError, AttributeError, StopIteration, ValueError) as e:
+        raise ValueError(f"{path}: not a byte-level BPE that can be read ({type(e).__name__}: {e})") from None
+
+
+QWEN_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+                r"\s+(?!\S)|\s+")
+# Published vocabularies write a byte as a letter: those that look like one as themselves, the others from U+0100 on.
+VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTES = {chr(b): b for b in VISIBLE} | {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*VISIBLE}))}
 
 
 def train_bpe(texts, vocab_size):
@@ -342,14 +399,15 @@ def train_bpe(texts, vocab_size):
 
 def tokens_of(turn, tokenizer):
     """The tokens of what is said and, where the manifest knows when each word starts, the frame of each token."""
-    words = [tokenizer.encode_ordinary(" " + w) for w in turn["text"].split()]
+    text = unicodedata.normalize("NFC", turn["text"])
+    words = [tokenizer.encode_ordinary(" " + w) for w in text.split()]
     out = {"tokens": [t for w in words for t in w]}
     if "starts" in turn:
         out["starts"] = [round(s * SAMPLE_RATE) // FRAME + i for w, s in zip(words, turn["starts"]) for i in range(len(w))]
     return out
 
 
-def encode(data, codec_path, vocab_size, copies, skip_broken, device):
+def encode(data, codec_path, tokenizer_name, vocab_size, copies, skip_broken, device):
     """data/manifest.jsonl and its sound -> data/encoded: codes.npy (frames, K), one line for each turn and each dialogue,
     the tokeniser, and what silence sounds like to the codec."""
     codec = Mimi.load(codec_path, device)
@@ -357,9 +415,11 @@ def encode(data, codec_path, vocab_size, copies, skip_broken, device):
     out, work = os.path.join(data, "encoded"), os.path.join(data, "encoded.partial")
     shutil.rmtree(work, ignore_errors=True)
     os.makedirs(work)
-    ranks = train_bpe([" " + t["text"] for d in dialogues if d["split"] == "train" for t in d["turns"]], vocab_size)
-    with open(os.path.join(work, "tokenizer.json"), "w") as f:
-        json.dump({"pattern": PATTERN, "ranks": {base64.b64encode(b).decode(): r for b, r in ranks.items()}}, f)
+    texts = [" " + t["text"] for d in dialogues if d["split"] == "train" for t in d["turns"]]
+    saved = get_tokenizer(tokenizer_name, texts, vocab_size)
+    saved["ranks"] = {base64.b64encode(b).decode(): r for b, r in saved["ranks"].items()}
+    with open(os.path.join(work, "tokenizer.json"), "w", encoding="utf-8") as f:
+        json.dump(saved, f)
     tokenizer = load_tokenizer(os.path.join(work, "tokenizer.json"))
 
     # every sound once, the users' in several copies that begin at other places within a frame and at other loudness
@@ -422,7 +482,9 @@ def main():
     enc = commands.add_parser("encode", help="sound -> codes, text -> tokens")
     enc.add_argument("--data", default="data/toy")
     enc.add_argument("--codec", default="out/codec/checkpoint.pt")
-    enc.add_argument("--vocab-size", type=int, default=512, help="of the text tokeniser that is trained")
+    enc.add_argument("--tokenizer", default="bpe", help="bpe: learned here; bytes; or a folder with Qwen2.5's tokenizer.json "
+                     "or vocab.json and merges.txt (default: %(default)s)")
+    enc.add_argument("--vocab-size", type=int, default=512, help="of the tokeniser that is learned")
     enc.add_argument("--copies", type=int, default=1, help="of each user turn, at other places in a frame and loudness")
     enc.add_argument("--skip-broken", action="store_true", help="go on after a broken line of the manifest")
     enc.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -431,7 +493,7 @@ def main():
         if args.pop("command") == "toy":
             make_toy(**args)
         else:
-            args["codec_path"] = args.pop("codec")
+            args["codec_path"], args["tokenizer_name"] = args.pop("codec"), args.pop("tokenizer")
             encode(**args)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")

@@ -209,15 +209,16 @@ def load_tokenizer(path):
         ranks = {base64.b64decode(b, validate=True): r for b, r in saved["ranks"].items()}
         if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)):
             raise ValueError("its ranks are not 0, 1, 2, ... with every byte among them")
-        return make_tokenizer(ranks, saved["pattern"])
+        return make_tokenizer(ranks, saved["pattern"], saved["specials"])
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise ValueError(f"{path}: not a tokeniser that prepare.py wrote ({e})") from None
 
 
-def make_tokenizer(ranks, pattern):
-    n = len(ranks)
-    specials = {"<wait>": n, "<asr>": n + 1, "<answer>": n + 2}
-    return tiktoken.Encoding("nanoflm", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+def make_tokenizer(ranks, pattern, specials=()):
+    """A byte-level BPE of ranks {bytes: rank}. Its specials, in order, follow its words, and after them come ours."""
+    names = [*specials, "<wait>", "<asr>", "<answer>"]
+    return tiktoken.Encoding("nanoflm", pat_str=pattern, mergeable_ranks=ranks,
+                             special_tokens={name: len(ranks) + i for i, name in enumerate(names)})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

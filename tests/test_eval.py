@@ -112,6 +112,16 @@ def test_the_whole_on_an_untrained_model(world, tmp_path):
     assert out.count("user: ") >= 2 and list((world / "flm/samples").glob("*.wav"))
 
 
+def test_the_codec_alone(world, tmp_path):
+    asr = tmp_path / "asr.py"
+    asr.write_text("print('one two')")
+    code, out, err = run("eval.py", "--codec", world / "codec.pt", "--data", world / "toy", "--items", 2, "--asr",
+                         f"{sys.executable} {asr} {{wav}}")
+    assert code == 0, err
+    lines = [line for line in out.splitlines() if "log-mel distance" in line]
+    assert len(lines) == 3 and all("2 clips" in line and "original 0." in line and "codec 0." in line for line in lines)
+
+
 def test_the_recogniser_learns_from_originals(world, tmp_path):
     """A few steps on a few clips: it becomes better at reading them, and is found again."""
     job = evaluation.RecogniserJob(evaluation.RecogniserConfig(width=32, blocks=1), str(world / "toy"), "cpu")
