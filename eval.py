@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import mimi
 import train
-from chat import Speaker
+from chat import Speaker, speech
 from mimi import (FRAME, SAMPLE_RATE, LogMel, Mimi, load_weights, log_spectral_distance, mel_filters, read_audio,
                   replace_when_done, write_audio)
 from prepare import SHARES, read_manifest
@@ -146,20 +146,6 @@ def get_recogniser(command, data, out, minutes, device):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # measures
-
-
-def speech(x, floor=-45.0, bridge=0.3, least=0.1):
-    """Where there is sound: [(begin, end), ...] in seconds, by the energy of 20 ms windows. Gaps shorter than `bridge` are
-    closed, then bursts shorter than `least` are dropped."""
-    n = SAMPLE_RATE // 50
-    loud = 20 * torch.log10(F.pad(x, (0, -len(x) % n)).view(-1, n).square().mean(1).sqrt() + 1e-6) > floor
-    spans = []
-    for i in loud.nonzero()[:, 0].tolist():
-        if spans and i / 50 - spans[-1][1] < bridge:
-            spans[-1][1] = (i + 1) / 50
-        else:
-            spans.append([i / 50, (i + 1) / 50])
-    return [(a, b) for a, b in spans if b - a >= least]
 
 
 def word_errors(found, right):

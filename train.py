@@ -423,6 +423,50 @@ def train(job, stages, out, minutes=None, resume=False, seed=1, save_every=60.0)
     return run.path
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# a run as a picture
+
+
+def plot(folder):
+    """The losses of a run over all its stages, from folder/log.jsonl into folder/log.png. Returns the picture's path."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("a picture needs the extra 'plot': pip install '.[plot]'") from None
+    source = os.path.join(folder, "log.jsonl")
+    if not os.path.isfile(source):
+        raise FileNotFoundError(f"{source}: no such log; --plot takes a folder that train.py wrote")
+    # A run that was killed repeats the steps since its last checkpoint: the later line counts.
+    lines = {}
+    with open(source) as f:
+        for line in f:
+            entry = json.loads(line)
+            lines[entry["stage"], entry["step"], entry.get("split")] = entry
+    stages = list(dict.fromkeys(stage for stage, *_ in lines))
+    begin, starts = 0, {}
+    for stage in stages:
+        starts[stage] = begin
+        begin += max(step for name, step, _ in lines if name == stage)
+    names = list(dict.fromkeys(k for e in lines.values() for k in e if k not in ("stage", "step", "lr", "loss", "split", "waits")))
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for colour, name in enumerate(names):
+        for split, style in ((None, {"alpha": 0.35, "linewidth": 0.8}), ("held-out", {"marker": "o", "label": name + ", held out"})):
+            points = sorted((starts[stage] + step, e[name]) for (stage, step, s), e in lines.items() if s == split and name in e)
+            axes.plot(*zip(*points), color=f"C{colour}", **style) if points else None
+    for stage in stages:
+        axes.axvline(starts[stage], color="0.7", linewidth=0.8)
+        axes.text(starts[stage], 1.0, " " + stage, transform=axes.get_xaxis_transform(), va="bottom", fontsize=8)
+    axes.set_yscale("log")
+    axes.set_xlabel("steps")
+    axes.set_ylabel("loss")
+    axes.legend(fontsize=8)
+    path = os.path.join(folder, "log.png")
+    with mimi.replace_when_done(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+    return path
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="tiny", choices=STAGES)
@@ -432,9 +476,12 @@ def main():
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--plot", metavar="FOLDER", help="train nothing: draw the losses of the run in this folder")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     try:
+        if args.plot:
+            return print(f"Wrote {plot(args.plot)}")
         if args.config == "codec":
             job = CodecJob(mimi.CONFIGS["tiny"], args.data or "data/toy", args.device)
         else:

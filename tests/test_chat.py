@@ -6,7 +6,7 @@ import pytest
 import soundfile
 import torch
 
-from chat import Speaker, Transcript
+from chat import Speaker, Transcript, draw, yields
 from conftest import run
 from mimi import FRAME, read_audio
 from model import Sampling
@@ -51,6 +51,36 @@ def test_stereo_holds_the_user_left_and_the_model_right(world, tmp_path):
     assert chat(world, source, tmp_path / "one.wav")[0] == chat(world, source, tmp_path / "two.wav", "--stereo")[0] == 0
     left, right = read_audio(str(tmp_path / "two.wav"), mono=False)
     assert torch.equal(left, read_audio(str(source))) and torch.equal(right, read_audio(str(tmp_path / "one.wav")))
+
+
+def test_where_the_model_yields():
+    def spans(*pairs):
+        x = torch.zeros(24_000 * 6)
+        for a, b in pairs:
+            x[int(a * 24_000):int(b * 24_000)] = 0.1
+        return x
+    said = spans((1.0, 2.5), (4.0, 5.0))
+    assert yields(spans((2.0, 3.0)), said) == [2.5]  # half a second after the user broke in
+    assert yields(spans((0.2, 0.9)), said) == []  # the user spoke before
+    assert yields(spans((1.2, 3.0)), said) == []  # the model went on for more than a second: it did not yield
+    assert yields(spans(), said) == []
+
+
+def test_a_picture_of_the_conversation(world, tmp_path):
+    pytest.importorskip("matplotlib")
+    source = tone(tmp_path / "in.wav", 2.0)
+    code, out, err = chat(world, source, tmp_path / "reply.wav", "--picture", tmp_path / "reply.png")
+    assert code == 0, err
+    assert (tmp_path / "reply.png").read_bytes()[:4] == b"\x89PNG" and out.splitlines()[-1].endswith("reply.png")
+
+
+def test_a_picture_draws_what_it_is_given(tmp_path):
+    pytest.importorskip("matplotlib")
+    heard, said = torch.zeros(48_000), torch.zeros(48_000)
+    heard[24_000:36_000], said[:30_000] = 0.1, 0.1
+    draw(str(tmp_path / "a.svg"), heard, said, [{"time": 0.2, "text": " eins"}, {"time": 0.28, "text": " zwei"}])
+    svg = (tmp_path / "a.svg").read_text()
+    assert "<!-- eins zwei -->" in svg and "<!--  yields -->" in svg
 
 
 @pytest.mark.parametrize("kind", ["missing", "directory", "empty", "garbage", "no frames", "not finite", "cut off"])

@@ -1,6 +1,7 @@
 """The measures, on systems whose behaviour is known, and eval.py as a whole on an untrained model."""
 import json
 import math
+import sys
 import types
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 
 import eval as evaluation
 from conftest import run
-from eval import Shares, interruptions, speech, wilson, word_errors
+from chat import speech
+from eval import Shares, interruptions, wilson, word_errors
 from mimi import FRAME, SAMPLE_RATE, read_audio
 
 

@@ -211,3 +211,12 @@ def test_a_full_disk_is_one_clear_error_and_keeps_the_old_checkpoint(world, tmp_
 def test_wrong_flags_are_a_clear_error(tmp_path, args, message):
     code, _, err = run("train.py", *args, "--out", tmp_path / "x")
     assert code in (1, 2) and message in err.splitlines()[-1] and not (tmp_path / "x").exists()
+
+
+def test_a_picture_of_a_run(world):
+    pytest.importorskip("matplotlib")
+    code, out, err = run("train.py", "--plot", world / "flm")
+    assert code == 0 and out == f"Wrote {world / 'flm'}/log.png\n", err
+    assert (world / "flm/log.png").read_bytes()[:4] == b"\x89PNG"
+    code, _, err = run("train.py", "--plot", world / "nowhere")
+    assert code == 1 and "no such log" in err
