@@ -355,7 +355,7 @@ def main():
     args = parser.parse_args()
     try:
         recogniser = get_recogniser(args.asr, args.data, "out/recogniser", args.asr_minutes, args.device)
-        dialogues = read_manifest(os.path.join(args.data, "manifest.jsonl"))
+        dialogues = list(read_manifest(os.path.join(args.data, "manifest.jsonl")))
         if args.codec:
             return codec_quality(Mimi.load(args.codec, args.device), recogniser, dialogues, args.items, args.seed)
         speaker = Speaker(args.checkpoint, args.device)

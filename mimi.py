@@ -622,23 +622,27 @@ def read_safetensors(path):
 # files: sound and checkpoints. Neither is trusted.
 
 
-def read_audio(path, mono=True):
-    """Any file that soundfile reads -> float32 samples at 24 kHz: (N,), or (channels, N) if not mono.
-    Raises ValueError or OSError, with the file's name, for what is missing, empty, cut off or not finite."""
+def read_audio(path, mono=True, start=0.0, end=None):
+    """Any file that soundfile reads, or its seconds from start to end, -> float32 samples at 24 kHz: (N,), or (channels, N)
+    if not mono. Raises ValueError or OSError, with the file's name, for what is missing, empty, cut off or not finite."""
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such file")
     if os.path.isdir(path):
         raise IsADirectoryError(f"{path}: is a directory, not a sound file")
     try:
         with soundfile.SoundFile(path) as f:
-            promised, rate = f.frames, f.samplerate
-            x = f.read(dtype="float32", always_2d=True).T
+            rate = f.samplerate
+            first, last = round(start * rate), f.frames if end is None else round(end * rate)
+            if not 0 <= first <= last <= f.frames:
+                raise ValueError(f"{path}: lasts {f.frames / rate:.2f} s; there is no part from {start} to {end} s")
+            f.seek(first)
+            x = f.read(last - first, dtype="float32", always_2d=True).T
     except (soundfile.LibsndfileError, RuntimeError) as e:
         raise ValueError(f"{path}: not a sound file that can be read ({e})") from None
-    if x.shape[1] == 0:
+    if first == last:
         raise ValueError(f"{path}: holds no sound (zero samples)")
-    if x.shape[1] < promised or cut_off(path):
-        raise ValueError(f"{path}: cut off; its header promises more sound than the {x.shape[1] / rate:.2f} s it holds")
+    if x.shape[1] < last - first or cut_off(path):
+        raise ValueError(f"{path}: cut off; its header promises more sound than it holds")
     if not np.isfinite(x).all():
         raise ValueError(f"{path}: holds samples that are not finite (NaN or infinity)")
     x = torch.from_numpy(x)

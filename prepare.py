@@ -1,13 +1,20 @@
 """Data: from words to sound to codes.
 
-    python prepare.py toy                    speak the toy world: sound files and a manifest, data/toy
-    python prepare.py encode                 sound -> Mimi codes, text -> tokens: what train.py reads
+    python prepare.py toy                                          speak the toy world: sound and a manifest, data/toy
+    python prepare.py librispeech FOLDER --out data/libri          a corpus as it was downloaded -> a manifest
+    python prepare.py encode --data data/toy                       sound -> Mimi codes, text -> tokens: what train.py reads
 
-A manifest is a text file with one dialogue to a line, each a list of turns (FLM-Audio, section 3.2.1):
+A manifest is a text file with one JSON object to a line. What a line may hold, and what it is for (FLM-Audio, section 3):
 
-    {"id": 7, "kind": "repeat", "split": "train", "turns": [
-      {"role": "user",  "voice": "en-us+f4", "text": "repeat cat red moon", "audio": "user/000007.flac"},
-      {"role": "model", "voice": "model",    "text": "cat red moon",        "audio": "model/cat-red-moon.flac"}]}
+    {"audio": "a.flac", "text": "It is late."}                                  a recording: post-training
+        optional: "start", "end" in seconds, "lang", "annotated": by a person (true) or by a machine (false)
+    {"turns": [                                                                 a dialogue: fine-tuning
+      {"role": "user",  "text": "repeat cat red moon", "audio": "user/000007.flac"},
+      {"role": "model", "text": "cat red moon",        "audio": "model/cat-red-moon.flac"}]}
+    {"audio": "talk.wav", "sentences": [                                        a recorded conversation in stereo, the
+      {"role": "model", "start": 0.5, "end": 1.9, "text": "It is late."}]}      model left and the user right: fine-tuning
+
+and each may say "split": "train", or "seen" for what is held out (otherwise one line in a hundred is).
 
 The toy world is the smallest world that needs everything a spoken chatbot needs. A user asks, the model answers:
 
@@ -25,8 +32,12 @@ speaks word by word, each word beginning on a frame; the users speak whole sente
 import _ctypes
 import argparse
 import base64
+import contextlib
 import ctypes
+import glob
 import hashlib
+import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -37,6 +48,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import unicodedata
 from collections import Counter
 
@@ -45,7 +57,7 @@ import soundfile
 import torch
 from tqdm import tqdm
 
-from mimi import FRAME, SAMPLE_RATE, Mimi, read_audio, resample, write_audio
+from mimi import FRAME, SAMPLE_RATE, Mimi, read_audio, replace_when_done, resample, write_audio
 from streams import load_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -279,39 +291,116 @@ def make_toy(out, items, tests, sentences, voices, seed, tts):
 # manifest -> codes and tokens
 
 
-def read_manifest(path, skip_broken=False):
-    """The dialogues of a manifest. A broken line or a missing sound file is a ValueError that says which line, or, with
-    skip_broken, a message while the rest goes on."""
+def read_manifest(path, skip_broken=False, begin=(0, 0), lines=None):
+    """The lines of a manifest, one at a time; from the byte and line number `begin` on, so many lines. A broken line or a missing
+    sound file is a ValueError that says which line, or, with skip_broken, a message while the rest goes on."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such manifest; `python prepare.py toy` makes one")
-    dialogues = []
-    with open(path, encoding="utf-8") as f:
-        for number, line in enumerate(f, 1):
+    with open(path, "rb") as f:
+        f.seek(begin[0])
+        for number, line in enumerate(itertools.islice(f, lines), begin[1] + 1):
             try:
-                dialogues.append(check_dialogue(line, os.path.dirname(path)))
+                yield check_line(line, number, os.path.dirname(path))
             except (ValueError, OSError) as e:
                 if not skip_broken:
                     raise ValueError(f"{path}, line {number}: {e} (--skip-broken goes on without it)") from None
                 print(f"skipped {path}, line {number}: {e}", file=sys.stderr)
-    if not dialogues:
-        raise ValueError(f"{path}: holds no dialogue")
-    return dialogues
 
 
-def check_dialogue(line, folder):
+def check_line(line, number, folder):
+    """A line of a manifest, made uniform: {"split", "annotated", "turns": [{"role", "text", "path", "start", "end"}]}, or, of a
+    recorded conversation, {"split", "path", "sentences": [{"role", "text", "start", "end"}]}. Raises ValueError or OSError."""
     d = json.loads(line)
-    if not isinstance(d, dict) or not isinstance(d.get("turns"), list) or not d["turns"]:
-        raise ValueError("a dialogue needs a list of turns")
-    for turn in d["turns"]:
-        for key in ("role", "text", "audio"):
-            if not isinstance(turn, dict) or not isinstance(turn.get(key), str):
-                raise ValueError(f"a turn needs the text field {key!r}")
-        if turn["role"] not in ("user", "model"):
-            raise ValueError(f"a turn's role is user or model, not {turn['role']!r}")
-        turn["path"] = os.path.join(folder, turn["audio"])
-        if not os.path.isfile(turn["path"]):
-            raise FileNotFoundError(f"no sound file {turn['path']}")
+    if not isinstance(d, dict):
+        raise ValueError("is not an object {...}")
+    if "turns" not in d and "sentences" not in d:  # a recording: good for hearing and for speaking
+        d = {"turns": [{**d, "role": "either"}], **{k: d[k] for k in ("id", "split", "annotated", "lang") if k in d}}
+    parts = d.get("turns", d.get("sentences"))
+    if not isinstance(parts, list) or not parts:
+        raise ValueError("needs a list of turns or of sentences, or is a recording with audio and text")
+    for part in parts:
+        for key, kind in {"role": str, "text": str, **({"audio": str} if "turns" in d else {"start": (int, float), "end": (int, float)})}.items():
+            if not isinstance(part, dict) or not isinstance(part.get(key), kind):
+                raise ValueError(f"a {'turn' if 'turns' in d else 'sentence'} needs the field {key!r}")
+        if part["role"] not in ("user", "model", "either"):
+            raise ValueError(f"a role is user or model, not {part['role']!r}")
+        if not part.get("start", 0.0) >= 0 or not part.get("end") is None and not part["end"] > part.get("start", 0.0):
+            raise ValueError(f"from {part.get('start', 0.0)} to {part['end']} s is not a stretch of time")
+    if "turns" in d and len(parts) > 1 and [p["role"] for p in parts] != ["user", "model"] * (len(parts) // 2):
+        raise ValueError("in a dialogue user and model take turns, the user first")
+    for part in parts if "turns" in d else [d]:
+        if not isinstance(part.get("audio"), str):
+            raise ValueError("needs the field 'audio'")
+        part["path"] = os.path.join(folder, part["audio"])
+        if not os.path.isfile(part["path"]):
+            raise FileNotFoundError(f"no sound file {part['path']}")
+    d.setdefault("split", "seen" if number % 100 == 1 else "train")  # one in a hundred is held out
+    d.setdefault("annotated", True)
     return d
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# corpora as they are downloaded -> a manifest
+
+
+def librispeech(folder):
+    """LibriSpeech: a *.trans.txt in each chapter's folder, with lines 'ID WORDS' for the files ID.flac."""
+    for transcript in sorted(glob.glob(os.path.join(folder, "**", "*.trans.txt"), recursive=True)):
+        with open(transcript, encoding="utf-8") as f:
+            for name, text in (line.rstrip("\n").split(" ", 1) for line in f if " " in line):
+                yield {"audio": os.path.join(os.path.dirname(transcript), name + ".flac"), "text": text.lower(), "lang": "en"}
+
+
+def ljspeech(folder):
+    """LJSpeech: metadata.csv with lines 'ID|text|text with numbers as words' for the files wavs/ID.wav."""
+    with open(os.path.join(folder, "metadata.csv"), encoding="utf-8") as f:
+        for name, _, text in (line.rstrip("\n").split("|") for line in f if line.strip()):
+            yield {"audio": os.path.join(folder, "wavs", name + ".wav"), "text": text, "lang": "en"}
+
+
+def conversations(path):
+    """Stereo conversations in the format of moshi-finetune, the model left and the user right: lines {"path", "duration"}, and
+    beside each sound file a .json with {"alignments": [[word, [start, end], speaker], ...]}."""
+    with open(path, encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                audio = os.path.join(os.path.dirname(path), json.loads(line)["path"])
+                with open(os.path.splitext(audio)[0] + ".json", encoding="utf-8") as g:
+                    words = [(w.strip(), float(a), float(b), speaker) for w, (a, b), speaker in json.load(g)["alignments"]]
+            except (ValueError, KeyError, TypeError, OSError) as e:
+                raise ValueError(f"{path}, line {number}: {e}") from None
+            yield {"audio": audio, "sentences": sentences_of(words)}
+
+
+def sentences_of(words, pause=0.8, longest=20.0):
+    """Words (text, start, end, speaker) in order -> sentences: a new one after a full stop, a pause, or too long a time."""
+    out = []
+    for role in ("model", "user"):
+        begun = None
+        for text, start, end, _ in (w for w in words if (w[3] == "SPEAKER_MAIN") == (role == "model")):
+            if begun is None or start - begun["end"] > pause or end - begun["start"] > longest or begun["text"][-1] in ".?!。？！":
+                begun = {"role": role, "text": text, "start": start, "end": end}
+                out.append(begun)
+            else:
+                begun["text"], begun["end"] = f"{begun['text']} {text}", end
+    return sorted(out, key=lambda s: s["start"])
+
+
+CORPORA = {"librispeech": librispeech, "ljspeech": ljspeech, "conversations": conversations}
+
+
+def collect(corpus, source, out):
+    """Write out/manifest.jsonl for a corpus as it was downloaded."""
+    path = os.path.join(out, "manifest.jsonl")
+    if os.path.exists(path):
+        raise ValueError(f"{path}: is there already; remove it, or name another folder with --out")
+    n = 0
+    with replace_when_done(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
+        for n, line in enumerate(tqdm(CORPORA[corpus](os.path.abspath(source)), corpus, unit="line"), 1):
+            f.write(json.dumps(line, ensure_ascii=False) + "\n")
+        if not n:
+            raise ValueError(f"{source}: there is nothing of {corpus} in it")
+    print(f"Wrote {n} lines to {path}; next: python prepare.py encode --data {out}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -320,14 +409,26 @@ def check_dialogue(line, folder):
 PATTERN = r" ?[^\s]+|\s+"  # BPE merges within these: a word with the space before it
 
 
-def get_tokenizer(name, texts, vocab_size):
+def get_tokenizer(name, words, vocab_size):
     """What the tokenizer.json of an encoded folder holds: {"pattern", "ranks", "specials"}. name is "bytes", "bpe" (learned
-    from texts), or the folder of a published vocabulary."""
+    from words {word: how often}), or a folder with a published vocabulary."""
     if name == "bytes":
-        return {"pattern": PATTERN, "ranks": train_bpe([], 256), "specials": []}
+        return {"pattern": PATTERN, "ranks": train_bpe({}, 256), "specials": []}
     if name == "bpe":
-        return {"pattern": PATTERN, "ranks": train_bpe(texts, vocab_size), "specials": []}
+        return {"pattern": PATTERN, "ranks": train_bpe(words, vocab_size), "specials": []}
+    path = os.path.join(name, "tokenizer.json")
+    if os.path.isfile(path) and "ranks" in (saved := read_json(path)):  # of another encoded folder
+        load_tokenizer(path)
+        return {**saved, "ranks": {base64.b64decode(b): r for b, r in saved["ranks"].items()}}
     return read_published_bpe(name)
+
+
+def read_json(path):
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except ValueError as e:
+        raise ValueError(f"{path}: is not JSON ({e})") from None
 
 
 def read_published_bpe(folder):
@@ -373,10 +474,9 @@ VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTES = {chr(b): b for b in VISIBLE} | {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*VISIBLE}))}
 
 
-def train_bpe(texts, vocab_size):
-    """Byte-pair encoding: {bytes: rank}. Merges the most frequent pair until the vocabulary is full or each word is one
-    token."""
-    words = Counter(w for text in texts for w in re.findall(PATTERN, text))
+def train_bpe(words, vocab_size):
+    """Byte-pair encoding of words {word: how often it occurs}: {bytes: rank}. Merges the most frequent pair until the vocabulary
+    is full or each word is one token."""
     splits = {w: [bytes([b]) for b in w.encode()] for w in words}
     ranks = {bytes([b]): b for b in range(256)}
     while len(ranks) < vocab_size:
@@ -407,64 +507,157 @@ def tokens_of(turn, tokenizer):
     return out
 
 
-def encode(data, codec_path, tokenizer_name, vocab_size, copies, skip_broken, device):
-    """data/manifest.jsonl and its sound -> data/encoded: codes.npy (frames, K), one line for each turn and each dialogue,
-    the tokeniser, and what silence sounds like to the codec."""
-    codec = Mimi.load(codec_path, device)
-    dialogues = read_manifest(os.path.join(data, "manifest.jsonl"), skip_broken)
-    out, work = os.path.join(data, "encoded"), os.path.join(data, "encoded.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    os.makedirs(work)
-    texts = [" " + t["text"] for d in dialogues if d["split"] == "train" for t in d["turns"]]
-    saved = get_tokenizer(tokenizer_name, texts, vocab_size)
-    saved["ranks"] = {base64.b64encode(b).decode(): r for b, r in saved["ranks"].items()}
-    with open(os.path.join(work, "tokenizer.json"), "w", encoding="utf-8") as f:
-        json.dump(saved, f)
-    tokenizer = load_tokenizer(os.path.join(work, "tokenizer.json"))
+# ---------------------------------------------------------------------------------------------------------------------
+# manifest -> codes and tokens
+#
+#     encoded/meta.json           version, codec and tokeniser with their fingerprints, the sound of silence
+#     encoded/tokenizer.json
+#     encoded/00000.npy           codes (frames, K) of 500 lines; training reads what it needs from the disk
+#     encoded/00000.jsonl         those lines: tokens, and where their codes stand
 
-    # every sound once, the users' in several copies that begin at other places within a frame and at other loudness
-    rng = random.Random(0)
-    sounds = {}
-    for d in dialogues:
-        for t in d["turns"]:
-            n = copies if t["role"] == "user" and d["split"] == "train" else 1
-            sounds.setdefault(t["path"], [(rng.randrange(FRAME) if t["role"] == "user" else 0,
-                                           10 ** (rng.uniform(-6, 6) / 20) if t["role"] == "user" else 1.0)
-                                          for _ in range(n)])
-    jobs = sorted(((soundfile.info(p).duration, p, i) for p, v in sounds.items() for i in range(len(v))))
-    where, codes, offset = {}, [], 0
-    for start in tqdm(range(0, len(jobs), 32), "encode", unit="batch"):
-        batch = []
-        for _, path, i in jobs[start:start + 32]:
-            phase, gain = sounds[path][i]
-            batch.append((path, i, np.pad(read_audio(path).numpy() * gain, (LEAD * FRAME + phase, 0))))
-        T = max(-(-len(x) // FRAME) for *_, x in batch) + TAIL
-        wav = torch.from_numpy(np.stack([np.pad(x, (0, T * FRAME - len(x))) for *_, x in batch])).float()[:, None]
-        encoded = codec.encode(wav.to(device)).cpu().numpy().astype(np.int16)
-        for (path, i, x), c in zip(batch, encoded):
-            speech = -(-len(x) // FRAME) - LEAD
-            where[path, i] = {"offset": offset, "speech": speech, "frames": speech + TAIL}
-            codes.append(c[:, LEAD:LEAD + speech + TAIL].T)
-            offset += len(codes[-1])
-    np.save(os.path.join(work, "codes.npy"), np.concatenate(codes))
-    with open(os.path.join(work, "dialogues.jsonl"), "w", encoding="utf-8") as f:
-        for d in dialogues:
-            turns = [{"role": t["role"], "text": t["text"], **tokens_of(t, tokenizer),
-                      "copies": [where[t["path"], i] for i in range(len(sounds[t["path"]]))]} for t in d["turns"]]
-            f.write(json.dumps({**d, "turns": turns}) + "\n")
-    silence = codec.encode(torch.zeros(1, 1, 32 * FRAME, device=device))[0].T.tolist()
-    with open(os.path.join(work, "meta.json"), "w") as f:
-        json.dump({"codebook_size": codec.config.codebook_size, "codebooks": codec.config.codebooks,
-                   "text_size": tokenizer.n_vocab, "silence": silence, "codec": os.path.abspath(codec_path),
-                   "codec_sha256": hashlib.sha256(open(codec_path, "rb").read()).hexdigest()}, f)
-    shutil.rmtree(out, ignore_errors=True)
-    os.rename(work, out)
-    print(f"Wrote {offset} frames ({offset * FRAME / SAMPLE_RATE / 3600:.2f} hours) of {len(dialogues)} dialogues to {out}")
-
+VERSION = 2  # of this format
+SHARD = 500  # lines
 
 # Sound is encoded with silence before and after it, as it will be heard in a conversation: the codec looks back, so the
 # frames after the last word still carry it. The lead is thrown away; the tail is kept, frames[speech:].
 LEAD, TAIL = 6, 5
+
+
+def encode(data, codec_path, tokenizer_name, vocab_size, copies, skip_broken, processes, device):
+    """data/manifest.jsonl and its sound -> data/encoded. What a killed run has finished is kept by the next one with the same
+    settings."""
+    begun = time.monotonic()
+    manifest = os.path.join(data, "manifest.jsonl")
+    out, work = os.path.join(data, "encoded"), os.path.join(data, "encoded.partial")
+    codec = Mimi.load(codec_path, device)
+    words, lines = Counter(), 0
+    for d in tqdm(read_manifest(manifest, skip_broken), "check", unit="line", leave=False):
+        lines += 1
+        if d["split"] == "train":
+            words.update(words_of(d))
+    if not lines:
+        raise ValueError(f"{manifest}: holds no line that can be used")
+    tokenizer = get_tokenizer(tokenizer_name, words, vocab_size)
+    tokenizer["ranks"] = {base64.b64encode(b).decode(): r for b, r in tokenizer["ranks"].items()}
+    tokenizer = json.dumps(tokenizer)
+    silence = codec.encode(torch.zeros(1, 1, 32 * FRAME, device=device))[0].T.tolist()
+    meta = {"version": VERSION, "codec": os.path.abspath(codec_path), "codec_sha256": sha256(codec_path),
+            "tokenizer_sha256": hashlib.sha256(tokenizer.encode()).hexdigest(), "manifest_sha256": sha256(manifest),
+            "codebook_size": codec.config.codebook_size, "codebooks": codec.config.codebooks, "silence": silence,
+            "copies": copies, "shards": []}
+    with open(manifest, "rb") as f:  # where each shard begins: byte, line
+        at = 0
+        for number, line in enumerate(f):
+            if number % SHARD == 0:
+                meta["shards"].append([at, number])
+            at += len(line)
+    if not os.path.isfile(os.path.join(work, "meta.json")) or read_json(os.path.join(work, "meta.json")) != meta:
+        shutil.rmtree(work, ignore_errors=True)
+        os.makedirs(work)
+        for name, text in (("tokenizer.json", tokenizer), ("meta.json", json.dumps(meta))):
+            with replace_when_done(os.path.join(work, name)) as temporary, open(temporary, "w", encoding="utf-8") as f:
+                f.write(text)
+    shards = len(meta["shards"])
+    jobs = [(i, begin) for i, begin in enumerate(meta["shards"]) if not os.path.exists(os.path.join(work, f"{i:05}.jsonl"))]
+    bar = tqdm(total=shards, initial=shards - len(jobs), desc="encode", unit="shard")
+    settings = (manifest, work, codec_path, copies, skip_broken, device)
+    if min(processes, len(jobs)) < 2:
+        start_encoder(*settings)
+        for _ in map(encode_shard, jobs):
+            bar.update()
+    else:  # each with one thread, which together do more than one with several
+        with multiprocessing.get_context("spawn").Pool(min(processes, len(jobs)), start_encoder, (*settings, 1)) as pool:
+            for _ in pool.imap_unordered(encode_shard, jobs):
+                bar.update()
+    bar.close()
+    frames = sum(len(np.load(os.path.join(work, f"{i:05}.npy"), mmap_mode="r")) for i in range(shards))
+    shutil.rmtree(out, ignore_errors=True)
+    os.rename(work, out)
+    hours, took = frames * FRAME / SAMPLE_RATE / 3600, (time.monotonic() - begun) / 3600
+    print(f"Wrote {frames} frames ({hours:.2f} hours of sound, {hours / took:.0f} hours an hour) of {lines} lines to {out}")
+
+
+def words_of(line):
+    """What the tokeniser is learned from."""
+    for part in line.get("turns", line.get("sentences")):
+        yield from re.findall(PATTERN, " " + unicodedata.normalize("NFC", part["text"]))
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def start_encoder(manifest, work, codec_path, copies, skip_broken, device, threads=None):
+    global ENCODER  # of this process
+    if threads:
+        torch.set_num_threads(threads)
+    tokenizer = load_tokenizer(os.path.join(work, "tokenizer.json"))
+    ENCODER = manifest, work, Mimi.load(codec_path, device), tokenizer, copies, skip_broken, device
+
+
+def encode_shard(job):
+    """Encode one shard's lines: NUMBER.npy, then NUMBER.jsonl, which says that both are whole."""
+    number, begin = job
+    manifest, work, codec, tokenizer, copies, skip_broken, device = ENCODER
+    with contextlib.redirect_stderr(io.StringIO()):  # what is skipped has been said
+        lines = list(read_manifest(manifest, skip_broken, begin, SHARD))
+    # Every sound of this shard once. The users' begin anywhere in a frame and at another loudness each time.
+    rng = random.Random(number)
+    sounds = {}
+    for d in lines:
+        for t in d.get("turns", ()):
+            key, live = where_is(t), t["role"] == "user"
+            n = copies if live and d["split"] == "train" else 1
+            sounds.setdefault(key, [(rng.randrange(FRAME) * live, 10 ** (rng.uniform(-6, 6) / 20) if live else 1.0) for _ in range(n)])
+    jobs = sorted((seconds_of(*key), key, i) for key, versions in sounds.items() for i in range(len(versions)))
+    places, codes = {}, [np.zeros((0, codec.config.codebooks), np.int16)]
+
+    def keep(c):  # (T, K)
+        codes.append(c.astype(np.int16))
+        return {"shard": number, "offset": sum(map(len, codes[:-1])), "frames": len(c)}
+    while jobs:
+        rows = max(1, min(32, int(160 / min(10, jobs[-1][0]))))  # the longest first, as many as memory holds
+        batch, jobs = jobs[-rows:], jobs[:-rows]
+        wavs = []
+        for _, (path, start, end), i in batch:
+            phase, gain = sounds[path, start, end][i]
+            wavs.append(torch.nn.functional.pad(read_audio(path, start=start, end=end) * gain, (LEAD * FRAME + phase, 0)))
+        T = max(-(-len(x) // FRAME) for x in wavs) + TAIL
+        wav = torch.stack([torch.nn.functional.pad(x, (0, T * FRAME - len(x))) for x in wavs])
+        for (_, key, i), x, c in zip(batch, wavs, codec.encode(wav[:, None].to(device)).cpu().numpy()):
+            speech = -(-len(x) // FRAME) - LEAD
+            places[key, i] = {**keep(c[:, LEAD:LEAD + speech + TAIL].T), "speech": speech}
+    encoded = []
+    for d in lines:
+        line = {k: d[k] for k in ("id", "kind", "split", "annotated", "lang") if k in d}
+        if "turns" in d:
+            line["turns"] = [{"role": t["role"], "text": t["text"], **tokens_of(t, tokenizer),
+                              "copies": [places[where_is(t), i] for i in range(len(sounds[where_is(t)]))]} for t in d["turns"]]
+        else:
+            wav = read_audio(d["path"], mono=False)
+            if len(wav) != 2:
+                raise ValueError(f"{d['path']}: has {len(wav)} channels; a conversation has two, the model left, the user right")
+            line["speak"], line["listen"] = (keep(c.T) for c in codec.encode(wav[:, None].to(device)).cpu().numpy())
+            line["sentences"] = [{"frame": round(s["start"] * SAMPLE_RATE) // FRAME, **tokens_of(s, tokenizer)}
+                                 for s in d["sentences"] if s["role"] == "model"]
+        encoded.append(line)
+    path = os.path.join(work, f"{number:05}")
+    with replace_when_done(path + ".npy") as temporary, open(temporary, "wb") as f:
+        np.save(f, np.concatenate(codes))
+    with replace_when_done(path + ".jsonl") as temporary, open(temporary, "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(line) + "\n" for line in encoded)
+
+
+def where_is(turn):
+    return turn["path"], turn.get("start", 0.0), turn.get("end")
+
+
+def seconds_of(path, start, end):
+    return (soundfile.info(path).duration if end is None else end) - start
 
 
 def main():
@@ -479,20 +672,31 @@ def main():
     toy.add_argument("--voices", type=int, default=48, help="user voices to train on")
     toy.add_argument("--seed", type=int, default=1)
     toy.add_argument("--tts", help="another synthesiser: a command with {text}, {voice} and {out}")
+    for corpus, source in (("librispeech", "folder with *.trans.txt somewhere below"), ("ljspeech", "folder with metadata.csv"),
+                           ("conversations", "the .jsonl of moshi-finetune's format")):
+        command = commands.add_parser(corpus, help=CORPORA[corpus].__doc__.split(":")[0].split(",")[0] + " -> a manifest",
+                                      description=CORPORA[corpus].__doc__)
+        command.add_argument("source", help=source)
+        command.add_argument("--out", required=True, help="folder for the manifest, such as data/" + corpus)
     enc = commands.add_parser("encode", help="sound -> codes, text -> tokens")
     enc.add_argument("--data", default="data/toy")
     enc.add_argument("--codec", default="out/codec/checkpoint.pt")
-    enc.add_argument("--tokenizer", default="bpe", help="bpe: learned here; bytes; or a folder with Qwen2.5's tokenizer.json "
-                     "or vocab.json and merges.txt (default: %(default)s)")
+    enc.add_argument("--tokenizer", default="bpe", help="bpe: learned here; bytes; or a folder: another encoding's, or "
+                     "Qwen2.5's with tokenizer.json, or vocab.json and merges.txt (default: %(default)s)")
     enc.add_argument("--vocab-size", type=int, default=512, help="of the tokeniser that is learned")
     enc.add_argument("--copies", type=int, default=1, help="of each user turn, at other places in a frame and loudness")
+    enc.add_argument("--processes", type=int, default=None, help="default: one for each core, or one on a GPU")
     enc.add_argument("--skip-broken", action="store_true", help="go on after a broken line of the manifest")
     enc.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = vars(parser.parse_args())
     try:
-        if args.pop("command") == "toy":
+        command = args.pop("command")
+        if command == "toy":
             make_toy(**args)
+        elif command in CORPORA:
+            collect(command, **args)
         else:
+            args["processes"] = args["processes"] or (os.cpu_count() if args["device"] == "cpu" else 1)
             args["codec_path"], args["tokenizer_name"] = args.pop("codec"), args.pop("tokenizer")
             encode(**args)
     except (ValueError, OSError) as e:

@@ -164,6 +164,20 @@ def word_aligned(turns, gaps, v):
     return dialogue(turns, gaps, v, spread)
 
 
+def recorded(listen, speak, sentences, v):
+    """A recorded conversation as it was: the codes (n, K) of both sides, and the sentences [(frame, tokens), ...] of the side
+    that the model takes, each written two frames before it begins to sound or as soon as the one before it is written."""
+    grid = blank(len(listen), v, v.silence[-1])
+    put(grid, LISTEN, 0, listen)
+    put(grid, SPEAK, 0, speak)
+    t = 0
+    for frame, tokens in sentences:
+        t = max(t, frame - TEXT_LEAD)
+        put(grid, TEXT, t, tokens)
+        t += len(tokens)
+    return grid
+
+
 def dialogue(turns, gaps, v, monologue, barge_in=None):
     """Turns ((user, model), ...) after gaps of so many silent frames. monologue(user, model) -> what is written once the
     user has ended, and how many frames after that end the sound begins. Both channels carry real sound throughout, of

@@ -30,10 +30,11 @@ from tqdm import tqdm
 
 import mimi
 import model
+import prepare
 import streams
 from mimi import FRAME, Mimi, load_checkpoint, load_weights, mel_filters, save_checkpoint
 from model import FLM, loss_parts
-from prepare import read_manifest
+from prepare import read_manifest, where_is
 from streams import K, LISTEN, Utterance, Vocab, blank, pack
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -51,12 +52,13 @@ class Stage:
     layouts: dict = None  # share of each layout at the start and at the end of the stage
     wait: float = 0.01  # gamma of Eq. 3: weight of a <wait> token, that of a monologue token being 1
     blot: float = 0.0  # share of the heard frames, and of the rows of heard acoustic codes, that is blotted out
+    sources: tuple = (1.0, 1.0)  # how often a recording that a machine wrote down is used, and one that a person did
     depth: tuple = (1.0, 1.0)  # shares of the frames of speech and of silence that the depth transformer learns from
 
 
 POST = {"tts": (1, 1), "asr": (1, 1)}
 FINE_1 = {"asr_response_tts": (1, 1)}
-FINE_2 = {"response_tts": (0.3, 0.3), "free_response_tts": (0.7, 0.7)}
+FINE_2 = {"response_tts": (0.3, 0.3), "free_response_tts": (0.7, 0.7), "recorded": (1, 1)}  # what the data has of them
 
 # The toy model learns to speak one voice quickly and to hear many slowly, so it hears more. Fine-tuning 2 takes <asr> away
 # gradually (a share below 0 is none: gone half-way); all at once would cost minutes.
@@ -84,7 +86,7 @@ STAGES = {
     ),
     "7b": (
         Stage("post-training 1", 100_000, 256, 2e-4, 1e-5, 8192, POST),
-        Stage("post-training 2", 30_000, 256, 1e-5, 8e-6, 8192, POST),
+        Stage("post-training 2", 30_000, 256, 1e-5, 8e-6, 8192, POST, sources=(0.5, 5.0)),
         Stage("fine-tuning 1", 1_600, 256, 1e-5, 8e-6, 8192, FINE_1),
         Stage("fine-tuning 2", 4_700, 256, 8e-6, 7e-6, 8192, FINE_2),
     ),
@@ -98,47 +100,97 @@ WARMUP = 100  # steps at the start of a run
 # what the model learns from
 
 
+def read_encoded(folders):
+    """What `prepare.py encode` wrote, from one folder or several with commas between: (meta, lines, memory-mapped codes of
+    each shard). Raises ValueError if their codecs or tokenisers differ, or are no longer what the folders were made with."""
+    metas, lines, codes = [], [], []
+    for folder in folders.split(","):
+        try:
+            with open(os.path.join(folder, "meta.json")) as f:
+                meta = json.load(f)
+            if meta["version"] != prepare.VERSION:
+                raise ValueError(f"{folder}: is of version {meta['version']}, not {prepare.VERSION}; run `python prepare.py encode` again")
+            meta["tokenizer"] = os.path.join(folder, "tokenizer.json")
+            metas.append(meta)
+            meta["text_size"] = streams.load_tokenizer(meta["tokenizer"]).n_vocab
+            for number in range(len(meta["shards"])):
+                with open(os.path.join(folder, f"{number:05}.jsonl"), encoding="utf-8") as f:
+                    some = [json.loads(line) for line in f]
+                for place in (p for d in some for p in places(d)):
+                    place["shard"] = len(codes)
+                lines += some
+                codes.append(np.load(os.path.join(folder, f"{number:05}.npy"), mmap_mode="r"))
+        except FileNotFoundError as e:
+            raise FileNotFoundError(f"{e.filename}: not there; `python prepare.py encode` makes it") from None
+        except (KeyError, TypeError, json.JSONDecodeError) as e:
+            raise ValueError(f"{folder}: is not what `python prepare.py encode` writes ({type(e).__name__}: {e})") from None
+        for name in ("codec", "tokenizer"):
+            if not os.path.isfile(meta[name]) or prepare.sha256(meta[name]) != meta[name + "_sha256"]:
+                raise ValueError(f"{folder}: was encoded with another {name} than {meta[name]} now is; encode it again")
+            if meta[name + "_sha256"] != metas[0][name + "_sha256"]:
+                raise ValueError(f"{folder}: was encoded with another {name} than {folders.split(',')[0]}")
+    return metas[0], lines, codes
+
+
+def places(line):
+    return [c for t in line["turns"] for c in t["copies"]] if "turns" in line else [line["listen"], line["speak"]]
+
+
+def by_annotation(turns, roles):
+    """Turns of these roles: (those that a machine wrote down, those that a person did)."""
+    return tuple([t for t, by_hand in turns if by_hand == annotated and t["role"] in roles] for annotated in (False, True))
+
+
 class ModelJob:
-    """The dialogues of `prepare.py encode`, made into grids by the layouts, and the loss of Eq. 3."""
+    """The lines of `prepare.py encode`, made into grids by the layouts, and the loss of Eq. 3."""
     kind = "flm"
 
     def __init__(self, config, data, device):
-        try:
-            with open(os.path.join(data, "meta.json")) as f:
-                meta = json.load(f)
-            with open(os.path.join(data, "dialogues.jsonl"), encoding="utf-8") as f:
-                dialogues = [json.loads(line) for line in f]
-            self.codes = np.load(os.path.join(data, "codes.npy"), mmap_mode="r")
-        except FileNotFoundError as e:
-            raise FileNotFoundError(f"{e.filename}: not there; `python prepare.py encode` makes it") from None
+        meta, lines, self.codes = read_encoded(data)
         self.vocab = Vocab(meta["text_size"], meta["codebook_size"], tuple(map(tuple, meta["silence"])))
         self.config = dataclasses.replace(config, vocab_size=max(config.vocab_size, self.vocab.text_size),
                                           codebook_size=self.vocab.codebook_size)
         self.model = self.modules = FLM(self.config).to(device)
         self.model.init_audio(Mimi.load(meta["codec"], device).codebooks())
         self.device = device
-        self.heard, self.said, self.dialogues = {}, {}, {}  # split -> turns of users, of the model, and (user, model)
+        # split -> what the layouts are made of: turns for hearing and for speaking, dialogues, recorded conversations
+        self.heard, self.said, self.dialogues, self.recorded = {}, {}, {}, {}
         for split in ("train", "seen"):
-            mine = [d["turns"] for d in dialogues if d["split"] == split]
-            self.heard[split] = [t for turns in mine for t in turns if t["role"] == "user"]
-            self.said[split] = [t for turns in mine for t in turns if t["role"] == "model"]
-            self.dialogues[split] = [turns for turns in mine if len(turns) == 2]
-        self.fingerprint = f"{meta['codec_sha256'][:16]} {len(dialogues)} lines"
-        self.files = {"tokenizer.json": os.path.join(data, "tokenizer.json"), "codec.pt": meta["codec"]}
+            mine = [d for d in lines if d["split"] == split]
+            turns = [(t, d["annotated"]) for d in mine for t in d.get("turns", ())]
+            self.heard[split] = by_annotation(turns, ("user", "either"))
+            self.said[split] = by_annotation(turns, ("model", "either"))
+            self.dialogues[split] = [list(zip(d["turns"][::2], d["turns"][1::2])) for d in mine if len(d.get("turns", ())) > 1]
+            self.recorded[split] = [d for d in mine if "sentences" in d]
+        self.fingerprint = f"{meta['codec_sha256'][:16]} {meta['tokenizer_sha256'][:16]} {len(lines)} lines"
+        self.files = {"tokenizer.json": meta["tokenizer"], "codec.pt": meta["codec"]}
 
     def utterance(self, turn, rng):
         copy = rng.choice(turn["copies"])
-        codes = self.codes[copy["offset"]:copy["offset"] + copy["frames"]]
-        return Utterance(turn["tokens"], codes, copy["speech"], turn.get("starts"))
+        return Utterance(turn["tokens"], self.sound(copy), copy["speech"], turn.get("starts"))
 
-    def grid(self, layout, split, rng):
+    def sound(self, place):
+        """(n, K) codes."""
+        return self.codes[place["shard"]][place["offset"]:place["offset"] + place["frames"]]
+
+    def sources(self, layout, split):
+        return {"tts": self.said, "asr": self.heard, "recorded": self.recorded}.get(layout, self.dialogues)[split]
+
+    def grid(self, layout, stage, split, rng):
         """One sample of a layout, undelayed: (17, any number of frames)."""
-        v = self.vocab
+        v, sources = self.vocab, self.sources(layout, split)
         if layout in ("tts", "asr"):
-            turn = rng.choice((self.said if layout == "tts" else self.heard)[split])
+            turn = rng.choice(rng.choices(sources, [len(s) * w for s, w in zip(sources, stage.sources)])[0])
             pause = blank(rng.randint(2, 12), v, v.empty)
             return np.concatenate([pause, getattr(streams, layout)(self.utterance(turn, rng), v)], 1)
-        turns = [rng.choice(self.dialogues[split]) for _ in range(rng.randint(1, 3))]
+        if layout == "recorded":
+            d = rng.choice(sources)
+            sentences = [(s["frame"], s["tokens"]) for s in d["sentences"]]
+            grid = streams.recorded(self.sound(d["listen"]), self.sound(d["speak"]), sentences, v)
+            return grid[:, rng.randrange(max(1, grid.shape[1] - stage.frames // 2)):]  # from anywhere
+        turns = rng.choice(sources)
+        if len(turns) == 1:  # several short ones after each other
+            turns = turns + [t for _ in range(rng.randint(0, 2)) for t in rng.choice(sources)]
         turns = [(self.utterance(a, rng), self.utterance(b, rng)) for a, b in turns]
         gaps = [rng.randint(2, 20) for _ in turns]
         if layout != "free_response_tts":
@@ -149,13 +201,15 @@ class ModelJob:
 
     def batch(self, stage, progress, split, rng):
         """(B, 17, T): rows packed with samples of the stage's layouts."""
-        shares = {name: max(0, a + (b - a) * progress) for name, (a, b) in stage.layouts.items()}
+        shares = {name: max(0, a + (b - a) * progress) for name, (a, b) in stage.layouts.items() if any(self.sources(name, split))}
+        if not any(shares.values()):
+            raise ValueError(f"{stage.name}: the data holds nothing for {', '.join(stage.layouts)} ({split})")
         rows = []
         for _ in range(stage.batch):
             grids = []
             while sum(g.shape[1] for g in grids) < stage.frames:
                 layout = rng.choices(list(shares), list(shares.values()))[0]
-                grids.append(self.grid(layout, split, rng))
+                grids.append(self.grid(layout, stage, split, rng))
             rows.append(pack(grids, stage.frames, self.vocab))
         return torch.from_numpy(np.stack(rows))
 
@@ -201,12 +255,14 @@ class Clips:
     """The sound files of a manifest and what is said in them."""
 
     def __init__(self, data):
-        dialogues = read_manifest(os.path.join(data, "manifest.jsonl"))
-        self.clips = {split: sorted({(t["path"], t["text"]) for d in dialogues if d["split"] == split for t in d["turns"]})
-                      for split in ("train", "seen")}
-        self.frames = {p: soundfile.info(p).frames for clips in self.clips.values() for p, _ in clips}
+        self.clips = {"train": set(), "seen": set()}  # (where it is, what is said)
+        for d in read_manifest(os.path.join(data, "manifest.jsonl")):
+            if d["split"] in self.clips:
+                self.clips[d["split"]] |= {(where_is(t), t["text"]) for t in d.get("turns", ())}
+        self.clips = {split: sorted(clips, key=str) for split, clips in self.clips.items()}
+        self.frames = {place: round(prepare.seconds_of(*place) * mimi.SAMPLE_RATE) for clips in self.clips.values() for place, _ in clips}
         self.fingerprint = f"{sum(map(len, self.clips.values()))} clips"
-        self.sounds = {}  # path -> int16 samples, once read
+        self.sounds = {}  # where -> int16 samples, once read
 
     def batch(self, stage, split, rng):
         """B clips of about the same length, begun at any place in a frame: sound (B, 1, 1920*T), letters of each."""
@@ -214,12 +270,13 @@ class Clips:
         start = stage.batch * rng.randrange(8)
         pool = pool[start:start + stage.batch]
         leads = [rng.randrange(2 * FRAME) for _ in pool]
-        T = max(-(-(lead + self.frames[path]) // FRAME) for lead, (path, _) in zip(leads, pool)) + 1
+        T = max(-(-(lead + self.frames[place]) // FRAME) for lead, (place, _) in zip(leads, pool)) + 1
         wav = torch.zeros(stage.batch, 1, T * FRAME)
-        for row, lead, (path, _) in zip(wav, leads, pool):
-            if path not in self.sounds:
-                self.sounds[path] = soundfile.read(path, dtype="int16")[0]
-            x = torch.from_numpy(self.sounds[path]).float() / 32768
+        for row, lead, (place, _) in zip(wav, leads, pool):
+            if place not in self.sounds:
+                path, start, end = place
+                self.sounds[place] = (mimi.read_audio(path, start=start, end=end) * 32767).short()
+            x = self.sounds[place].float() / 32767
             row[0, lead:lead + len(x)] = x * 10 ** (rng.uniform(-6, 6) / 20)
         return wav, [[1 + LETTERS.index(c) for c in text if c in LETTERS] for _, text in pool]
 

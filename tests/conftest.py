@@ -37,7 +37,7 @@ def world(tmp_path_factory):
         for p in codec.parameters():
             p.mul_(1.5)
     save_checkpoint(str(folder / "codec.pt"), "codec", CODEC, model=codec.state_dict())
-    prepare.encode(toy, str(folder / "codec.pt"), "bpe", 300, 2, False, "cpu")
+    prepare.encode(toy, str(folder / "codec.pt"), "bpe", 300, 2, False, 1, "cpu")
     job = train.ModelJob(FLM, os.path.join(toy, "encoded"), "cpu")
     stage = train.Stage("once", 2, 2, 1e-3, 0, 48, {"response_tts": (1, 1)})
     train.train(job, [stage], str(folder / "flm"))

@@ -104,7 +104,6 @@ def test_interruptions_of_agents_with_known_answers(items, agent, kept, silent, 
 def test_the_whole_on_an_untrained_model(world, tmp_path):
     asr = tmp_path / "asr.py"
     asr.write_text("import sys, soundfile\nassert soundfile.info(sys.argv[1]).frames\nprint('One, two!')\n")
-    import sys
     code, out, err = run("eval.py", "--checkpoint", world / "flm", "--data", world / "toy", "--items", 3, "--asr",
                          f"{sys.executable} {asr} {{wav}}")
     assert code == 0, err

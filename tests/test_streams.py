@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from streams import (K, LISTEN, ROWS, SPEAK, TEXT, Utterance, Vocab, asr, asr_response_tts, delay, free_response_tts,
-                     load_tokenizer, make_tokenizer, pack, response_tts, tts, undelay, word_aligned)
+                     load_tokenizer, make_tokenizer, pack, recorded, response_tts, tts, undelay, word_aligned)
 
 # words 0..9, <wait> W, <asr> A, <answer> R; sounds 0..63, empty E; silence begins with 1, then is 0 for ever
 W, A, R, E = 10, 11, 12, 64
@@ -112,6 +112,13 @@ def test_pack_joins_cuts_and_delays():
     assert packed[SPEAK.start].tolist() == [E, E, 30, 31, 32, 33, 34, 9, E, E]
     assert packed[SPEAK.start + 1].tolist() == [E, E, E, 30, 31, 32, 33, 34, 9, E]
     assert packed[LISTEN.start].tolist() == [E] * 8 + [20, 21]
+
+
+def test_a_recorded_conversation():
+    listen, speak = said([], 20, 10).codes, said([], 40, 10).codes
+    check(recorded(listen, speak, [(1, [3]), (4, [5, 6, 7]), (5, [8])], V),
+          text=[3, W, 5, 6, 7, 8, W, W, W, W],  # at once; two frames ahead; when the one before is written
+          speak=[40 + i for i in range(10)], listen=[20 + i for i in range(10)])
 
 
 def test_tokenizer_specials_follow_the_words():
