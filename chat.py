@@ -108,8 +108,7 @@ class Transcript:
         v = self.speaker.vocab
         if token == v.wait:
             return ""
-        raw = f"<{['asr', 'answer'][token - v.asr]}>".encode() if token >= v.asr else \
-            self.speaker.tokenizer.decode_single_token_bytes(token)
+        raw = self.speaker.tokenizer.decode_single_token_bytes(token)  # <asr> and <answer> too have their names there
         piece = self.utf8.decode(raw)
         if piece:
             self.pieces.append({"time": round((t + 1) / FRAME_RATE, 2), "text": piece})

@@ -50,26 +50,19 @@ REACTION = 6  # frames from the start of an interruption until the model is sile
 
 @dataclass(frozen=True)
 class Vocab:
-    """What the numbers mean. Sound is 0..codebook_size-1; `empty` stands for no sound at all, which is not silence."""
-    text_size: int  # words, then <wait>, <asr>, <answer>
-    codebook_size: int
+    """What the numbers mean."""
+    text_size: int  # text tokens are 0..text_size-1, these among them:
+    wait: int
+    asr: int
+    answer: int
+    codebook_size: int  # sounds are 0..codebook_size-1
+    empty: int  # in place of a sound: none at all, which is not silence
     silence: tuple  # ((code,) * K, ...): the frames of silence from the start of a stream; the last one goes on for ever
 
-    @property
-    def wait(self):
-        return self.text_size - 3
-
-    @property
-    def asr(self):
-        return self.text_size - 2
-
-    @property
-    def answer(self):
-        return self.text_size - 1
-
-    @property
-    def empty(self):
-        return self.codebook_size
+    @staticmethod
+    def own(text_size, codebook_size, silence):
+        """That of a model of ours: <wait>, <asr> and <answer> are the last text tokens, "empty" follows the sounds."""
+        return Vocab(text_size, text_size - 3, text_size - 2, text_size - 1, codebook_size, codebook_size, silence)
 
 
 @dataclass(frozen=True)
@@ -255,7 +248,7 @@ def main():
     """Each layout of figure 3, for a user who says two words and a model that answers three. Sounds are numbers: 11 is
     the first frame of what the user says, 31 the first of the answer; '·' is silence or <wait>, '-' is empty."""
     words = ["how", "late", "it", "is", "noon", "stop"]
-    v = Vocab(text_size=len(words) + 3, codebook_size=64, silence=((0,) * K,))
+    v = Vocab.own(len(words) + 3, 64, ((0,) * K,))
 
     def said(tokens, first, frames, starts=None):
         return Utterance(tokens, np.arange(first, first + frames)[:, None].repeat(K, 1), frames, starts)

@@ -145,12 +145,19 @@ class ModelJob:
     """The lines of `prepare.py encode`, made into grids by the layouts, and the loss of Eq. 3."""
     kind = "flm"
 
-    def __init__(self, config, data, device):
+    def __init__(self, config, data, device, init=None):
+        """init: a folder with Qwen2.5's weights to start from, instead of from nothing."""
         meta, lines, self.codes = read_encoded(data)
-        self.vocab = Vocab(meta["text_size"], meta["codebook_size"], tuple(map(tuple, meta["silence"])))
-        self.config = dataclasses.replace(config, vocab_size=max(config.vocab_size, self.vocab.text_size),
-                                          codebook_size=self.vocab.codebook_size)
-        self.model = self.modules = FLM(self.config).to(device)
+        self.vocab = Vocab.own(meta["text_size"], meta["codebook_size"], tuple(map(tuple, meta["silence"])))
+        if init:
+            self.model = model.from_qwen(init, dataclasses.replace(config, empty=self.vocab.empty))
+        else:
+            self.model = FLM(dataclasses.replace(config, vocab_size=max(config.vocab_size, self.vocab.text_size), empty=self.vocab.empty))
+        self.config = self.model.config
+        if self.config.vocab_size < self.vocab.text_size:
+            raise ValueError(f"{init}: has {self.config.vocab_size} words, fewer than the {self.vocab.text_size} of the data's "
+                             "tokeniser; encode with --tokenizer and this folder")
+        self.modules = self.model.to(device)
         self.model.init_audio(Mimi.load(meta["codec"], device).codebooks())
         self.device = device
         # split -> what the layouts are made of: turns for hearing and for speaking, dialogues, recorded conversations
@@ -529,6 +536,8 @@ def main():
     parser.add_argument("--config", default="tiny", choices=STAGES)
     parser.add_argument("--data", help="default: data/toy for the codec, data/toy/encoded for a model")
     parser.add_argument("--out", help="default: out/CONFIG")
+    parser.add_argument("--init", help="folder with Qwen2.5's weights, as published: start from this language model; the data "
+                        "must be encoded with its tokeniser")
     parser.add_argument("--minutes", type=float, help="train about so long on this machine instead of the table's steps")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     parser.add_argument("--seed", type=int, default=1)
@@ -542,7 +551,7 @@ def main():
         if args.config == "codec":
             job = CodecJob(mimi.CONFIGS["tiny"], args.data or "data/toy", args.device)
         else:
-            job = ModelJob(model.CONFIGS[args.config], args.data or "data/toy/encoded", args.device)
+            job = ModelJob(model.CONFIGS[args.config], args.data or "data/toy/encoded", args.device, args.init)
         out = args.out or f"out/{args.config}"
         path = train(job, STAGES[args.config], out, args.minutes, args.resume, args.seed)
     except (ValueError, OSError) as e:

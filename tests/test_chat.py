@@ -123,7 +123,7 @@ def test_a_conversation_is_the_grid_that_training_sees(world):
     undelayed = np.concatenate([grid[0, :LISTEN.start].numpy(), heard.numpy()])
     assert (delay(undelayed, speaker.vocab.empty)[LISTEN] == grid[0, LISTEN].numpy()).all()
     h = speaker.model(grid)
-    assert (speaker.model.head(h)[0, :-1].argmax(-1) == grid[0, TEXT, 1:]).all()
+    assert (speaker.model.text_logits(h)[0, :-1].argmax(-1) == grid[0, TEXT, 1:]).all()
     codes = speaker.model.depth(h[0, :-1], grid[0, SPEAK, 1:].T)[..., :speaker.vocab.codebook_size].argmax(-1)
     assert (codes == grid[0, SPEAK, 1:].T).float().mean() > 0.99
 

@@ -7,7 +7,7 @@ from streams import (K, LISTEN, ROWS, SPEAK, TEXT, Utterance, Vocab, asr, asr_re
 
 # words 0..9, <wait> W, <asr> A, <answer> R; sounds 0..63, empty E; silence begins with 1, then is 0 for ever
 W, A, R, E = 10, 11, 12, 64
-V = Vocab(13, 64, ((1,) * K, (0,) * K))
+V = Vocab.own(13, 64, ((1,) * K, (0,) * K))
 
 
 def said(tokens, first, frames, tail=0, starts=None):

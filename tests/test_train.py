@@ -220,3 +220,17 @@ def test_a_picture_of_a_run(world):
     assert (world / "flm/log.png").read_bytes()[:4] == b"\x89PNG"
     code, _, err = run("train.py", "--plot", world / "nowhere")
     assert code == 1 and "no such log" in err
+
+
+def test_training_may_start_from_a_language_model(world, tmp_path):
+    from test_model import as_qwen
+    start = model.FLM(FLM)
+    as_qwen(start, tmp_path, "model.", "qwen2")
+    job = ModelJob(dataclasses.replace(FLM, layers=5, width=16), str(world / "toy/encoded"), "cpu", str(tmp_path))
+    assert torch.equal(job.model.text.weight, start.text.weight) and job.config.layers == FLM.layers
+    loss, _ = job.loss(SHORT[0], 0.0, "train", random.Random(0))
+    assert torch.isfinite(loss)
+    small = model.FLM(dataclasses.replace(FLM, vocab_size=200))
+    as_qwen(small, tmp_path, "model.", "qwen2")
+    with pytest.raises(ValueError, match="has 200 words, fewer than"):
+        ModelJob(FLM, str(world / "toy/encoded"), "cpu", str(tmp_path))
