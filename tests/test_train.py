@@ -224,7 +224,7 @@ def test_a_picture_of_a_run(world):
 
 def test_training_may_start_from_a_language_model(world, tmp_path):
     from test_model import as_qwen
-    start = model.FLM(FLM)
+    start = model.FLM(dataclasses.replace(FLM, vocab_size=400))
     as_qwen(start, tmp_path, "model.", "qwen2")
     job = ModelJob(dataclasses.replace(FLM, layers=5, width=16), str(world / "toy/encoded"), "cpu", str(tmp_path))
     assert torch.equal(job.model.text.weight, start.text.weight) and job.config.layers == FLM.layers
