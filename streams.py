@@ -158,14 +158,16 @@ def word_aligned(turns, gaps, v):
 
 
 def recorded(listen, speak, sentences, v):
-    """A recorded conversation as it was: the codes (n, K) of both sides, and the sentences [(frame, tokens), ...] of the side
-    that the model takes, each written two frames before it begins to sound or as soon as the one before it is written."""
+    """A recorded conversation as it was: the codes (n, K) of both sides, and the sentences [(frame, tokens, cut), ...] of the side
+    that the model takes, each written two frames before it begins to sound or as soon as the one before it is written, and
+    broken off at the frame `cut` if that is not None."""
     grid = blank(len(listen), v, v.silence[-1])
     put(grid, LISTEN, 0, listen)
     put(grid, SPEAK, 0, speak)
     t = 0
-    for frame, tokens in sentences:
+    for frame, tokens, cut in sentences:
         t = max(t, frame - TEXT_LEAD)
+        tokens = tokens if cut is None else tokens[:max(0, cut - t)]
         put(grid, TEXT, t, tokens)
         t += len(tokens)
     return grid

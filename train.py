@@ -192,7 +192,7 @@ class ModelJob:
             return np.concatenate([pause, getattr(streams, layout)(self.utterance(turn, rng), v)], 1)
         if layout == "recorded":
             d = rng.choice(sources)
-            sentences = [(s["frame"], s["tokens"]) for s in d["sentences"]]
+            sentences = [(s["frame"], s["tokens"], s.get("cut")) for s in d["sentences"]]
             grid = streams.recorded(self.sound(d["listen"]), self.sound(d["speak"]), sentences, v)
             return grid[:, rng.randrange(max(1, grid.shape[1] - stage.frames // 2)):]  # from anywhere
         turns = rng.choice(sources)

@@ -116,8 +116,8 @@ def test_pack_joins_cuts_and_delays():
 
 def test_a_recorded_conversation():
     listen, speak = said([], 20, 10).codes, said([], 40, 10).codes
-    check(recorded(listen, speak, [(1, [3]), (4, [5, 6, 7]), (5, [8])], V),
-          text=[3, W, 5, 6, 7, 8, W, W, W, W],  # at once; two frames ahead; when the one before is written
+    check(recorded(listen, speak, [(1, [3], None), (4, [5, 6, 7], 9), (5, [8, 9, 9], 6)], V),
+          text=[3, W, 5, 6, 7, 8, W, W, W, W],  # at once; two frames ahead; when the one before is written, and broken off
           speak=[40 + i for i in range(10)], listen=[20 + i for i in range(10)])
 
 
