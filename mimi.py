@@ -87,19 +87,22 @@ class Conv(nn.Conv1d):
         return state
 
     def forward(self, x, state):
-        past = state["past"].to(x.dtype)
-        if self.repeat_first:
-            past = torch.where(state["started"].clone(), past, x[..., :1])
-            state["started"].fill_(True)
-        x = torch.cat([past, x], -1)
         if self.past:
+            past = state["past"].to(x.dtype)
+            if self.repeat_first:
+                past = torch.where(state["started"].clone(), past, x[..., :1])
+                state["started"].fill_(True)
+            x = torch.cat([past, x], -1)
             state["past"].copy_(x[..., -self.past:].detach())
-        if self.groups > 1 or x.shape[-1] > 16 * self.stride[0] + self.past:
+        if self.groups > 1:
             return super().forward(x)
-        # Over few steps a convolution is one product with a large matrix, limited by how fast that is read. The library
-        # would rearrange the matrix first.
-        windows = x.unfold(-1, *self.kernel_size, *self.stride).transpose(1, 2).flatten(2)  # (B, T, C*kernel)
-        return F.linear(windows, self.weight.flatten(1), self.bias).mT
+        # One product of matrices. The library's convolution would rearrange the weights at each call, which over the few
+        # steps of a stream costs as much as the rest; and for the fewest, what counts is that they are read in order.
+        weight, windows = self.weight.flatten(1), x.unfold(-1, *self.kernel_size, *self.stride)  # (B, C, T, kernel)
+        if windows.shape[2] <= 4:
+            return F.linear(windows.transpose(1, 2).flatten(2), weight, self.bias).mT
+        y = weight.expand(len(x), -1, -1) @ windows.mT.flatten(1, 2)
+        return y if self.bias is None else y.add_(self.bias[:, None])
 
 
 class ConvTranspose(nn.Module):
@@ -277,7 +280,7 @@ class InverseFourier(nn.Module):
 class Transformer(nn.Module):
     def __init__(self, c: MimiConfig, n_layers):
         super().__init__()
-        self.context, self.head_dim = c.context, c.dim // c.heads
+        self.context, self.heads, self.head_dim = c.context, c.heads, c.dim // c.heads
         self.layers = nn.ModuleList(TransformerLayer(c) for _ in range(n_layers))
 
     def init_state(self, B):
@@ -295,11 +298,11 @@ class Transformer(nn.Module):
         now = last + 1 + torch.arange(T, device=x.device)  # (B, T)
         keys, now_ = torch.cat([past, now], 1)[:, None], now[..., None]
         mask = (keys >= 0) & (keys <= now_) & (keys > now_ - C)  # (B, T, C + T)
-        rotation = rotary(now, self.head_dim)
-        places = (now % C)[:, None, -C:, None]
+        turn = rotary(now, self.head_dim)
+        places = (now % C)[:, None, None, -C:, None].expand(-1, 2, self.heads, -1, self.head_dim)
         x = x.mT
         for layer, s in zip(self.layers, state["layers"], strict=True):
-            x = layer(x, rotation, mask[:, None], places, s)
+            x = layer(x, turn, mask[:, None], places, s)
         state["position"] += T
         return x.mT
 
@@ -317,33 +320,30 @@ class TransformerLayer(nn.Module):
 
     def init_state(self, B):
         w = self.out_proj.weight
-        return {name: w.new_zeros(B, self.heads, self.context, w.shape[0] // self.heads) for name in ("k", "v")}
+        return {"kv": w.new_zeros(B, 2, self.heads, self.context, w.shape[0] // self.heads)}
 
-    def forward(self, x, rotation, mask, places, state):  # (B, T, C)
-        B, T, C = x.shape
-        qkv = self.in_proj(self.norm1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
-        q, k = rotate(qkv[:2], *rotation)
-        v = qkv[2]
-        y = F.scaled_dot_product_attention(q, *(torch.cat([state[n].to(new.dtype), new], 2) for n, new in (("k", k), ("v", v))),
-                                           attn_mask=mask)
-        for n, new in (("k", k), ("v", v)):
-            new = new[:, :, -self.context:].detach().to(state[n].dtype)
-            state[n].scatter_(2, places.expand_as(new), new)
-        x = x + self.scale1 * self.out_proj(y.transpose(1, 2).reshape(B, T, C))
-        return x + self.scale2 * self.down(F.gelu(self.up(self.norm2(x))))
+    def forward(self, x, turn, mask, places, state):  # (B, T, C)
+        qkv = self.in_proj(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+        q, k = rotate(qkv[:2], turn)
+        new = torch.stack([k, qkv[2]], 1)  # (B, 2, H, T, D)
+        k, v = torch.cat([state["kv"].to(new.dtype), new], 3).unbind(1)
+        state["kv"].scatter_(3, places, new[..., -self.context:, :].detach().to(state["kv"].dtype))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        x = torch.addcmul(x, self.scale1, self.out_proj(y))
+        return torch.addcmul(x, self.scale2, self.down(F.gelu(self.up(self.norm2(x)))))
 
 
 def rotary(position, D):
-    """Cosines and sines (B, 1, T, D/2) of rotary position embedding, for positions (B, T)."""
+    """By how much rotary position embedding turns each pair of channels at positions (B, T): complex (B, 1, T, D/2)."""
     rate = 10000 ** (-torch.arange(0, D, 2, device=position.device, dtype=torch.float32) / D)
     angle = (position[..., None] * rate)[:, None]
-    return angle.cos(), angle.sin()
+    return torch.polar(torch.ones_like(angle), angle)
 
 
-def rotate(x, cos, sin):
+def rotate(x, turn):
     """Turn neighbouring pairs of the channels of x (..., B, H, T, D)."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -396,12 +396,13 @@ class ResidualQuantizer(nn.Module):
     def encode(self, x):  # (B, C, T) -> (B, K, T)
         B, _, T = x.shape
         with torch.autocast(x.device.type, enabled=False):  # distances to close neighbours need all digits
-            rest = self.input_proj(x.float()).mT.reshape(B * T, -1)
+            rest = F.linear(x.float().mT, self.input_proj.weight[..., 0]).flatten(0, 1)
             codes = torch.empty(B, len(self.layers), T, dtype=torch.long, device=x.device)
             for k, layer in enumerate(self.layers):
                 found = layer.nearest(rest)
                 codes[:, k] = found.view(B, T)
-                rest = rest - layer.embedding[found]
+                if k + 1 < len(self.layers):
+                    rest = rest - layer.embedding[found]
         return codes
 
     def decode(self, codes):  # (B, K, T) -> (B, C, T)
@@ -447,13 +448,13 @@ class Mimi(nn.Module):
         """The state of B streams at their start, for encode_step and decode_step."""
         return {"encoder": self.encoder.init_state(B), "decoder": self.decoder.init_state(B)}
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def encode_step(self, wav, state):
         """(B, 1, 1920*n) samples -> (B, K, n) codes; the state moves on by n frames."""
         x = self.encoder(wav, state["encoder"])
         return torch.cat([self.semantic.encode(x), self.acoustic.encode(x)], 1)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def decode_step(self, codes, state):
         """(B, K, n) codes -> (B, 1, 1920*n) samples; the state moves on by n frames."""
         return self.decoder(self.dequantize(codes), state["decoder"])

@@ -794,7 +794,7 @@ def main():
     toy.add_argument("--items", type=int, default=8000, help="dialogues to train on")
     toy.add_argument("--sentences", type=int, default=4000, help="sentences of users to train on; a fourth as many of the model")
     toy.add_argument("--tests", type=int, default=240, help="held-out dialogues for each of seen and new voices")
-    toy.add_argument("--voices", type=int, default=48, help="user voices to train on")
+    toy.add_argument("--voices", type=int, default=24, help="user voices to train on")
     toy.add_argument("--seed", type=int, default=1)
     toy.add_argument("--tts", help="another synthesiser: a command with {text}, {voice} and {out}")
     for corpus, source in (("librispeech", "folder with *.trans.txt somewhere below"), ("ljspeech", "folder with metadata.csv"),
