@@ -59,7 +59,7 @@ class Speaker:
         return Talk(self.model.init_state(B), self.codec.init_state(B), torch.full_like(speak[:, 0], v.wait), speak,
                     full(B, K), full(B, RECENT) * 0 - 1, torch.Generator(self.device).manual_seed(seed))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def frame(self, wav, talk):
         """One frame both ways: (B, 1, 1920) heard -> text tokens (B,), (B, 1, 1920) said. talk moves on."""
         codes = self.codec.encode_step(wav, talk.codec)[..., 0]

@@ -448,13 +448,13 @@ class Mimi(nn.Module):
         """The state of B streams at their start, for encode_step and decode_step."""
         return {"encoder": self.encoder.init_state(B), "decoder": self.decoder.init_state(B)}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode_step(self, wav, state):
         """(B, 1, 1920*n) samples -> (B, K, n) codes; the state moves on by n frames."""
         x = self.encoder(wav, state["encoder"])
         return torch.cat([self.semantic.encode(x), self.acoustic.encode(x)], 1)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode_step(self, codes, state):
         """(B, K, n) codes -> (B, 1, 1920*n) samples; the state moves on by n frames."""
         return self.decoder(self.dequantize(codes), state["decoder"])

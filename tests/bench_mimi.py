@@ -1,4 +1,5 @@
-"""How long an 80 ms frame takes, frame by frame: Kyutai's `moshi` package beside ours, full size, the same weights, in turn.
+"""How long an 80 ms frame takes, frame by frame: Kyutai's `moshi` package beside ours, full size, the same weights, in turn;
+each as its own chat runs it: the package under no_grad, ours in inference mode.
 
     python tests/bench_mimi.py                                  CPU, 2 threads, one stream
     python tests/bench_mimi.py --device cuda --batch 64         GPU: both as CUDA graphs
@@ -66,7 +67,7 @@ def main():
     m.to(device).set_num_codebooks(8)
     frames = sound(25 * args.rounds, B).to(device).split(FRAME, -1)
     state = ours.init_state(B)
-    encode, decode = lambda x: ours.encode_step(x, state), lambda c: ours.decode_step(c, state)
+    encode, decode = (torch.inference_mode()(lambda x, step=step: step(x, state)) for step in (ours.encode_step, ours.decode_step))
     if device != "cpu":
         encode = capture(ours.encode_step, frames[0].clone(), state)
         decode = capture(ours.decode_step, torch.zeros(B, 8, 1, dtype=torch.long, device=device), state)

@@ -146,7 +146,7 @@ def test_the_same_codes_and_the_same_sound(who, size, tmp_path):
     for K in (1, 8, config.codebooks):
         ours = Mimi.from_pretrained(path, K, config)
         codes = encode(wav, K)
-        assert [len(row.unique()) > 0.3 * min(config.codebook_size, row.numel()) for row in codes.transpose(0, 1)] == [True] * K
+        assert min(len(row.unique()) for row in codes.transpose(0, 1)) > min(32, config.codebook_size / 3)
         agree = (ours.encode(wav) == codes).float().mean().item()
         y = decode(codes)
         apart = (ours.decode(codes) - y).abs().max() / y.abs().max()
