@@ -17,6 +17,7 @@ model. It knows nothing but the toy world, so it flatters; what it makes of the 
 reconstructions is printed as the ceiling.
 """
 import argparse
+import dataclasses
 import json
 import os
 import random
@@ -38,7 +39,7 @@ from chat import Speaker, speech
 from mimi import (FRAME, SAMPLE_RATE, LogMel, Mimi, load_weights, log_spectral_distance, mel_filters, read_audio,
                   replace_when_done, write_audio)
 from prepare import SHARES, read_manifest
-from train import LETTERS, Clips, Stage, letters_loss
+from train import Clips, Stage, letters_loss
 
 LEAD = 1.0  # seconds of silence before the user speaks
 LISTEN_ON = 2.5  # seconds that a recording goes on after the expected answer
@@ -53,6 +54,7 @@ class RecogniserConfig:
     width: int = 192
     blocks: int = 5
     kernel: int = 9
+    letters: str = ""  # those of the data
 
 
 class Recogniser(nn.Module):
@@ -65,7 +67,8 @@ class Recogniser(nn.Module):
         self.blocks = nn.ModuleList(nn.Sequential(
             nn.GroupNorm(1, c.width), nn.Conv1d(c.width, c.width, c.kernel, padding=c.kernel // 2), nn.GELU(),
             nn.Conv1d(c.width, c.width, 1)) for _ in range(c.blocks))
-        self.end = nn.Conv1d(c.width, len(LETTERS) + 1, 1)
+        self.end = nn.Conv1d(c.width, len(c.letters) + 1, 1)
+        self.letters = c.letters
 
     def forward(self, wav, rng=None):  # (B, 1, N) -> (B, T, letters)
         x = self.mel(wav, self.mel.init_state(len(wav)))
@@ -79,7 +82,9 @@ class Recogniser(nn.Module):
         words rather than this synthesiser's details."""
         smear = rng.choice([1, 1, 3, 5]), rng.choice([1, 1, 3, 5])
         x = F.avg_pool2d(x[:, None], smear, 1, (smear[0] // 2, smear[1] // 2), count_include_pad=False)[:, 0]
-        x = x + torch.randn_like(x) * rng.uniform(0, 0.4) + torch.randn(len(x), mimi.MELS, 1, device=x.device) * 0.1
+        generator = torch.Generator().manual_seed(rng.getrandbits(60))
+        normal = lambda *shape: torch.randn(*shape, generator=generator).to(x.device)
+        x = x + normal(*x.shape) * rng.uniform(0, 0.4) + normal(len(x), mimi.MELS, 1) * 0.1
         low = rng.randrange(mimi.MELS)
         x[:, low:low + rng.randrange(12)] = 0
         return x
@@ -88,7 +93,7 @@ class Recogniser(nn.Module):
     def hear(self, wav):
         """(N,) samples -> the words, best letter by best letter (CTC)."""
         best = self(F.pad(wav, (0, -len(wav) % 240))[None, None])[0].argmax(-1).unique_consecutive()
-        return "".join(LETTERS[i - 1] for i in best.tolist() if i).split()
+        return "".join(self.letters[i - 1] for i in best.tolist() if i).split()
 
 
 class RecogniserJob:
@@ -96,16 +101,16 @@ class RecogniserJob:
     files = {}
 
     def __init__(self, config, data, device):
-        self.config, self.device = config, device
-        self.model = self.modules = Recogniser(config).to(device)
         self.clips = Clips(data)
+        self.config, self.device = dataclasses.replace(config, letters=self.clips.letters), device
+        self.model = self.modules = Recogniser(self.config).to(device)
         self.fingerprint = self.clips.fingerprint
 
     def loss(self, stage, progress, split, rng):
         wav, words = self.clips.batch(stage, split, rng)
         logits = self.model(wav.to(self.device), rng if split == "train" else None)
         loss = letters_loss(logits, words)
-        return loss, {"letters": loss}
+        return loss, {"letters": loss}, None
 
     def state(self):
         return {"model": self.model.state_dict()}
@@ -221,11 +226,14 @@ def answers(speaker, recogniser, items, seed, shares, name):
     replies = [read_audio(d["turns"][1]["path"]) for d in items]
     sounds = [torch.cat([seconds(LEAD), u, seconds(len(r) / SAMPLE_RATE + LISTEN_ON)]) for u, r in zip(users, replies)]
     talks = converse_all(speaker, sounds, seed, name)
+    languages = len({d.get("lang") for d in items})
     for d, user, reply, (text, said) in zip(items, users, replies, talks):
         right, end = d["turns"][1]["text"].split(), LEAD + len(user) / SAMPLE_RATE
         hit = written(speaker, text) == right
         shares.add(f"{name} text", hit)
         shares.add(f"{name} text, {d['kind']}", hit)
+        if languages > 1:
+            shares.add(f"{name} text, {d['lang']}", hit)
         heard = recogniser.hear(said)
         shares.add(f"{name} spoken words", max(0, len(right) - word_errors(heard, right)), len(right))
         shares.add(f"{name} spoken exactly", heard == right)

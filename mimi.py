@@ -411,19 +411,20 @@ class ResidualQuantizer(nn.Module):
 
     def forward(self, x, depth):
         """Quantise for training: x (B, C, T), each item with its first depth (B,) codebooks. Gradients pass straight
-        through. Returns the result (B, C, T) and how far x stayed from its codes. Full precision, as in encode."""
+        through. Returns the result (B, C, T), how far x stayed from its codes, and what each codebook may learn from:
+        [(vectors (B*T, dim), their codes (B*T,)), ...]. Full precision, as in encode."""
         x = self.input_proj(x.float()).mT  # (B, T, dim)
-        rest, out, commitment = x, torch.zeros_like(x), x.new_zeros(())
+        rest, out, commitment, chosen = x, torch.zeros_like(x), x.new_zeros(()), []
         for k, layer in enumerate(self.layers):
             used = (depth > k)[:, None, None]
-            codes = layer.nearest(rest.detach().flatten(0, 1))
+            vectors = rest.detach().flatten(0, 1)
+            codes = layer.nearest(vectors)
+            chosen.append((vectors, codes))
             found = layer.embedding[codes].view_as(rest)
             commitment = commitment + ((rest - found.detach()).square() * used).mean()
-            if self.training:
-                layer.learn(rest.detach().flatten(0, 1), codes)
             out, rest = out + found * used, rest - found.detach()
         out = x + (out - x).detach()
-        return self.output_proj(out.mT), commitment / len(self.layers)
+        return self.output_proj(out.mT), commitment / len(self.layers), chosen
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -484,14 +485,19 @@ class Mimi(nn.Module):
         return torch.cat([self.decode_step(c, state) for c in codes.split(chunk, -1)], -1)
 
     def forward(self, wav, depth):
-        """One training pass: wav (B, 1, 1920*T) -> its reconstruction, the quantised semantic part (B, C, T) and the
-        commitment loss. depth (B,): how many codebooks each item uses (quantiser dropout)."""
+        """One training pass: wav (B, 1, 1920*T) -> its reconstruction, the quantised semantic part (B, C, T), the commitment
+        loss, and for each codebook what `learn` wants. depth (B,): how many codebooks each item uses (quantiser dropout)."""
         state = self.init_state(len(wav))
         x = self.encoder(wav, state["encoder"])
         with torch.autocast(x.device.type, enabled=False):
-            semantic, loss1 = self.semantic(x, depth)
-            acoustic, loss2 = self.acoustic(x, depth - 1)
-        return self.decoder(semantic + acoustic, state["decoder"]), semantic, loss1 + loss2
+            semantic, loss1, chosen1 = self.semantic(x, depth)
+            acoustic, loss2, chosen2 = self.acoustic(x, depth - 1)
+        return self.decoder(semantic + acoustic, state["decoder"]), semantic, loss1 + loss2, chosen1 + chosen2
+
+    def learn(self, chosen):
+        """Move the codebooks towards what chose them: for each of them (vectors (N, dim), codes (N,))."""
+        for layer, (vectors, codes) in zip((*self.semantic.layers, *self.acoustic.layers), chosen, strict=True):
+            layer.learn(vectors, codes)
 
     @staticmethod
     def from_pretrained(path, num_codebooks=8, config=CONFIGS["mimi"], device="cpu"):

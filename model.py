@@ -484,15 +484,18 @@ def export_release(model, vocab, folder):
 def loss_parts(model, grid, v: Vocab, depth_share=(1.0, 1.0), rng=None):
     """The four cross-entropies of Eq. 3, and how many wait tokens there are for each monologue token.
 
-    grid (B, 17, T) -> {"semantic", "acoustic", "mono", "wait"}: means over the tokens of each kind, and "waits".
+    grid (B, 17, T) -> {"semantic", "acoustic", "mono", "wait"}: means over the tokens of each kind; "waits"; and "right", the
+    share of monologue tokens that are the most probable one.
     Empty speak tokens carry no loss. depth_share: which shares of the frames of speech (and those beside them) and of the
     frames of silence enter the depth transformer, drawn by the torch.Generator rng; the rest costs nothing.
     """
     h, target = model(grid[..., :-1]), grid[..., 1:]
     h, text = h.flatten(0, 1), target[:, TEXT].flatten()
-    ce = F.cross_entropy(model.text_logits(h).float(), text, reduction="none")
+    logits = model.text_logits(h).float()
+    ce = F.cross_entropy(logits, text, reduction="none")
     wait = text == v.wait
-    parts = {"mono": mean_where(ce, ~wait), "wait": mean_where(ce, wait), "waits": wait.sum() / (~wait).sum().clamp(min=1)}
+    parts = {"mono": mean_where(ce, ~wait), "wait": mean_where(ce, wait), "waits": wait.sum() / (~wait).sum().clamp(min=1),
+             "right": mean_where(logits.argmax(-1) == text, ~wait)}
 
     codes = target[:, SPEAK].transpose(1, 2)  # (B, T-1, K)
     speaks = (codes != torch.tensor(v.silence[-1], device=grid.device)).any(-1)

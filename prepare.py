@@ -23,6 +23,7 @@ The toy world is the smallest world that needs everything a spoken chatbot needs
     opposite of big              -> small
     count from three to seven    -> three four ... seven    a long answer, good to interrupt
 
+in English, in Mandarin (从 三 数到 七), or in both: --lang en,zh.
 Held out, never trained on: a fifth of all word triples and of all number pairs, and two of the user voices. Besides the
 dialogues there are sentences, words in any order, which the users or the model say: a line with a single turn. They stand for
 the audio books of the paper's post-training.
@@ -64,14 +65,42 @@ from streams import REACTION, TEXT_LEAD, load_tokenizer
 # ---------------------------------------------------------------------------------------------------------------------
 # the toy world: what is said
 
-NUMBERS = "one two three four five six seven eight nine ten eleven twelve".split()
-OPPOSITES = dict(pair.split("/") for pair in "big/small hot/cold left/right day/night up/down".split())
-OPPOSITES |= {b: a for a, b in OPPOSITES.items()}
-WORDS = NUMBERS + list(OPPOSITES) + "red green cat fish sun moon tree apple".split()  # 30
-LITTLE = "repeat count from to what comes after opposite of".split()  # the other words of the requests
-SHARES = {"repeat": 0.45, "count": 0.35, "next": 0.1, "opposite": 0.1}  # of the requests
+VARIANTS = "m1 m2 m3 m4 m5 m6 m7 f1 f4 Andy Annie steph linda belinda".split()  # not f2, f3, f5: their breath noise differs
 
-RING = random.Random(0).sample(NUMBERS, len(NUMBERS))
+
+class Language:
+    """What is said in one language, with a space between any two words, and the voices of espeak-ng that say it."""
+
+    def __init__(self, numbers, opposites, others, requests, accents, model_voice, new_voices):
+        self.numbers = numbers.split()
+        self.opposites = dict(pair.split("/") for pair in opposites.split())
+        self.opposites |= {b: a for a, b in self.opposites.items()}
+        self.words = self.numbers + list(self.opposites) + others.split()  # 30
+        self.requests = dict(zip(SHARES, requests))
+        self.little = list(dict.fromkeys(w for r in requests for w in r.split() if "{" not in w))  # the requests' other words
+        self.accents, self.model_voice = accents.split(), model_voice
+        self.new_voices = new_voices.split()  # heard only in tests
+
+    def user_voices(self, n, seed):
+        """The first n of all accents with all variants, shuffled; without the model's voice and the new ones."""
+        voices = [f"{a}+{v}" for a in self.accents for v in VARIANTS]
+        voices = [v for v in voices if v not in [self.model_voice, *self.new_voices]]
+        random.Random(seed).shuffle(voices)
+        return voices[:n]
+
+
+SHARES = {"repeat": 0.45, "count": 0.35, "next": 0.1, "opposite": 0.1}  # of the requests
+LANGUAGES = {
+    "en": Language("one two three four five six seven eight nine ten eleven twelve",
+                   "big/small hot/cold left/right day/night up/down", "red green cat fish sun moon tree apple",
+                   ["repeat {}", "count from {} to {}", "what comes after {}", "opposite of {}"],
+                   "en-us en-gb-x-rp gmw/en en-gb-scotland en-us-nyc en-gb-x-gbcwmd", "en-us+m3", "en-us+f1 en-gb-x-rp+m7"),
+    "zh": Language("一 二 三 四 五 六 七 八 九 十 十一 十二",
+                   "大/小 热/冷 左/右 白天/黑夜 上/下", "红 绿 猫 鱼 太阳 月亮 树 苹果",
+                   ["重复 {}", "从 {} 数到 {}", "{} 后面 是 什么", "{} 的 反义词"], "cmn", "cmn+m3", "cmn+f1 cmn+m7"),
+}
+
+RING = random.Random(0).sample(range(12), 12)
 HELD_OUT_PAIRS = {frozenset(pair) for pair in zip(RING, RING[1:] + RING[:1])}  # 12 of 66, each number in two of them
 
 
@@ -80,32 +109,32 @@ def held_out_triple(words):
     return hashlib.sha256(" ".join(words).encode()).digest()[0] < 51
 
 
-def make_request(kind, test, rng):
+def make_request(lang, kind, test, rng):
     """(request, answer); for a test one that is held out, if the kind has any."""
+    numbers, request = lang.numbers, lang.requests[kind].format
     while True:
         if kind == "repeat":
-            words = rng.sample(WORDS, 3)
+            words = rng.sample(lang.words, 3)
             if held_out_triple(words) == test:
-                return "repeat " + " ".join(words), " ".join(words)
+                return request(" ".join(words)), " ".join(words)
         elif kind == "count":
-            a, b = rng.sample(range(len(NUMBERS)), 2)
-            if (frozenset((NUMBERS[a], NUMBERS[b])) in HELD_OUT_PAIRS) == test:
-                way = NUMBERS[a:b + 1] if a < b else NUMBERS[b:a + 1][::-1]
-                return f"count from {NUMBERS[a]} to {NUMBERS[b]}", " ".join(way)
+            a, b = rng.sample(range(len(numbers)), 2)
+            if (frozenset((a, b)) in HELD_OUT_PAIRS) == test:
+                return request(numbers[a], numbers[b]), " ".join(numbers[a:b + 1] if a < b else numbers[b:a + 1][::-1])
         elif kind == "next":
-            i = rng.randrange(len(NUMBERS) - 1)
-            return "what comes after " + NUMBERS[i], NUMBERS[i + 1]
+            i = rng.randrange(len(numbers) - 1)
+            return request(numbers[i]), numbers[i + 1]
         else:
-            word = rng.choice(sorted(OPPOSITES))
-            return "opposite of " + word, OPPOSITES[word]
+            word = rng.choice(sorted(lang.opposites))
+            return request(word), lang.opposites[word]
 
 
-def make_sentence(vocabulary, rng):
+def make_sentence(lang, vocabulary, rng):
     """One to four words in any order, for post-training: its text is no use for guessing what comes next, so whoever
     shall write it down must hear every word. Nothing that is held out occurs in it."""
     while True:
         words = [rng.choice(vocabulary) for _ in range(rng.randint(1, 4))]
-        numbers = [w for w in words if w in NUMBERS]
+        numbers = [lang.numbers.index(w) for w in words if w in lang.numbers]
         if not any(held_out_triple(words[i:i + 3]) for i in range(len(words) - 2)) and \
                 not any(frozenset((a, b)) in HELD_OUT_PAIRS for a in numbers for b in numbers):
             return " ".join(words)
@@ -113,19 +142,6 @@ def make_sentence(vocabulary, rng):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the toy world: who says it
-
-ACCENTS = "en-us en-gb-x-rp gmw/en en-gb-scotland en-us-nyc en-gb-x-gbcwmd".split()
-VARIANTS = "m1 m2 m3 m4 m5 m6 m7 f1 f4 Andy Annie steph linda belinda".split()  # not f2, f3, f5: their breath noise differs
-MODEL_VOICE = "en-us+m3"
-NEW_VOICES = ["en-us+f1", "en-gb-x-rp+m7"]  # heard only in tests
-
-
-def user_voices(n, seed):
-    """The first n of all accents with all variants, shuffled; without the model's voice and the new ones."""
-    voices = [f"{a}+{v}" for a in ACCENTS for v in VARIANTS]
-    voices = [v for v in voices if v not in [MODEL_VOICE, *NEW_VOICES]]
-    random.Random(seed).shuffle(voices)
-    return voices[:n]
 
 
 class Espeak:
@@ -227,34 +243,41 @@ def on_frames(words, gap=0.04):
     return np.concatenate(padded), starts.round(4).tolist()
 
 
-def make_toy(out, items, tests, sentences, voices, seed, tts):
+def make_toy(out, lang, items, tests, sentences, voices, seed, tts):
     """Speak the toy world into the folder `out`: user/*.flac, model/*.flac, manifest.jsonl."""
     global SYNTHESISER  # the processes that speak inherit it
     if os.path.exists(out):
         raise ValueError(f"{out}: is there already; remove it, or name another folder with --out")
     SYNTHESISER = Command(tts) if tts else Espeak()
+    unknown = set(lang.split(",")) - {*LANGUAGES}
+    if unknown:
+        raise ValueError(f"--lang {lang}: there is no {' and no '.join(sorted(unknown))}; languages are {', '.join(LANGUAGES)}")
+    codes = lang.split(",")  # such as en, zh
     rng = random.Random(seed)
-    known = user_voices(voices, seed)
+    known = {c: LANGUAGES[c].user_voices(voices // len(codes), seed) for c in codes}
     lines = []
 
-    def add(kind, split, request=None, answer=None):
-        voice = rng.choice(NEW_VOICES if split == "new" else known)
+    def add(code, kind, split, request=None, answer=None):
+        voice = rng.choice(LANGUAGES[code].new_voices if split == "new" else known[code])
         turns = []
         if request:
             turns.append({"role": "user", "voice": voice, "text": request, "audio": f"user/{len(lines):06d}.flac"})
         if answer:
             path = f"model/{answer.replace(' ', '-')}.flac"
             turns.append({"role": "model", "voice": "model", "text": answer, "audio": path})
-        lines.append({"id": len(lines), "kind": kind, "split": split, "turns": turns})
+        lines.append({"id": len(lines), "kind": kind, "lang": code, "split": split, "turns": turns})
 
-    for split, n in (("train", sentences), ("seen", sentences // 40)):
-        for _ in range(n):
-            add("heard", split, request=make_sentence(WORDS + LITTLE, rng))
-        for _ in range(n // 4):
-            add("said", split, answer=make_sentence(WORDS, rng))
-    for split, n in (("train", items), ("seen", tests), ("new", tests)):
-        for kind in rng.choices(list(SHARES), SHARES.values(), k=n):
-            add(kind, split, *make_request(kind, split != "train", rng))
+    for i, code in enumerate(codes):
+        lang = LANGUAGES[code]
+        share = lambda n: n * (i + 1) // len(codes) - n * i // len(codes)
+        for split, n in (("train", share(sentences)), ("seen", share(sentences) // 40)):
+            for _ in range(n):
+                add(code, "heard", split, request=make_sentence(lang, lang.words + lang.little, rng))
+            for _ in range(n // 4):
+                add(code, "said", split, answer=make_sentence(lang, lang.words, rng))
+        for split, n in (("train", share(items)), ("seen", share(tests)), ("new", share(tests))):
+            for kind in rng.choices(list(SHARES), SHARES.values(), k=n):
+                add(code, kind, split, *make_request(lang, kind, split != "train", rng))
 
     work = out + ".partial"
     shutil.rmtree(work, ignore_errors=True)
@@ -262,7 +285,8 @@ def make_toy(out, items, tests, sentences, voices, seed, tts):
         os.makedirs(os.path.join(work, folder))
     said = [t for d in lines for t in d["turns"] if t["role"] == "model"]
     words = {w: os.path.join(work, f"words/{w}.flac") for w in sorted({w for t in said for w in t["text"].split()})}
-    speak_all([(path, w, MODEL_VOICE, 170, 50) for w, path in words.items()], "words")
+    voice = {w: LANGUAGES[code].model_voice for code in codes for w in LANGUAGES[code].words}
+    speak_all([(path, w, voice[w], 170, 50) for w, path in words.items()], "words")
     words = {w: read_audio(path).numpy() for w, path in words.items()}
     shutil.rmtree(os.path.join(work, "words"))
     lasting = {}
@@ -275,7 +299,7 @@ def make_toy(out, items, tests, sentences, voices, seed, tts):
     jobs = [(os.path.join(work, t["audio"]), t["text"], t["voice"], rng.randint(140, 190), rng.randint(35, 65)) for t in heard]
     lasting |= dict(zip((t["audio"] for t in heard), speak_all(jobs, "sentences and requests")))
     with open(os.path.join(work, "manifest.jsonl"), "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(d) + "\n" for d in lines)
+        f.writelines(json.dumps(d, ensure_ascii=False) + "\n" for d in lines)
     os.rename(work, out)
     print(f"\n{'split':8}{'sentences':>10}{'dialogues':>11}{'minutes':>9}   user voices")
     for split in ("train", "seen", "new"):
@@ -283,8 +307,9 @@ def make_toy(out, items, tests, sentences, voices, seed, tts):
         turns = [t for d in mine for t in d["turns"]]
         print(f"{split:8}{sum(len(d['turns']) == 1 for d in mine):10}{sum(len(d['turns']) == 2 for d in mine):11}"
               f"{sum(lasting[t['audio']] for t in turns) / 60:9.1f}   {len({t['voice'] for t in turns if t['role'] == 'user'})}")
-    print(f"Held out: a fifth of the {len(WORDS)}*{len(WORDS) - 1}*{len(WORDS) - 2} word triples, {len(HELD_OUT_PAIRS)} of 66 "
-          f"number pairs, the voices {' and '.join(NEW_VOICES)}.")
+    n = len(lang.words)
+    print(f"Held out: a fifth of the {n}*{n - 1}*{n - 2} word triples, {len(HELD_OUT_PAIRS)} of 66 number pairs, "
+          f"the voices {', '.join(v for c in codes for v in LANGUAGES[c].new_voices)}.")
     print(f"Wrote {len(lines)} lines, {sum(lasting.values()) / 3600:.2f} hours of sound, to {out}/manifest.jsonl")
 
 
@@ -791,6 +816,7 @@ def main():
     toy = commands.add_parser("toy", help="speak the toy world",
                               epilog="example: python prepare.py toy --items 1000 --tts 'say -v {voice} -o {out} {text}'")
     toy.add_argument("--out", default="data/toy")
+    toy.add_argument("--lang", default="en", help="en, zh or en,zh: each a part of everything (default: %(default)s)")
     toy.add_argument("--items", type=int, default=8000, help="dialogues to train on")
     toy.add_argument("--sentences", type=int, default=4000, help="sentences of users to train on; a fourth as many of the model")
     toy.add_argument("--tests", type=int, default=240, help="held-out dialogues for each of seen and new voices")

@@ -19,6 +19,7 @@ import random
 import shutil
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,8 +53,8 @@ class Stage:
     layouts: dict = None  # share of each layout at the start and at the end of the stage
     wait: float = 0.01  # gamma of Eq. 3: weight of a <wait> token, that of a monologue token being 1
     blot: float = 0.0  # share of the heard frames, and of the rows of heard acoustic codes, that is blotted out
-    sources: tuple = (1.0, 1.0)  # how often a recording that a machine wrote down is used, and one that a person did
     depth: tuple = (1.0, 1.0)  # shares of the frames of speech and of silence that the depth transformer learns from
+    sources: tuple = (1.0, 1.0)  # how often a recording that a machine wrote down is used, and one that a person did
 
 
 POST = {"tts": (1, 1), "asr": (1, 1)}
@@ -68,21 +69,22 @@ FADE_2 = {"asr_response_tts": (0.7, -0.7), "asr": (0.2, 0.2), **FINE_2}
 # Why the wait weight of `tiny` is 0.3 and not the paper's 0.01: <wait> fills nine of ten frames, and a 7B language model
 # must not forget its language over it. A model from scratch has no language to forget; it has to learn when to keep quiet,
 # and with 0.01 more than a quarter of its answers began before the user had ended.
+TOY = {"wait": 0.3, "blot": 0.15, "depth": (0.4, 0.1)}
 STAGES = {
     "codec": (
-        Stage("codec", 2200, 8, 1.5e-3, 0),
+        Stage("codec", 4400, 4, 1.5e-3, 0),
     ),
     "tiny": (
-        Stage("post-training 1", 300, 16, 1.5e-3, 1.5e-3, 128, POST_TINY, 0.3, 0.15, (0.4, 0.1)),
-        Stage("post-training 2", 100, 16, 1.5e-3, 1.5e-3, 128, POST_TINY, 0.3, 0.15, (0.4, 0.1)),
-        Stage("fine-tuning 1", 500, 16, 1.5e-3, 1.5e-3, 128, FINE_1, 0.3, 0.15, (0.4, 0.1)),
-        Stage("fine-tuning 2", 1100, 16, 1.5e-3, 0, 128, FADE_2, 0.3, 0.15, (0.4, 0.1)),
+        Stage("post-training 1", 600, 8, 1.5e-3, 1.5e-3, 128, POST_TINY, **TOY),
+        Stage("post-training 2", 200, 8, 1.5e-3, 1.5e-3, 128, POST_TINY, **TOY),
+        Stage("fine-tuning 1", 1000, 8, 1.5e-3, 1.5e-3, 128, FINE_1, **TOY),
+        Stage("fine-tuning 2", 2200, 8, 1.5e-3, 0, 128, FADE_2, **TOY),
     ),
     "small": (  # one GPU
-        Stage("post-training 1", 600, 32, 6e-4, 6e-4, 256, POST_TINY, 0.3, 0.15, (0.4, 0.1)),
-        Stage("post-training 2", 100, 32, 6e-4, 6e-4, 256, POST_TINY, 0.3, 0.15, (0.4, 0.1)),
-        Stage("fine-tuning 1", 700, 32, 6e-4, 6e-4, 256, FINE_1, 0.3, 0.15, (0.4, 0.1)),
-        Stage("fine-tuning 2", 1600, 32, 6e-4, 0, 256, FADE_2, 0.3, 0.15, (0.4, 0.1)),
+        Stage("post-training 1", 600, 32, 6e-4, 6e-4, 256, POST_TINY, **TOY),
+        Stage("post-training 2", 100, 32, 6e-4, 6e-4, 256, POST_TINY, **TOY),
+        Stage("fine-tuning 1", 700, 32, 6e-4, 6e-4, 256, FINE_1, **TOY),
+        Stage("fine-tuning 2", 1600, 32, 6e-4, 0, 256, FADE_2, **TOY),
     ),
     "7b": (
         Stage("post-training 1", 100_000, 256, 2e-4, 1e-5, 8192, POST),
@@ -231,7 +233,7 @@ class ModelJob:
         waits = parts.pop("waits")
         total = (ALPHA_1 * parts["semantic"] + ALPHA_2 * parts["acoustic"]
                  + BETA * parts["mono"] + stage.wait * waits * parts["wait"])
-        return total, parts
+        return total, parts, None
 
     def state(self):
         return {"model": self.model.state_dict(), "vocab": dataclasses.asdict(self.vocab)}
@@ -255,17 +257,15 @@ def blot_out(grid, share, empty, generator):
 # what the codec learns from
 
 
-LETTERS = " abcdefghijklmnopqrstuvwxyz"
-
-
 class Clips:
-    """The sound files of a manifest and what is said in them."""
+    """The sound files of a manifest and what is said in them; the letters, of whatever writing, that occur in it."""
 
     def __init__(self, data):
         self.clips = {"train": set(), "seen": set()}  # (where it is, what is said)
         for d in read_manifest(os.path.join(data, "manifest.jsonl")):
             if d["split"] in self.clips:
                 self.clips[d["split"]] |= {(where_is(t), t["text"]) for t in d.get("turns", ())}
+        self.letters = "".join(sorted({c for _, text in self.clips["train"] for c in text.lower()}))
         self.clips = {split: sorted(clips, key=str) for split, clips in self.clips.items()}
         self.frames = {place: round(prepare.seconds_of(*place) * mimi.SAMPLE_RATE) for clips in self.clips.values() for place, _ in clips}
         self.fingerprint = f"{sum(map(len, self.clips.values()))} clips"
@@ -285,7 +285,7 @@ class Clips:
                 self.sounds[place] = (mimi.read_audio(path, start=start, end=end) * 32767).short()
             x = self.sounds[place].float() / 32767
             row[0, lead:lead + len(x)] = x * 10 ** (rng.uniform(-6, 6) / 20)
-        return wav, [[1 + LETTERS.index(c) for c in text if c in LETTERS] for _, text in pool]
+        return wav, [[1 + self.letters.index(c) for c in text.lower() if c in self.letters] for _, text in pool]
 
 
 class CodecJob:
@@ -297,10 +297,10 @@ class CodecJob:
     def __init__(self, config, data, device):
         self.config, self.device = config, device
         self.model = Mimi(config)
-        self.letters = nn.Linear(config.dim, 4 * (len(LETTERS) + 1))  # four guesses a frame
+        self.clips = Clips(data)
+        self.letters = nn.Linear(config.dim, 4 * (len(self.clips.letters) + 1))  # four guesses a frame
         self.modules = nn.ModuleList([self.model, self.letters]).to(device)
         self.spectra = [Spectrum(n).to(device) for n in (256, 512, 1024, 2048)]
-        self.clips = Clips(data)
         self.fingerprint = self.clips.fingerprint
 
     def loss(self, stage, progress, split, rng):
@@ -309,7 +309,7 @@ class CodecJob:
         training = split == "train"
         K = self.config.codebooks
         depth = [rng.randint(1, K) if training and rng.random() < 0.4 else K for _ in wav]
-        y, semantic, commitment = self.model(wav, torch.tensor(depth, device=self.device))
+        y, semantic, commitment, chosen = self.model(wav, torch.tensor(depth, device=self.device))
         logits = self.letters(semantic.mT).float().unflatten(-1, (4, -1)).flatten(1, 2)  # (B, 4*T, letters)
         spectra = rng.sample(self.spectra, 2) if training else self.spectra
         parts = {
@@ -317,7 +317,11 @@ class CodecJob:
             "wave": (y - wav).abs().mean(),
             "commitment": commitment,
             "letters": letters_loss(logits, words)}
-        return parts["spectrum"] + parts["wave"] + 0.25 * parts["commitment"] + 0.3 * parts["letters"], parts
+        return parts["spectrum"] + parts["wave"] + 0.25 * parts["commitment"] + 0.3 * parts["letters"], parts, chosen
+
+    def after(self, slices):
+        """The codebooks learn by moving averages, not by gradients."""
+        self.model.learn([[torch.cat(x) for x in zip(*choices)] for choices in zip(*slices)])
 
     def state(self):
         return {"model": self.model.state_dict(), "letters": self.letters.state_dict()}
@@ -368,6 +372,12 @@ def bf16_is_faster(device):
     return seconds(torch.bfloat16) < 0.7 * seconds(torch.float32)
 
 
+def slices_of_a_batch(device):
+    """Into how many slices a batch is cut. On a CPU two threads with a core each do more than one operation after another
+    on both cores (half as much again)."""
+    return 1 << min(2, (os.cpu_count() or 1).bit_length() - 1) if device == "cpu" else 1
+
+
 class Run:
     """A job on its way through the stages, kept in the folder `out`: checkpoint.pt, log.jsonl, and what else chat.py needs."""
 
@@ -380,11 +390,13 @@ class Run:
         self.optimizer = torch.optim.AdamW(groups, lr=0, betas=(0.9, 0.98), fused=True)
         # where it stands: steps of each stage (None: not known yet), the stage, the step in it
         self.at = {"plan": [None if minutes else s.steps for s in stages], "stage": 0, "step": 0,
-                   "bf16": bf16_is_faster(job.device)}
+                   "bf16": bf16_is_faster(job.device), "slices": slices_of_a_batch(job.device)}
         if os.path.exists(self.path):
             if not resume:
                 raise ValueError(f"{self.path}: is there already; --resume goes on with it, --out names another folder")
             self.restore()
+        n = self.at["slices"]
+        self.threads = ThreadPoolExecutor(n, initializer=torch.set_num_threads if n > 1 else None, initargs=(max(1, os.cpu_count() // n),))
         os.makedirs(out, exist_ok=True)
         for name, source in job.files.items():
             if not os.path.exists(source):
@@ -416,25 +428,36 @@ class Run:
 
     def step(self, stage, progress):
         """One step of the optimiser. Returns the loss, its parts and the learning rate."""
-        number = self.at["step"]
-        rng = random.Random(f"{self.seed} {self.at['stage']} {number}")
-        torch.manual_seed(rng.getrandbits(60))
         lr = stage.lr_end + (stage.lr - stage.lr_end) * (0.5 + 0.5 * math.cos(math.pi * progress))
         if self.at["stage"] == 0:
-            lr *= min(1, (number + 1) / WARMUP)
+            lr *= min(1, (self.at["step"] + 1) / WARMUP)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        with self.autocast():
-            loss, parts = self.job.loss(stage, progress, "train", rng)
+        n = min(self.at["slices"], stage.batch)
+        slices = list(self.threads.map(lambda i: self.slice(dataclasses.replace(stage, batch=stage.batch // n), progress, i), range(n)))
+        losses, parts, grads, kept = zip(*slices)
+        loss = sum(losses) / n
+        parts = {name: sum(p[name] for p in parts) / n for name in parts[0]}
         if not torch.isfinite(loss):
-            raise ValueError(f"the loss is {loss.item()} at step {number} of {stage.name}; "
+            raise ValueError(f"the loss is {loss.item()} at step {self.at['step']} of {stage.name}; "
                              f"{self.path} holds the last good state")
-        self.optimizer.zero_grad()
-        loss.backward()
+        for p, *slopes in zip(self.params, *grads):
+            p.grad = sum(slopes) / n
         nn.utils.clip_grad_norm_(self.params, 1.0)
         self.optimizer.step()
+        if kept[0] is not None:
+            torch.manual_seed(self.at["step"])  # for codebooks that restart
+            self.job.after(kept)
         self.at["step"] += 1
         return loss, parts, lr
+
+    def slice(self, stage, progress, i):
+        """Some rows of a batch: the loss, its parts, its gradients, and what job.after wants of it (None: nothing)."""
+        rng = random.Random(f"{self.seed} {self.at['stage']} {self.at['step']} {i}")
+        with self.autocast():
+            loss, parts, kept = self.job.loss(stage, progress, "train", rng)
+        grads = torch.autograd.grad(loss, self.params, materialize_grads=True)
+        return loss.detach(), {name: value.detach() for name, value in parts.items()}, grads, kept
 
     @torch.no_grad()
     def held_out(self, stage, batches=4):
@@ -443,7 +466,7 @@ class Run:
         sums = {}
         for i in range(batches):
             with self.autocast():
-                _, parts = self.job.loss(stage, 1.0, "seen", random.Random(i))
+                _, parts, _ = self.job.loss(stage, 1.0, "seen", random.Random(i))
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0) + value.item() / batches
         self.job.modules.train()
@@ -480,7 +503,7 @@ def train(job, stages, out, minutes=None, resume=False, seed=1, save_every=60.0)
                 run.save()
                 saved_at = time.monotonic()
         bar.close()
-        print(f"{stage.name}: held-out loss  "
+        print(f"{stage.name}: held out  "
               + "  ".join(f"{name} {value:.3f}" for name, value in run.held_out(stage).items()), flush=True)
         at["stage"], at["step"] = at["stage"] + 1, 0
         run.save()
@@ -492,7 +515,8 @@ def train(job, stages, out, minutes=None, resume=False, seed=1, save_every=60.0)
 
 
 def plot(folder):
-    """The losses of a run over all its stages, from folder/log.jsonl into folder/log.png. Returns the picture's path."""
+    """The losses of a run over all its stages, and the share of monologue tokens that were right, from folder/log.jsonl into
+    folder/log.png. Returns the picture's path."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -514,17 +538,22 @@ def plot(folder):
     names = list(dict.fromkeys(k for e in lines.values() for k in e if k not in ("stage", "step", "lr", "loss", "split", "waits")))
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
+    shares = axes.twinx() if "right" in names else None
     for colour, name in enumerate(names):
         for split, style in ((None, {"alpha": 0.35, "linewidth": 0.8}), ("held-out", {"marker": "o", "label": name + ", held out"})):
             points = sorted((starts[stage] + step, e[name]) for (stage, step, s), e in lines.items() if s == split and name in e)
-            axes.plot(*zip(*points), color=f"C{colour}", **style) if points else None
+            (shares if name == "right" else axes).plot(*zip(*points), color=f"C{colour}", **style) if points else None
     for stage in stages:
         axes.axvline(starts[stage], color="0.7", linewidth=0.8)
         axes.text(starts[stage], 1.0, " " + stage, transform=axes.get_xaxis_transform(), va="bottom", fontsize=8)
     axes.set_yscale("log")
     axes.set_xlabel("steps")
     axes.set_ylabel("loss")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="lower left")
+    if shares:
+        shares.set_ylabel("monologue tokens right")
+        shares.set_ylim(0, 1.02)
+        shares.legend(fontsize=8, loc="upper right")
     path = os.path.join(folder, "log.png")
     with mimi.replace_when_done(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")

@@ -30,7 +30,7 @@ def world(tmp_path_factory):
     """A folder with toy/ (24 + 8 + 8 dialogues, encoded), codec.pt and flm/, a folder for chat.py."""
     folder = tmp_path_factory.mktemp("world")
     toy = str(folder / "toy")
-    prepare.make_toy(toy, items=24, tests=8, sentences=40, voices=6, seed=1, tts=None)
+    prepare.make_toy(toy, "en", items=24, tests=8, sentences=40, voices=6, seed=1, tts=None)
     torch.manual_seed(0)
     codec = Mimi(CODEC)
     with torch.no_grad():

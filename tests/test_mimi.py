@@ -275,7 +275,7 @@ def test_a_codebook_learns_where_its_vectors_are():
 def test_training_passes_gradients_to_everything():
     torch.manual_seed(0)
     m = Mimi(SMALL["spectral"])
-    y, semantic, commitment = m(sound(2, 6), torch.tensor([8, 3]))
+    y, semantic, commitment, _ = m(sound(2, 6), torch.tensor([8, 3]))
     (y.square().mean() + semantic.square().mean() + commitment).backward()
     missing = [n for n, p in m.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.abs().sum() > 0)]
     assert missing == []

@@ -105,11 +105,12 @@ def test_the_loss_is_eq_3_counted_by_hand(flm):
     with torch.no_grad():
         h = flm(x[..., :-1])
         text = flm.text_logits(h).log_softmax(-1)
-        sums = {k: [] for k in ("mono", "wait", "semantic", "acoustic")}
+        sums, right = {k: [] for k in ("mono", "wait", "semantic", "acoustic")}, []
         for b in range(2):
             for t in range(9):
                 token = x[b, TEXT, t + 1].item()
                 sums["wait" if token == V.wait else "mono"].append(-text[b, t, token].item())
+                right += [text[b, t].argmax() == token] * (token != V.wait)
                 codes = x[b, SPEAK, t + 1]
                 logp = flm.depth(h[b, t:t + 1], codes[None])[0].log_softmax(-1)
                 for k, code in enumerate(codes.tolist()):
@@ -118,6 +119,7 @@ def test_the_loss_is_eq_3_counted_by_hand(flm):
     for name, values in sums.items():
         assert math.isclose(parts[name].item(), sum(values) / len(values), rel_tol=1e-4), name
     assert math.isclose(parts["waits"].item(), len(sums["wait"]) / len(sums["mono"]), rel_tol=1e-6)
+    assert math.isclose(parts["right"].item(), sum(right) / len(right), rel_tol=1e-6)
 
 
 def test_depth_learns_from_all_frames_of_speech_and_a_share_of_silence(flm):

@@ -16,8 +16,8 @@ import prepare
 import train
 from conftest import FLM, run
 from mimi import FRAME, SAMPLE_RATE, Mimi, read_audio
-from prepare import (HELD_OUT_PAIRS, MODEL_VOICE, NEW_VOICES, NUMBERS, OPPOSITES, WORDS, Espeak, held_out_triple, make_request,
-                     make_sentence, on_frames, read_manifest, train_bpe, user_voices)
+from prepare import (HELD_OUT_PAIRS, LANGUAGES, Espeak, held_out_triple, make_request, make_sentence, on_frames,
+                     read_manifest, train_bpe)
 from streams import load_tokenizer, make_tokenizer
 from train import STAGES
 
@@ -26,54 +26,82 @@ def manifest(world):
     return [json.loads(line) for line in open(world / "toy/manifest.jsonl")]
 
 
-def test_some_thirty_words():
-    assert len(WORDS) == len(set(WORDS)) == 30
-    assert all(OPPOSITES[OPPOSITES[w]] == w for w in OPPOSITES)
+@pytest.mark.parametrize("lang", LANGUAGES.values(), ids=LANGUAGES)
+def test_thirty_words_to_a_language(lang):
+    assert len(lang.words) == len(set(lang.words)) == 30
+    assert all(lang.opposites[lang.opposites[w]] == w for w in lang.opposites)
+    assert not set(lang.user_voices(1000, 1)) & {*lang.new_voices, lang.model_voice} and len(lang.new_voices) == 2
 
 
+@pytest.mark.parametrize("lang", LANGUAGES.values(), ids=LANGUAGES)
 @pytest.mark.parametrize("kind", prepare.SHARES)
-def test_answers_are_right_and_tests_are_held_out(kind):
+def test_answers_are_right_and_tests_are_held_out(lang, kind):
     rng = random.Random(0)
-    train = {make_request(kind, False, rng) for _ in range(400)}
-    test = {make_request(kind, True, rng) for _ in range(400)}
+    train = {make_request(lang, kind, False, rng) for _ in range(400)}
+    test = {make_request(lang, kind, True, rng) for _ in range(400)}
+    pair = lambda answer: frozenset(lang.numbers.index(w) for w in (answer.split()[0], answer.split()[-1]))
     for request, answer in train | test:
-        words = request.split()
+        asked = [w for w in request.split() if w not in lang.little]
         if kind == "repeat":
-            assert words[1:] == answer.split() and len(words) == 4
+            assert asked == answer.split() and len(asked) == 3
         elif kind == "count":
-            a, b = NUMBERS.index(words[2]), NUMBERS.index(words[4])
-            assert answer.split() == (NUMBERS[a:b + 1] if a < b else NUMBERS[b:a + 1][::-1]) and a != b
+            a, b = map(lang.numbers.index, asked)
+            assert answer.split() == (lang.numbers[a:b + 1] if a < b else lang.numbers[b:a + 1][::-1]) and a != b
         elif kind == "next":
-            assert NUMBERS.index(answer) == NUMBERS.index(words[-1]) + 1
+            assert lang.numbers.index(answer) == lang.numbers.index(asked[0]) + 1
         else:
-            assert OPPOSITES[words[-1]] == answer
+            assert lang.opposites[asked[0]] == answer
     if kind in ("repeat", "count"):
         assert not train & test
     if kind == "repeat":
         assert all(held_out_triple(a.split()) for _, a in test) and not any(held_out_triple(a.split()) for _, a in train)
     if kind == "count":
-        assert {frozenset((a.split()[0], a.split()[-1])) for _, a in test} <= HELD_OUT_PAIRS
+        assert {pair(a) for _, a in test} <= HELD_OUT_PAIRS and not {pair(a) for _, a in train} & HELD_OUT_PAIRS
 
 
-def test_sentences_hold_nothing_that_is_held_out():
+@pytest.mark.parametrize("lang", LANGUAGES.values(), ids=LANGUAGES)
+def test_sentences_hold_nothing_that_is_held_out(lang):
     rng = random.Random(0)
-    assert len(HELD_OUT_PAIRS) == 12 and all(sum(w in p for p in HELD_OUT_PAIRS) == 2 for w in NUMBERS)
+    assert len(HELD_OUT_PAIRS) == 12 and all(sum(i in p for p in HELD_OUT_PAIRS) == 2 for i in range(12))
     for _ in range(500):
-        words = make_sentence(WORDS, rng).split()
+        words = make_sentence(lang, lang.words, rng).split()
         assert not any(held_out_triple(words[i:i + 3]) for i in range(len(words) - 2))
-        assert not any(set(p) <= set(words) for p in HELD_OUT_PAIRS)
+        assert not any({lang.numbers[i] for i in p} <= set(words) for p in HELD_OUT_PAIRS)
 
 
 def test_voices_held_out_are_never_trained_on(world):
     for d in manifest(world):
         for voice in [t["voice"] for t in d["turns"] if t["role"] == "user"]:
-            assert (voice in NEW_VOICES) == (d["split"] == "new") and voice != MODEL_VOICE
-    assert not set(user_voices(1000, 1)) & {*NEW_VOICES, MODEL_VOICE}
+            assert (voice in LANGUAGES["en"].new_voices) == (d["split"] == "new") and voice != LANGUAGES["en"].model_voice
+
+
+def test_two_languages_from_words_to_a_batch(world, tmp_path):
+    prepare.make_toy(str(tmp_path / "toy"), "en,zh", items=9, tests=2, sentences=40, voices=4, seed=1, tts=None)
+    lines = [json.loads(line) for line in open(tmp_path / "toy/manifest.jsonl", encoding="utf-8")]
+    assert sorted({d["lang"] for d in lines}) == ["en", "zh"]
+    assert [sum(d["lang"] == c and d["split"] == "train" and len(d["turns"]) == 2 for d in lines) for c in ("en", "zh")] == [4, 5]
+    for d in lines:
+        for t in d["turns"]:
+            assert ("cmn" in t.get("voice", "")) == (d["lang"] == "zh") or t["role"] == "model"
+            assert t["text"].isascii() == (d["lang"] == "en")
+    prepare.encode(str(tmp_path / "toy"), str(world / "codec.pt"), "bpe", 400, 1, False, 1, "cpu")
+    job = train.ModelJob(FLM, str(tmp_path / "toy/encoded"), "cpu")
+    tokenizer = load_tokenizer(str(tmp_path / "toy/encoded/tokenizer.json"))
+    heard = {tokenizer.decode(t["tokens"]).strip() for part in job.heard["train"] for t in part}
+    assert heard == {t["text"] for d in lines for t in d["turns"] if d["split"] == "train" and t["role"] == "user"}
+    job.batch(STAGES["tiny"][-1], 0.0, "train", random.Random(0))
+    clips = train.Clips(str(tmp_path / "toy"))
+    assert set("三猫cat ") <= set(clips.letters)
+
+
+def test_an_unknown_language(tmp_path):
+    code, _, err = run("prepare.py", "toy", "--out", tmp_path / "toy", "--lang", "en,xx")
+    assert code == 1 and "no xx; languages are en, zh" in err and not (tmp_path / "toy").exists()
 
 
 def test_the_same_seed_gives_the_same_bytes(world, tmp_path):
     out = str(tmp_path / "again")
-    prepare.make_toy(out, items=24, tests=8, sentences=40, voices=6, seed=1, tts=None)
+    prepare.make_toy(out, "en", items=24, tests=8, sentences=40, voices=6, seed=1, tts=None)
     files = [os.path.relpath(os.path.join(r, f), out) for r, _, fs in os.walk(out) for f in fs]
     assert len(files) > 60
     for name in files:
@@ -376,7 +404,7 @@ def test_a_corpus_as_it_is_downloaded(kind, world, tmp_path):
         assert [p["frame"] for p in parts] == [6, 13, 30] and lines[0]["speak"]["frames"] == lines[0]["listen"]["frames"] == 38
     job = train.ModelJob(FLM, str(out / "encoded"), "cpu")
     layout = {"recorded": (1, 1)} if kind == "conversations" else {"tts": (1, 1), "asr": (1, 1)}
-    loss, parts = job.loss(train.Stage("one", 1, 2, 1e-3, 0, 48, layout), 0.0, "train", random.Random(0))
+    loss, parts, _ = job.loss(train.Stage("one", 1, 2, 1e-3, 0, 48, layout), 0.0, "train", random.Random(0))
     loss.backward()
     assert torch.isfinite(loss) and parts["mono"] > 0
     with pytest.raises(ValueError, match="the data holds nothing for response_tts"):
@@ -520,7 +548,7 @@ def test_mixing_a_world(world, tmp_path):
     encoded = [json.loads(line) for line in encode(out, world)["00000.jsonl"].splitlines()]
     assert [d["split"] for d in encoded] == ["seen", "train", "train", "train"]
     job = train.ModelJob(FLM, str(out / "encoded"), "cpu")
-    loss, _ = job.loss(train.Stage("one", 1, 2, 1e-3, 0, 48, {"recorded": (1, 1)}), 0.0, "train", random.Random(0))
+    loss, _, _ = job.loss(train.Stage("one", 1, 2, 1e-3, 0, 48, {"recorded": (1, 1)}), 0.0, "train", random.Random(0))
     assert torch.isfinite(loss)
     again = tmp_path / "again"
     prepare.mix(str(world / "toy"), str(again), 4, None, 1)

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 from conftest import ROOT
-from prepare import NEW_VOICES, WORDS
+from prepare import LANGUAGES
 from train import STAGES
 
 README = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()
@@ -32,7 +32,7 @@ def test_the_layout_shown_is_what_streams_py_prints():
 
 
 def test_the_toy_world_is_as_described():
-    assert "Thirty words" in README and len(WORDS) == 30 and len(NEW_VOICES) == 2
+    assert "Thirty words" in README and len(LANGUAGES["en"].words) == 30 and len(LANGUAGES["en"].new_voices) == 2
 
 
 def test_every_file_and_target_named_is_there():

@@ -20,8 +20,8 @@ from mimi import load_checkpoint
 from streams import LISTEN, SPEAK, TEXT
 from train import STAGES, ModelJob, Stage
 
-SHORT = [Stage("one", 14, 2, 1e-3, 1e-3, 48, {"tts": (1, 0), "asr": (0, 1)}, 0.3, 0.1, (0.5, 0.2)),
-         Stage("two", 26, 2, 1e-3, 0, 48, {"asr_response_tts": (1, 1), "free_response_tts": (1, 1)}, 0.3, 0.1, (0.5, 0.2))]
+SHORT = [Stage("one", 14, 2, 1e-3, 1e-3, 48, {"tts": (1, 0), "asr": (0, 1)}, wait=0.3, blot=0.1, depth=(0.5, 0.2)),
+         Stage("two", 26, 2, 1e-3, 0, 48, {"asr_response_tts": (1, 1), "free_response_tts": (1, 1)}, wait=0.3, blot=0.1, depth=(0.5, 0.2))]
 
 # a run of the model and of the codec, saving after every step
 SCRIPT = """
@@ -79,6 +79,20 @@ def test_training_lowers_the_loss(world, tmp_path):
     first, last = log[0], [e for e in log if "loss" in e][-1]
     assert last["loss"] < 0.6 * first["loss"]
     assert {"mono", "wait", "semantic", "acoustic"} <= log[-1].keys() and log[-1]["split"] == "held-out"
+
+
+def test_a_step_is_the_mean_of_its_slices(world, tmp_path):
+    """Two threads with half the rows each, and the same in sequence."""
+    torch.manual_seed(0)
+    run_ = train.Run(ModelJob(FLM, str(world / "toy/encoded"), "cpu"), SHORT, str(tmp_path / "o"))
+    run_.at["slices"], run_.at["bf16"] = 2, False
+    slices = [run_.slice(dataclasses.replace(SHORT[0], batch=1), 0.0, i) for i in range(2)]
+    loss, parts, _ = run_.step(SHORT[0], 0.0)
+    assert torch.isclose(loss, (slices[0][0] + slices[1][0]) / 2) and slices[0][0] != slices[1][0]
+    assert torch.isclose(parts["mono"], (slices[0][1]["mono"] + slices[1][1]["mono"]) / 2)
+    whole = torch.cat([((a + b) / 2).flatten() for a, b in zip(slices[0][2], slices[1][2])])
+    clipped = torch.cat([p.grad.flatten() for p in run_.params])
+    assert torch.allclose(clipped, whole * min(1, 1 / whole.norm().item()), atol=1e-6)
 
 
 def test_every_batch_is_a_function_of_its_step(world):
@@ -144,7 +158,7 @@ def test_a_checkpoint_of_another_config_is_refused(world):
 def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(world, tmp_path):
     job = ModelJob(FLM, str(world / "toy/encoded"), "cpu")
     good = job.loss
-    job.loss = lambda stage, *a: good(stage, *a) if stage.name == "one" else (torch.tensor(math.nan), {})
+    job.loss = lambda stage, *a: good(stage, *a) if stage.name == "one" else (math.nan * sum(p.sum() for p in job.modules.parameters()), {}, None)
     with pytest.raises(ValueError, match="step 0 of two"):
         train.train(job, SHORT, str(tmp_path))
     at = load_checkpoint(str(tmp_path / "checkpoint.pt"), "flm")["at"]
@@ -228,7 +242,7 @@ def test_training_may_start_from_a_language_model(world, tmp_path):
     as_qwen(start, tmp_path, "model.", "qwen2")
     job = ModelJob(dataclasses.replace(FLM, layers=5, width=16), str(world / "toy/encoded"), "cpu", str(tmp_path))
     assert torch.equal(job.model.text.weight, start.text.weight) and job.config.layers == FLM.layers
-    loss, _ = job.loss(SHORT[0], 0.0, "train", random.Random(0))
+    loss, _, _ = job.loss(SHORT[0], 0.0, "train", random.Random(0))
     assert torch.isfinite(loss)
     small = model.FLM(dataclasses.replace(FLM, vocab_size=200))
     as_qwen(small, tmp_path, "model.", "qwen2")

@@ -1,0 +1,140 @@
+"""The paper's questions, asked of the toy world (FLM-Audio, sections 4.3 and 4.4).
+
+    python tests/questions.py                    after `make demo`; an hour or two on two cores, and it can be continued
+
+Each variant trains the tiny model with the same data, number of steps and seeds, on fewer voices and without interruptions,
+so that a run takes minutes; then it holds the same held-out conversations. Printed: means and standard deviations over seeds.
+
+    recipe             post-training on speech both heard and spoken, then answers with <asr>, then without
+    wait 0.01          the paper's weight for <wait> instead of 0.3
+    TTS only           post-training: speech is only spoken
+    ASR only           post-training: speech is only heard
+    no fine-tuning 1   answers without <asr> from the start                          (RQ2)
+    word-aligned       the same, and each word is written when it is spoken (Moshi)  (RQ1; compare with the row above)
+"""
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import statistics
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import eval as evaluation  # noqa: E402
+import prepare  # noqa: E402
+import streams  # noqa: E402
+import train  # noqa: E402
+from chat import Speaker  # noqa: E402
+from model import CONFIGS, FLM  # noqa: E402
+from streams import ROWS  # noqa: E402
+
+DATA, OUT = "data/questions", "out/questions"
+BOTH = {"tts": (1, 1), "asr": (2, 2)}
+FADE = {"asr_response_tts": (0.7, -0.7), "response_tts": (1, 1)}
+ANSWER, ALIGNED = {"response_tts": (1, 1)}, {"word_aligned": (1, 1)}
+
+
+def stages(post=BOTH, fine_1=train.FINE_1, fine_2=FADE, wait=0.3):
+    stage = lambda name, steps, layouts, end=1.5e-3: train.Stage(name, steps, 8, 1.5e-3, end, 96, layouts, wait, 0.15,
+                                                                 depth=(0.25, 0.05))
+    return (stage("post-training", 200, post), stage("fine-tuning 1", 200, fine_1), stage("fine-tuning 2", 400, fine_2, 0))
+
+
+VARIANTS = {
+    "recipe": stages(),
+    "wait 0.01": stages(wait=0.01),
+    "TTS only": stages(post={"tts": (1, 1)}),
+    "ASR only": stages(post={"asr": (1, 1)}),
+    "no fine-tuning 1": stages(fine_1=ANSWER, fine_2=ANSWER),
+    "word-aligned": stages(fine_1=ALIGNED, fine_2=ALIGNED),
+}
+MEASURES = {"text": "text right", "repeat": "- repeat", "count": "- count", "spoken words": "spoken words", "in time": "in time",
+            "early": "early"}
+
+
+def aligned_tts(u, v):
+    """TTS style with each token where it is spoken."""
+    grid = streams.blank(streams.TEXT_LEAD + len(u.codes), v, v.empty)
+    for token, start in zip(u.tokens, u.starts, strict=True):
+        streams.put(grid, streams.TEXT, streams.TEXT_LEAD + start, [token])
+    streams.put(grid, streams.SPEAK, streams.TEXT_LEAD, u.codes)
+    return grid
+
+
+def answer(job):
+    """Train one variant with one seed and measure it, unless that is done."""
+    name, seed, items = job
+    torch.set_num_threads(1)
+    train.slices_of_a_batch = lambda device: 1  # this process has one core
+    if name == "word-aligned":
+        streams.tts = aligned_tts
+    out = os.path.join(OUT, f"{name.replace(' ', '-')}-{seed}")
+    path = os.path.join(out, "scores.json")
+    if os.path.exists(path):
+        return name, prepare.read_json(path)
+    random.seed(seed)
+    torch.manual_seed(seed)
+    model_job = train.ModelJob(CONFIGS["tiny"], os.path.join(DATA, "encoded"), "cpu")
+    train.train(model_job, VARIANTS[name], out, resume=True, seed=seed)
+    recogniser = evaluation.get_recogniser(None, DATA, "out/questions/recogniser", 1.5, "cpu")
+    held_out = [d for d in prepare.read_manifest(os.path.join(DATA, "manifest.jsonl")) if d["split"] == "seen" and len(d["turns"]) == 2]
+    shares = evaluation.Shares()
+    evaluation.answers(Speaker(out, "cpu"), recogniser, held_out[:items], 7, shares, "seen")
+    scores = {key: shares.share("seen text" + (f", {key}" if key in ("repeat", "count") else "") if key in ("text", "repeat", "count")
+                                else f"seen {key}") for key in MEASURES}
+    with prepare.replace_when_done(path) as temporary, open(temporary, "w") as f:
+        json.dump(scores, f)
+    return name, scores
+
+
+def multiplexing(seconds=10):
+    """Figure 1: native duplex has one column a frame, time-division multiplexing one position for each token."""
+    frames = round(seconds * streams.FRAME_RATE)
+    print(f"\nTen seconds of conversation in the temporal transformer of `tiny`, forward and backward, one row:")
+    for name, T in (("native, one position a frame", frames), (f"multiplexed, {ROWS} positions a frame", ROWS * frames)):
+        model = FLM(dataclasses.replace(CONFIGS["tiny"], context=T))
+        grid, times = torch.randint(0, 256, (1, ROWS, T)), []
+        for _ in range(4):
+            begun = time.perf_counter()
+            model(grid).sum().backward()
+            times.append(time.perf_counter() - begun)
+        print(f"  {name:38} {T:5} positions {1000 * min(times):8.0f} ms")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--items", type=int, default=200, help="held-out conversations for each run")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    if not os.path.exists(DATA):
+        prepare.make_toy(DATA, "en", items=4000, tests=240, sentences=2000, voices=6, seed=2, tts=None)
+    if not os.path.exists(os.path.join(DATA, "encoded")):
+        prepare.encode(DATA, "out/codec/checkpoint.pt", "bpe", 512, 1, False, args.processes, "cpu")
+    evaluation.get_recogniser(None, DATA, "out/questions/recogniser", 1.5, "cpu")
+    jobs = [(name, seed, args.items) for seed in range(1, args.seeds + 1) for name in VARIANTS]
+    found = {name: [] for name in VARIANTS}
+    with multiprocessing.get_context("spawn").Pool(args.processes, maxtasksperchild=1) as pool:
+        for name, scores in tqdm(pool.imap_unordered(answer, jobs), "questions", len(jobs), unit="run"):
+            found[name].append(scores)
+    steps = sum(s.steps for s in VARIANTS["recipe"])
+    lines = [f"| {args.seeds} seeds, {steps} steps, {args.items} conversations each | {' | '.join(MEASURES.values())} |", "|---" * 7 + "|"]
+    for name, runs in found.items():
+        cells = [(statistics.mean(x), statistics.stdev(x) if len(x) > 1 else 0.0) for x in ([r[key] for r in runs] for key in MEASURES)]
+        lines.append(f"| {name} | " + " | ".join(f"{m:.2f} ± {s:.2f}" for m, s in cells) + " |")
+    print("\n" + "\n".join(lines))
+    multiplexing()
+    path = os.path.join(OUT, "table.md")
+    with prepare.replace_when_done(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
+        f.write("\n".join(lines) + "\n")
+    print(f"\nWrote {path}")
+
+
+if __name__ == "__main__":
+    main()
