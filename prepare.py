@@ -1,6 +1,7 @@
 """Data: from words to sound to codes.
 
     python prepare.py toy                                          speak the toy world: sound and a manifest, data/toy
+    python prepare.py speak dialogues.jsonl --out data/mine        dialogues as text -> spoken ones
     python prepare.py librispeech FOLDER --out data/libri          a corpus as it was downloaded -> a manifest
     python prepare.py encode --data data/toy                       sound -> Mimi codes, text -> tokens: what train.py reads
 
@@ -311,6 +312,43 @@ def make_toy(out, lang, items, tests, sentences, voices, seed, tts):
     print(f"Held out: a fifth of the {n}*{n - 1}*{n - 2} word triples, {len(HELD_OUT_PAIRS)} of 66 number pairs, "
           f"the voices {', '.join(v for c in codes for v in LANGUAGES[c].new_voices)}.")
     print(f"Wrote {len(lines)} lines, {sum(lasting.values()) / 3600:.2f} hours of sound, to {out}/manifest.jsonl")
+
+
+def speak_dialogues(source, out, voices, seed, tts):
+    """Dialogues as text, lines {"turns": [{"role": "user", "text": "..."}, {"role": "model", "text": "..."}, ...]}, perhaps with
+    "lang" -> the same with sound, in the folder `out`. A dialogue's user keeps one voice."""
+    global SYNTHESISER
+    if os.path.exists(out):
+        raise ValueError(f"{out}: is there already; remove it, or name another folder with --out")
+    SYNTHESISER = Command(tts) if tts else Espeak()
+    rng, lines, jobs = random.Random(seed), [], []
+    work = out + ".partial"
+    with open(source, encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                d = json.loads(line)
+                language = LANGUAGES[d.get("lang", "en")]
+                voice = {"user": rng.choice(language.user_voices(voices, seed)), "model": language.model_voice}
+                for i, t in enumerate(d["turns"]):
+                    if t["role"] != ("user", "model")[i % 2] or not t["text"].strip():
+                        raise ValueError("user and model take turns, the user first, and each says something")
+                    t["voice"], t["audio"] = voice[t["role"]], f"turns/{number:06d}-{i}.flac"
+                    jobs.append((os.path.join(work, t["audio"]), t["text"], t["voice"], 165, 50))
+                if not d["turns"] or len(d["turns"]) % 2:
+                    raise ValueError("it needs turns, and the last one is the model's")
+                lines.append(d)
+            except (ValueError, KeyError, TypeError, AttributeError) as e:
+                raise ValueError(f"{source}, line {number}: {type(e).__name__}: {e}") from None
+    if not lines:
+        raise ValueError(f"{source}: holds no dialogue")
+    shutil.rmtree(work, ignore_errors=True)
+    os.makedirs(os.path.join(work, "turns"))
+    seconds = sum(speak_all(jobs, "turns"))
+    with open(os.path.join(work, "manifest.jsonl"), "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(d, ensure_ascii=False) + "\n" for d in lines)
+    os.rename(work, out)
+    print(f"Wrote {len(lines)} dialogues, {seconds / 3600:.2f} hours of sound, to {out}/manifest.jsonl; "
+          f"next: python prepare.py encode --data {out}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -823,6 +861,14 @@ def main():
     toy.add_argument("--voices", type=int, default=24, help="user voices to train on")
     toy.add_argument("--seed", type=int, default=1)
     toy.add_argument("--tts", help="another synthesiser: a command with {text}, {voice} and {out}")
+    spoken = commands.add_parser("speak", help="dialogues as text -> dialogues with sound",
+                                 description=speak_dialogues.__doc__,
+                                 epilog="example: python prepare.py speak dialogues.jsonl --out data/mine --tts 'say -v {voice} -o {out} {text}'")
+    spoken.add_argument("source", help="the .jsonl of the dialogues")
+    spoken.add_argument("--out", required=True)
+    spoken.add_argument("--voices", type=int, default=24, help="user voices")
+    spoken.add_argument("--seed", type=int, default=1)
+    spoken.add_argument("--tts", help="another synthesiser: a command with {text}, {voice} and {out}")
     for corpus, source in (("librispeech", "folder with *.trans.txt somewhere below"), ("ljspeech", "folder with metadata.csv"),
                            ("conversations", "the .jsonl of moshi-finetune's format")):
         command = commands.add_parser(corpus, help=CORPORA[corpus].__doc__.split(":")[0].split(",")[0] + " -> a manifest",
@@ -851,6 +897,8 @@ def main():
         command = args.pop("command")
         if command == "toy":
             make_toy(**args)
+        elif command == "speak":
+            speak_dialogues(**args)
         elif command == "mix":
             mix(**args)
         elif command in CORPORA:

@@ -94,6 +94,31 @@ def test_two_languages_from_words_to_a_batch(world, tmp_path):
     assert set("三猫cat ") <= set(clips.letters)
 
 
+def test_dialogues_as_text_are_spoken(tmp_path):
+    """One to ten turns, in any language, through to what training reads."""
+    talk = lambda n, text: {"turns": [{"role": r, "text": f"{text} {i}"} for i in range(n) for r in ("user", "model")]}
+    source = tmp_path / "talks.jsonl"
+    lines = [talk(1, "hello"), {**talk(2, "你好"), "lang": "zh"}, talk(10, "yes")]
+    source.write_text("\n".join(json.dumps(d) for d in lines) + "\n")
+    code, out, err = run("prepare.py", "speak", source, "--out", tmp_path / "spoken")
+    assert code == 0, err
+    spoken = list(read_manifest(str(tmp_path / "spoken/manifest.jsonl")))
+    assert [len(d["turns"]) for d in spoken] == [2, 4, 20] and "Wrote 3 dialogues" in out
+    assert all(len({t["voice"] for t in d["turns"] if t["role"] == "user"}) == 1 for d in spoken)
+    assert all(len(read_audio(t["path"])) > 0.2 * SAMPLE_RATE for d in spoken for t in d["turns"])
+
+
+@pytest.mark.parametrize("line, message", [
+    ('{"turns": []}', "needs turns"), ('{"turns": [{"role": "user", "text": "a"}]}', "the last one is the model's"),
+    ('{"turns": [{"role": "model", "text": "a"}]}', "take turns"), ('{"turns": [{"role": "user"}]}', "text"), ("[1]", "line 2"),
+    ('{"turns": 3}', "line 2"), ("{", "line 2"), ('{"lang": "xx", "turns": []}', "xx")])
+def test_broken_dialogues_are_one_clear_error(tmp_path, line, message):
+    good = '{"turns": [{"role": "user", "text": "a"}, {"role": "model", "text": "b"}]}'
+    (tmp_path / "talks.jsonl").write_text(good + "\n" + line + "\n")
+    code, _, err = run("prepare.py", "speak", tmp_path / "talks.jsonl", "--out", tmp_path / "spoken")
+    assert code == 1 and "line 2" in err and message in err and "Traceback" not in err and not (tmp_path / "spoken").exists()
+
+
 def test_an_unknown_language(tmp_path):
     code, _, err = run("prepare.py", "toy", "--out", tmp_path / "toy", "--lang", "en,xx")
     assert code == 1 and "no xx; languages are en, zh" in err and not (tmp_path / "toy").exists()

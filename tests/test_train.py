@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +18,7 @@ import model
 import train
 from conftest import CODEC, FLM, ROOT, run
 from mimi import load_checkpoint
-from streams import LISTEN, SPEAK, TEXT
+from streams import LISTEN, SPEAK, TEXT, Utterance
 from train import STAGES, ModelJob, Stage
 
 SHORT = [Stage("one", 14, 2, 1e-3, 1e-3, 48, {"tts": (1, 0), "asr": (0, 1)}, wait=0.3, blot=0.1, depth=(0.5, 0.2)),
@@ -109,6 +110,20 @@ def test_batches_hold_what_their_layout_says(world):
     assert (of("asr_response_tts")[:, TEXT] == v.asr).any() and not (of("response_tts")[:, TEXT] == v.asr).any()
     for layout in ("response_tts", "free_response_tts"):
         assert (of(layout)[..., 1:][:, 1:] < v.empty).all()  # real sound throughout
+
+
+def test_the_variants_of_the_papers_questions(world, monkeypatch):
+    """tests/questions.py: the same steps for each; word-aligned text stands where the words are spoken."""
+    import questions
+    job = ModelJob(FLM, str(world / "toy/encoded"), "cpu")
+    assert len({tuple((s.steps, s.batch, s.frames, s.lr) for s in stages) for stages in questions.VARIANTS.values()}) == 1
+    for stages in questions.VARIANTS.values():
+        for s in stages:
+            assert job.batch(dataclasses.replace(s, batch=2), 0.5, "train", random.Random(0)).shape == (2, 17, s.frames)
+    u = Utterance([7, 8], np.arange(6)[:, None].repeat(8, 1), 5, [0, 3])
+    grid = questions.aligned_tts(u, job.vocab)
+    assert [t for t in range(grid.shape[1]) if grid[TEXT, t] != job.vocab.wait] == [2, 5]
+    assert grid[SPEAK][0, 2:].tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_interruptions_come_with_probability_0_7(world):
