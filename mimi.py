@@ -63,8 +63,8 @@ CONFIGS = {
     "mimi": MimiConfig(),
     # No transformer before the quantiser: the codes of a word then depend on little but the word, which makes them
     # easier for a small language model to predict. The decoder may look back as far as it likes.
-    "tiny": MimiConfig("spectral", width=192, ratios=(240, 4), blocks=3, dim=256, encoder_layers=0, decoder_layers=2,
-                       heads=4, mlp=512, context=25, codebook_size=256, codebook_dim=64),
+    "tiny": MimiConfig("spectral", width=128, ratios=(240, 4), blocks=3, dim=192, encoder_layers=0, decoder_layers=2,
+                       heads=4, mlp=384, context=25, codebook_size=256, codebook_dim=64),
 }
 
 

@@ -48,7 +48,7 @@ class FLMConfig:
 
 
 CONFIGS = {
-    "tiny": FLMConfig(4, 256, 4, 2, 768, 2, 128, 2, vocab_size=512, empty=256, context=512, rope_base=1e4),
+    "tiny": FLMConfig(4, 192, 4, 2, 512, 2, 64, 2, vocab_size=512, empty=256, context=512, rope_base=1e4),
     "small": FLMConfig(12, 768, 12, 4, 2304, 4, 512, 8, vocab_size=512, empty=256, context=2048, rope_base=1e4),
     # Qwen2.5's sizes, with the depth transformer of the FLM-Audio release
     "0.5b": FLMConfig(24, 896, 14, 2, 4864, 6, 1024, 16, vocab_size=151936, empty=2048, context=8192, tied=True),

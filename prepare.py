@@ -46,6 +46,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import shlex
 import shutil
 import subprocess
@@ -761,7 +762,9 @@ def encode(data, codec_path, tokenizer_name, vocab_size, copies, skip_broken, pr
     shutil.rmtree(out, ignore_errors=True)
     os.rename(work, out)
     hours, took = frames * FRAME / SAMPLE_RATE / 3600, (time.monotonic() - begun) / 3600
-    print(f"Wrote {frames} frames ({hours:.2f} hours of sound, {hours / took:.0f} hours an hour) of {lines} lines to {out}")
+    memory = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / (1e9 if sys.platform == "darwin" else 1e6)
+    print(f"Wrote {frames} frames ({hours:.2f} hours of sound, {hours / took:.0f} hours an hour, at most {memory:.2f} GB a process) "
+          f"of {lines} lines to {out}")
 
 
 def words_of(line):

@@ -347,9 +347,9 @@ class Spectrum(nn.Module):
         self.register_buffer("mel", mel_filters(n, min(80, n // 8)))
 
     def forward(self, x, y):
-        X, Y = (torch.stft(s[:, 0].float(), self.n, self.n // 4, window=self.window, return_complex=True).abs()
-                / self.n ** 0.5 for s in (x, y))
-        distance = lambda a, b: (torch.log(a + 1e-3) - torch.log(b + 1e-3)).abs().mean()
+        X, Y = (torch.view_as_real(torch.stft(s[:, 0].float(), self.n, self.n // 4, window=self.window, return_complex=True))
+                .square().sum(-1) / self.n for s in (x, y))  # power
+        distance = lambda a, b: 0.5 * (torch.log(a + 1e-6) - torch.log(b + 1e-6)).abs().mean()
         return distance(self.mel @ X, self.mel @ Y) + 0.5 * distance(X, Y)
 
 
