@@ -20,7 +20,6 @@ import time
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
 from mimi import FRAME, SAMPLE_RATE, Mimi, read_audio, replace_when_done, write_audio
 from model import FLM, Sampling, sample
@@ -81,14 +80,14 @@ class Speaker:
     def draw_code(self, logits, talk):
         return sample(logits[:, :self.vocab.codebook_size], self.sound, talk.generator)  # never "empty"
 
-    def converse(self, wav, seed=1, each=lambda t, text: None, progress=None):
+    def converse(self, wav, seed=1, each=lambda t, text: None):
         """Whole conversations, frame by frame: (B, N) heard -> text tokens (B, T) and sound said (B, N), on one clock.
         each(t, text (B,)) is called after every frame."""
         B, N = wav.shape
         T = -(-N // FRAME)
         heard = torch.nn.functional.pad(wav, (0, T * FRAME - N)).to(self.device)[:, None]
         talk, texts, sounds = self.begin(B, seed), [], [heard.new_zeros(B, 1, FRAME)]
-        for t, frame in enumerate(tqdm(heard.split(FRAME, -1), progress, unit="frame", disable=progress is None)):
+        for t, frame in enumerate(heard.split(FRAME, -1)):
             text, sound = self.frame(frame, talk)
             each(t, text)
             texts.append(text)

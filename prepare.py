@@ -22,8 +22,10 @@ The toy world is the smallest world that needs everything a spoken chatbot needs
     repeat cat red moon          -> cat red moon            hear anything, say anything
     what comes after six         -> seven                   know something
     opposite of big              -> small
-    count from three to seven    -> three four ... seven    a long answer, good to interrupt
+    count from three to seven    -> three four ... seven    a long answer
+    chant cat red moon           -> five times those        a longer one, good to interrupt
 
+or tells a story, clause by clause: the model murmurs in between, and warns at once if something is on fire; all
 in English, in Mandarin (从 三 数到 七), or in both: --lang en,zh.
 Held out, never trained on: a fifth of all word triples and of all number pairs, and two of the user voices. Besides the
 dialogues there are sentences, words in any order, which the users or the model say: a line with a single turn. They stand for
@@ -55,6 +57,7 @@ import tempfile
 import time
 import unicodedata
 from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 import soundfile
@@ -73,13 +76,14 @@ VARIANTS = "m1 m2 m3 m4 m5 m6 m7 f1 f4 Andy Annie steph linda belinda".split()  
 class Language:
     """What is said in one language, with a space between any two words, and the voices of espeak-ng that say it."""
 
-    def __init__(self, numbers, opposites, others, requests, accents, model_voice, new_voices):
+    def __init__(self, numbers, opposites, others, requests, story, accents, model_voice, new_voices):
         self.numbers = numbers.split()
         self.opposites = dict(pair.split("/") for pair in opposites.split())
         self.opposites |= {b: a for a, b in self.opposites.items()}
         self.words = self.numbers + list(self.opposites) + others.split()  # 30
-        self.requests = dict(zip(SHARES, requests))
+        self.requests = dict(zip(SHARES, requests))  # all but the story
         self.little = list(dict.fromkeys(w for r in requests for w in r.split() if "{" not in w))  # the requests' other words
+        self.story = story
         self.accents, self.model_voice = accents.split(), model_voice
         self.new_voices = new_voices.split()  # heard only in tests
 
@@ -91,15 +95,37 @@ class Language:
         return voices[:n]
 
 
-SHARES = {"repeat": 0.45, "count": 0.35, "next": 0.1, "opposite": 0.1}  # of the requests
+SHARES = {"repeat": 0.38, "count": 0.3, "next": 0.08, "opposite": 0.08, "chant": 0.1, "story": 0.06}  # of the dialogues
+
+
+@dataclass(frozen=True)
+class Story:
+    """A user's long story: clauses with pauses between them, in which the model murmurs; at a hazard it warns at once."""
+    begin: str
+    clause: str
+    nouns: str
+    adjectives: str
+    hazard: str
+    end: str
+    reply: str
+    warning: str
+    murmur: str
+    backchannels: tuple  # what a user murmurs while the model speaks, which must not stop it
+
+
 LANGUAGES = {
     "en": Language("one two three four five six seven eight nine ten eleven twelve",
                    "big/small hot/cold left/right day/night up/down", "red green cat fish sun moon tree apple",
-                   ["repeat {}", "count from {} to {}", "what comes after {}", "opposite of {}"],
+                   ["repeat {}", "count from {} to {}", "what comes after {}", "opposite of {}", "chant {}"],
+                   Story("listen", "the {} is {}", "cat fish sun moon tree apple", "big small hot cold red green",
+                         "the {} is on fire", "the end", "nice story", "watch out there is a fire", "mhm", ("mhm", "yeah", "okay")),
                    "en-us en-gb-x-rp gmw/en en-gb-scotland en-us-nyc en-gb-x-gbcwmd", "en-us+m3", "en-us+f1 en-gb-x-rp+m7"),
     "zh": Language("一 二 三 四 五 六 七 八 九 十 十一 十二",
                    "大/小 热/冷 左/右 白天/黑夜 上/下", "红 绿 猫 鱼 太阳 月亮 树 苹果",
-                   ["重复 {}", "从 {} 数到 {}", "{} 后面 是 什么", "{} 的 反义词"], "cmn", "cmn+m3", "cmn+f1 cmn+m7"),
+                   ["重复 {}", "从 {} 数到 {}", "{} 后面 是 什么", "{} 的 反义词", "反复 说 {}"],
+                   Story("听 我 说", "{} 很 {}", "猫 鱼 太阳 月亮 树 苹果", "大 小 热 冷 红 绿", "{} 着火 了", "讲 完 了", "好 故事",
+                         "小心 那里 着火 了 快 走", "嗯", ("嗯", "对", "好")),
+                   "cmn", "cmn+m3", "cmn+f1 cmn+m7"),
 }
 
 RING = random.Random(0).sample(range(12), 12)
@@ -115,10 +141,10 @@ def make_request(lang, kind, test, rng):
     """(request, answer); for a test one that is held out, if the kind has any."""
     numbers, request = lang.numbers, lang.requests[kind].format
     while True:
-        if kind == "repeat":
+        if kind in ("repeat", "chant"):
             words = rng.sample(lang.words, 3)
             if held_out_triple(words) == test:
-                return request(" ".join(words)), " ".join(words)
+                return request(" ".join(words)), " ".join(words * (CHANT if kind == "chant" else 1))
         elif kind == "count":
             a, b = rng.sample(range(len(numbers)), 2)
             if (frozenset((a, b)) in HELD_OUT_PAIRS) == test:
@@ -129,6 +155,18 @@ def make_request(lang, kind, test, rng):
         else:
             word = rng.choice(sorted(lang.opposites))
             return request(word), lang.opposites[word]
+
+
+CHANT = 5  # times that a chant is said: an answer of six seconds
+
+
+def make_story(lang, clauses, hazard, rng):
+    """The parts of a story of so many clauses; hazard: the number of the clause that is one, or None."""
+    s, parts = lang.story, [lang.story.begin]
+    for i in range(clauses):
+        noun, adjective = rng.choice(s.nouns.split()), rng.choice(s.adjectives.split())
+        parts.append(s.hazard.format(noun) if i == hazard else s.clause.format(noun, adjective))
+    return [*parts, s.end]
 
 
 def make_sentence(lang, vocabulary, rng):
@@ -209,13 +247,26 @@ class Command:
     rate = SAMPLE_RATE
 
 
+def speak(synthesiser, parts, pauses, voice, speed, pitch):
+    """Parts of speech with pauses of so many seconds between them, trimmed and levelled: samples at 24 kHz, and the second at
+    which each part ends."""
+    sounds = [torch.from_numpy(synthesiser.speak(text, voice, speed, pitch)) for text in parts]
+    sounds = [trim(resample(x[None], synthesiser.rate)[0].numpy()) for x in sounds]
+    loud = level(np.concatenate(sounds))
+    out, ends, at = [], [], 0
+    for x, pause in zip(sounds, [*pauses, 0.0], strict=True):
+        out += [loud[at:at + len(x)], np.zeros(round(pause * SAMPLE_RATE), np.float32)]
+        at += len(x)
+        ends.append(sum(map(len, out[:-1])) / SAMPLE_RATE)
+    return np.concatenate(out), ends
+
+
 def speak_to_file(job):
-    """One line of speech: spoken, trimmed, levelled, written. Its seconds."""
-    path, text, voice, speed, pitch = job
-    x = torch.from_numpy(SYNTHESISER.speak(text, voice, speed, pitch))
-    x = level(trim(resample(x[None], SYNTHESISER.rate)[0].numpy()))
-    write_audio(path, x)
-    return len(x) / SAMPLE_RATE
+    """One line of speech, written; the second at which each of its parts ends."""
+    path, *what = job
+    sound, ends = speak(SYNTHESISER, *what)
+    write_audio(path, sound)
+    return ends
 
 
 def trim(x, floor=0.01):
@@ -231,7 +282,7 @@ def level(x, db=-23.0):
 
 
 def speak_all(jobs, what):
-    """Speak every job, on all cores; the seconds of each."""
+    """Speak every job (path, texts, pauses between them, voice, speed, pitch), on all cores; where the parts of each end."""
     with multiprocessing.get_context("fork").Pool(os.cpu_count(), torch.set_num_threads, (1,)) as pool:
         return list(tqdm(pool.imap(speak_to_file, jobs, chunksize=8), what, len(jobs), unit="clip"))
 
@@ -243,6 +294,22 @@ def on_frames(words, gap=0.04):
     padded = [np.pad(w, (0, -len(w) % FRAME)) for w in padded]
     starts = np.cumsum([0] + [len(w) for w in padded[:-1]]) / SAMPLE_RATE
     return np.concatenate(padded), starts.round(4).tolist()
+
+
+def model_turn(text):
+    return {"role": "model", "voice": "model", "text": text, "audio": f"model/{text.replace(' ', '-')}.flac"}
+
+
+def interject(story, ends, hazard):
+    """What the model says while the user tells a story whose parts end at these seconds: a murmur in the pause after each clause,
+    and after a hazard, a moment later, the warning."""
+    out = []
+    for i, end in enumerate(ends[1:-1]):
+        if i == hazard:
+            out.append({**model_turn(story.warning), "at": end + 0.3})
+        elif not out or out[-1]["text"] == story.murmur or end > out[-1]["at"] + 3:  # not while it warns
+            out.append({**model_turn(story.murmur), "at": end + 0.08})
+    return out
 
 
 def make_toy(out, lang, items, tests, sentences, voices, seed, tts):
@@ -257,49 +324,68 @@ def make_toy(out, lang, items, tests, sentences, voices, seed, tts):
     codes = lang.split(",")  # such as en, zh
     rng = random.Random(seed)
     known = {c: LANGUAGES[c].user_voices(voices // len(codes), seed) for c in codes}
-    lines = []
+    lines, spoken = [], []  # spoken: (turn, parts, pauses)
 
-    def add(code, kind, split, request=None, answer=None):
-        voice = rng.choice(LANGUAGES[code].new_voices if split == "new" else known[code])
-        turns = []
+    def add(code, kind, split, request=None, answer=None, pauses=()):
+        """A line; request: the parts of what the user says."""
+        voice, turns = rng.choice(LANGUAGES[code].new_voices if split == "new" else known[code]), []
         if request:
-            turns.append({"role": "user", "voice": voice, "text": request, "audio": f"user/{len(lines):06d}.flac"})
+            turns.append({"role": "user", "voice": voice, "text": " ".join(request), "audio": f"user/{len(lines):06d}.flac"})
+            spoken.append((turns[0], request, pauses))
         if answer:
-            path = f"model/{answer.replace(' ', '-')}.flac"
-            turns.append({"role": "model", "voice": "model", "text": answer, "audio": path})
+            turns.append(model_turn(answer))
         lines.append({"id": len(lines), "kind": kind, "lang": code, "split": split, "turns": turns})
+        return lines[-1]
 
+    stories = []
     for i, code in enumerate(codes):
         lang = LANGUAGES[code]
         share = lambda n: n * (i + 1) // len(codes) - n * i // len(codes)
         for split, n in (("train", share(sentences)), ("seen", share(sentences) // 40)):
             for _ in range(n):
-                add(code, "heard", split, request=make_sentence(lang, lang.words + lang.little, rng))
+                add(code, "heard", split, [make_sentence(lang, lang.words + lang.little, rng)])
             for _ in range(n // 4):
                 add(code, "said", split, answer=make_sentence(lang, lang.words, rng))
+            for _ in range(-(-n // 50)):
+                add(code, "backchannel", split, [rng.choice(lang.story.backchannels)])
         for split, n in (("train", share(items)), ("seen", share(tests)), ("new", share(tests))):
             for kind in rng.choices(list(SHARES), SHARES.values(), k=n):
-                add(code, kind, split, *make_request(lang, kind, split != "train", rng))
+                if kind == "story":
+                    clauses = rng.choice([2, 3, 3, 4, 4, 5, 11])
+                    hazard = rng.randrange(clauses - 1) if rng.random() < 0.5 else None
+                    parts = make_story(lang, clauses, hazard, rng)
+                    stories.append((add(code, kind, split, parts, lang.story.reply, [0.4] * (len(parts) - 1)), hazard))
+                    continue
+                request, answer = make_request(lang, kind, split != "train", rng)
+                words = request.split()
+                if rng.random() < 0.25:  # with a pause for thought, where what was said cannot be all
+                    cut = rng.randrange(1, len(words))
+                    add(code, kind, split, [" ".join(words[:cut]), " ".join(words[cut:])], answer, [rng.uniform(0.4, 1.6)])
+                else:
+                    add(code, kind, split, [request], answer)
 
     work = out + ".partial"
     shutil.rmtree(work, ignore_errors=True)
     for folder in ("user", "model", "words"):
         os.makedirs(os.path.join(work, folder))
-    said = [t for d in lines for t in d["turns"] if t["role"] == "model"]
-    words = {w: os.path.join(work, f"words/{w}.flac") for w in sorted({w for t in said for w in t["text"].split()})}
-    voice = {w: LANGUAGES[code].model_voice for code in codes for w in LANGUAGES[code].words}
-    speak_all([(path, w, voice[w], 170, 50) for w, path in words.items()], "words")
-    words = {w: read_audio(path).numpy() for w, path in words.items()}
+    jobs = [(os.path.join(work, t["audio"]), parts, pauses, t["voice"], rng.randint(140, 190), rng.randint(35, 65))
+            for t, parts, pauses in spoken]
+    ends = {t["audio"]: e for (t, _, _), e in zip(spoken, speak_all(jobs, "sentences, requests, stories"))}
+    for line, hazard in stories:
+        line["interjections"] = interject(LANGUAGES[line["lang"]].story, ends[line["turns"][0]["audio"]], hazard)
+    lasting = {audio: e[-1] for audio, e in ends.items()}
+
+    said = [(d["lang"], t) for d in lines for t in (*d["turns"], *d.get("interjections", ())) if t["role"] == "model"]
+    words = sorted({(code, w) for code, t in said for w in t["text"].split()})
+    paths = [os.path.join(work, f"words/{code}-{w}.flac") for code, w in words]
+    speak_all([(path, [w], [], LANGUAGES[code].model_voice, 170, 50) for path, (code, w) in zip(paths, words)], "words")
+    words = {key: read_audio(path).numpy() for key, path in zip(words, paths)}
     shutil.rmtree(os.path.join(work, "words"))
-    lasting = {}
-    for turn in said:
-        x, turn["starts"] = on_frames([words[w] for w in turn["text"].split()])
+    for code, turn in said:
+        x, turn["starts"] = on_frames([words[code, w] for w in turn["text"].split()])
         if turn["audio"] not in lasting:
             write_audio(os.path.join(work, turn["audio"]), x)
             lasting[turn["audio"]] = len(x) / SAMPLE_RATE
-    heard = [t for d in lines for t in d["turns"] if t["role"] == "user"]
-    jobs = [(os.path.join(work, t["audio"]), t["text"], t["voice"], rng.randint(140, 190), rng.randint(35, 65)) for t in heard]
-    lasting |= dict(zip((t["audio"] for t in heard), speak_all(jobs, "sentences and requests")))
     with open(os.path.join(work, "manifest.jsonl"), "w", encoding="utf-8") as f:
         f.writelines(json.dumps(d, ensure_ascii=False) + "\n" for d in lines)
     os.rename(work, out)
@@ -334,7 +420,7 @@ def speak_dialogues(source, out, voices, seed, tts):
                     if t["role"] != ("user", "model")[i % 2] or not t["text"].strip():
                         raise ValueError("user and model take turns, the user first, and each says something")
                     t["voice"], t["audio"] = voice[t["role"]], f"turns/{number:06d}-{i}.flac"
-                    jobs.append((os.path.join(work, t["audio"]), t["text"], t["voice"], 165, 50))
+                    jobs.append((os.path.join(work, t["audio"]), [t["text"]], [], t["voice"], 165, 50))
                 if not d["turns"] or len(d["turns"]) % 2:
                     raise ValueError("it needs turns, and the last one is the model's")
                 lines.append(d)
@@ -344,7 +430,7 @@ def speak_dialogues(source, out, voices, seed, tts):
         raise ValueError(f"{source}: holds no dialogue")
     shutil.rmtree(work, ignore_errors=True)
     os.makedirs(os.path.join(work, "turns"))
-    seconds = sum(speak_all(jobs, "turns"))
+    seconds = sum(ends[-1] for ends in speak_all(jobs, "turns"))
     with open(os.path.join(work, "manifest.jsonl"), "w", encoding="utf-8") as f:
         f.writelines(json.dumps(d, ensure_ascii=False) + "\n" for d in lines)
     os.rename(work, out)
@@ -373,8 +459,8 @@ def read_manifest(path, skip_broken=False, begin=(0, 0), lines=None):
 
 
 def check_line(line, number, folder):
-    """A line of a manifest, made uniform: {"split", "annotated", "turns": [{"role", "text", "path", "start", "end"}]}, or, of a
-    recorded conversation, {"split", "path", "sentences": [{"role", "text", "start", "end"}]}. Raises ValueError or OSError."""
+    """A line of a manifest, made uniform: {"split", "annotated", "turns": [{"role", "text", "path", "start", "end"}]}, perhaps with
+    "interjections": [{"text", "path", "at"}] of the model, so many seconds after the user has begun, or, of a recorded conversation, {"split", "path", "sentences": [{"role", "text", "start", "end"}]}. Raises ValueError or OSError."""
     d = json.loads(line)
     if not isinstance(d, dict):
         raise ValueError("is not an object {...}")
@@ -391,9 +477,12 @@ def check_line(line, number, folder):
             raise ValueError(f"a role is user or model, not {part['role']!r}")
         if not part.get("start", 0.0) >= 0 or not part.get("end") is None and not part["end"] > part.get("start", 0.0):
             raise ValueError(f"from {part.get('start', 0.0)} to {part['end']} s is not a stretch of time")
+    said = d.get("interjections", [])
+    if not isinstance(said, list) or not all(isinstance(t, dict) and isinstance(t.get("text"), str) and t.get("at", -1) >= 0 for t in said):
+        raise ValueError("interjections are a list of {text, audio, at}")
     if "turns" in d and len(parts) > 1 and [p["role"] for p in parts] != ["user", "model"] * (len(parts) // 2):
         raise ValueError("in a dialogue user and model take turns, the user first")
-    for part in parts if "turns" in d else [d]:
+    for part in spoken_parts(d) if "turns" in d else [d]:
         if not isinstance(part.get("audio"), str):
             raise ValueError("needs the field 'audio'")
         part["path"] = os.path.join(folder, part["audio"])
@@ -402,6 +491,11 @@ def check_line(line, number, folder):
     d.setdefault("split", "seen" if number % 100 == 1 else "train")  # one in a hundred is held out
     d.setdefault("annotated", True)
     return d
+
+
+def spoken_parts(line):
+    """All of a line that has a sound file of its own."""
+    return [*line.get("turns", ()), *line.get("interjections", ())]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -799,8 +893,8 @@ def encode_shard(job):
     rng = random.Random(number)
     sounds = {}
     for d in lines:
-        for t in d.get("turns", ()):
-            key, live = where_is(t), t["role"] == "user"
+        for t in spoken_parts(d):
+            key, live = where_is(t), t.get("role") == "user"
             n = copies if live and d["split"] == "train" else 1
             sounds.setdefault(key, [(rng.randrange(FRAME) * live, 10 ** (rng.uniform(-6, 6) / 20) if live else 1.0) for _ in range(n)])
     jobs = sorted((seconds_of(*key), key, i) for key, versions in sounds.items() for i in range(len(versions)))
@@ -820,13 +914,16 @@ def encode_shard(job):
         wav = torch.stack([torch.nn.functional.pad(x, (0, T * FRAME - len(x))) for x in wavs])
         for (_, key, i), x, c in zip(batch, wavs, codec.encode(wav[:, None].to(device)).cpu().numpy()):
             speech = -(-len(x) // FRAME) - LEAD
-            places[key, i] = {**keep(c[:, LEAD:LEAD + speech + TAIL].T), "speech": speech}
+            places[key, i] = {**keep(c[:, LEAD:LEAD + speech + TAIL].T), "speech": speech, "late": sounds[key][i][0]}
     encoded = []
     for d in lines:
         line = {k: d[k] for k in ("id", "kind", "split", "annotated", "lang") if k in d}
         if "turns" in d:
-            line["turns"] = [{"role": t["role"], "text": t["text"], **tokens_of(t, tokenizer),
-                              "copies": [places[where_is(t), i] for i in range(len(sounds[where_is(t)]))]} for t in d["turns"]]
+            encode_part = lambda t: {"text": t["text"], **tokens_of(t, tokenizer),
+                                     "copies": [places[where_is(t), i] for i in range(len(sounds[where_is(t)]))]}
+            line["turns"] = [{"role": t["role"], **encode_part(t)} for t in d["turns"]]
+            if "interjections" in d:
+                line["interjections"] = [{"at": t["at"], **encode_part(t)} for t in d["interjections"]]
         else:
             wav = read_audio(d["path"], mono=False)
             if len(wav) != 2:

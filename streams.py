@@ -17,6 +17,7 @@ all that distinguishes hearing, speaking, answering and being interrupted, and a
 K = 8 codebooks, T frames. Layouts work on undelayed rows; the delays are applied by `delay` and undone by `undelay`.
 """
 import base64
+import dataclasses
 import json
 from dataclasses import dataclass
 
@@ -68,11 +69,13 @@ class Vocab:
 @dataclass(frozen=True)
 class Utterance:
     """Something said: its tokens, the codes (n, K) of its sound, how many of these n frames are speech (the codes of the
-    fading tail follow), and the frame at which each token is spoken (only the word-aligned layout needs that)."""
+    fading tail follow), the frame at which each token is spoken (only the word-aligned layout needs that), and what the
+    model says meanwhile: [(frame, Utterance), ...]."""
     tokens: list
     codes: np.ndarray
     speech: int
     starts: list = None
+    interjections: tuple = ()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,10 +143,11 @@ def response_tts(turns, gaps, v):
     return dialogue(turns, gaps, v, lambda user, model: (model.tokens, TEXT_LEAD))
 
 
-def free_response_tts(turns, gaps, barge_in, v):
+def free_response_tts(turns, gaps, barge_in, murmurs, v):
     """Fine-tuning 2 with free user input. barge_in[i], if not None: so many frames after the i-th answer has begun to
-    sound, the user starts the next turn; half a second later the model falls silent in text and sound."""
-    return dialogue(turns, gaps, v, lambda user, model: (model.tokens, TEXT_LEAD), barge_in)
+    sound, the user starts the next turn; half a second later the model falls silent in text and sound. murmurs[i], if not
+    None: (frame, Utterance), a backchannel of the user so many frames after the answer has begun, which changes nothing."""
+    return dialogue(turns, gaps, v, lambda user, model: (model.tokens, TEXT_LEAD), barge_in, murmurs)
 
 
 def word_aligned(turns, gaps, v):
@@ -173,11 +177,11 @@ def recorded(listen, speak, sentences, v):
     return grid
 
 
-def dialogue(turns, gaps, v, monologue, barge_in=None):
+def dialogue(turns, gaps, v, monologue, barge_in=None, murmurs=None):
     """Turns ((user, model), ...) after gaps of so many silent frames. monologue(user, model) -> what is written once the
     user has ended, and how many frames after that end the sound begins. Both channels carry real sound throughout, of
     silence where nobody speaks."""
-    barge_in = barge_in or [None] * len(turns)
+    barge_in, murmurs = barge_in or [None] * len(turns), murmurs or [None] * len(turns)
     plan, t = [], 0
     for (user, model), gap, barge in zip(turns, gaps, barge_in, strict=True):
         start = t + gap
@@ -196,8 +200,13 @@ def dialogue(turns, gaps, v, monologue, barge_in=None):
             put(grid, TEXT, cut, [v.wait] * t)
             put(grid, SPEAK, cut, [v.silence[-1]] * t)
         put(grid, LISTEN, start, user.codes)
+        for frame, said in user.interjections:
+            put(grid, TEXT, start + frame - TEXT_LEAD, said.tokens)
+            put(grid, SPEAK, start + frame, said.codes)
         put(grid, TEXT, end, text)
         put(grid, SPEAK, sound, model.codes)
+        if murmurs[i]:
+            put(grid, LISTEN, sound + murmurs[i][0], murmurs[i][1].codes)
     return grid
 
 
@@ -263,7 +272,11 @@ def main():
             ("ASR-Response-TTS (fine-tuning 1)", asr_response_tts([(user, model)], [1], v)),
             ("Response-TTS (fine-tuning 2)", response_tts([(user, model)], [1], v)),
             ("Response-TTS with free user input: the user barges in (fine-tuning 2)",
-             free_response_tts([(user, model), (other, model)], [1, 0], [2, None], v)),
+             free_response_tts([(user, model), (other, model)], [1, 0], [2, None], [None, None], v)),
+            ("The same: the user murmurs, which changes nothing",
+             free_response_tts([(user, model)], [1], [None], [(3, other)], v)),
+            ("The same: the model murmurs while the user speaks", response_tts([(dataclasses.replace(
+                user, interjections=((3, said([5], 61, 2)),)), model)], [1], v)),
             ("Word-aligned (Moshi, for comparison)", word_aligned([(user, model)], [1], v))):
         show(title, delay(grid, v.empty), v, words)
 

@@ -78,7 +78,7 @@ STAGES = {
         Stage("post-training 1", 600, 8, 1.5e-3, 1.5e-3, 128, POST_TINY, **TOY),
         Stage("post-training 2", 200, 8, 1.5e-3, 1.5e-3, 128, POST_TINY, **TOY),
         Stage("fine-tuning 1", 1000, 8, 1.5e-3, 1.5e-3, 128, FINE_1, **TOY),
-        Stage("fine-tuning 2", 2200, 8, 1.5e-3, 0, 128, FADE_2, **TOY),
+        Stage("fine-tuning 2", 2200, 4, 1.5e-3, 0, 256, FADE_2, **TOY),  # long rows: stories
     ),
     "small": (  # one GPU
         Stage("post-training 1", 600, 32, 6e-4, 6e-4, 256, POST_TINY, **TOY),
@@ -135,7 +135,9 @@ def read_encoded(folders):
 
 
 def places(line):
-    return [c for t in line["turns"] for c in t["copies"]] if "turns" in line else [line["listen"], line["speak"]]
+    if "turns" not in line:
+        return [line["listen"], line["speak"]]
+    return [c for t in prepare.spoken_parts(line) for c in t["copies"]]
 
 
 def by_annotation(turns, roles):
@@ -163,27 +165,34 @@ class ModelJob:
         self.model.init_audio(Mimi.load(meta["codec"], device).codebooks())
         self.device = device
         # split -> what the layouts are made of: turns for hearing and for speaking, dialogues, recorded conversations
-        self.heard, self.said, self.dialogues, self.recorded = {}, {}, {}, {}
+        self.heard, self.said, self.dialogues, self.free, self.recorded, self.murmurs = {}, {}, {}, {}, {}, {}
         for split in ("train", "seen"):
             mine = [d for d in lines if d["split"] == split]
-            turns = [(t, d["annotated"]) for d in mine for t in d.get("turns", ())]
+            self.murmurs[split] = [t for d in mine if d.get("kind") == "backchannel" for t in d["turns"]]
+            mine = [d for d in mine if d.get("kind") != "backchannel"]
+            turns = [(t, d["annotated"]) for d in mine if "interjections" not in d for t in d.get("turns", ())]
             self.heard[split] = by_annotation(turns, ("user", "either"))
             self.said[split] = by_annotation(turns, ("model", "either"))
-            self.dialogues[split] = [list(zip(d["turns"][::2], d["turns"][1::2])) for d in mine if len(d.get("turns", ())) > 1]
+            # in fine-tuning 1 the model only speaks when the user has ended; interjections are for 2
+            self.free[split] = [list(zip([{**t, "interjections": d.get("interjections", ())} for t in d["turns"][::2]], d["turns"][1::2]))
+                                for d in mine if len(d.get("turns", ())) > 1]
+            self.dialogues[split] = [turns for turns in self.free[split] if not turns[0][0]["interjections"]]
             self.recorded[split] = [d for d in mine if "sentences" in d]
         self.fingerprint = f"{meta['codec_sha256'][:16]} {meta['tokenizer_sha256'][:16]} {len(lines)} lines"
         self.files = {"tokenizer.json": meta["tokenizer"], "codec.pt": meta["codec"]}
 
     def utterance(self, turn, rng):
         copy = rng.choice(turn["copies"])
-        return Utterance(turn["tokens"], self.sound(copy), copy["speech"], turn.get("starts"))
+        said = [(-(-(round(t["at"] * mimi.SAMPLE_RATE) + copy["late"]) // FRAME), self.utterance(t, rng)) for t in turn.get("interjections", ())]
+        return Utterance(turn["tokens"], self.sound(copy), copy["speech"], turn.get("starts"), said)
 
     def sound(self, place):
         """(n, K) codes."""
         return self.codes[place["shard"]][place["offset"]:place["offset"] + place["frames"]]
 
     def sources(self, layout, split):
-        return {"tts": self.said, "asr": self.heard, "recorded": self.recorded}.get(layout, self.dialogues)[split]
+        return {"tts": self.said, "asr": self.heard, "recorded": self.recorded, "response_tts": self.free,
+                "free_response_tts": self.free}.get(layout, self.dialogues)[split]
 
     def grid(self, layout, stage, split, rng):
         """One sample of a layout, undelayed: (17, any number of frames)."""
@@ -203,10 +212,14 @@ class ModelJob:
         turns = [(self.utterance(a, rng), self.utterance(b, rng)) for a, b in turns]
         gaps = [rng.randint(2, 20) for _ in turns]
         if layout != "free_response_tts":
-            return getattr(streams, layout)(turns, gaps, v)
-        barge_in = [rng.randint(1, answer.speech) if rng.random() < 0.7 else None for _, answer in turns[:-1]] + [None]
-        gaps = gaps[:1] + [gap if b is None else 0 for gap, b in zip(gaps[1:], barge_in)]
-        return streams.free_response_tts(turns, gaps, barge_in, v)
+            grid = getattr(streams, layout)(turns, gaps, v)
+        else:
+            barge_in = [rng.randint(1, answer.speech) if rng.random() < 0.7 else None for _, answer in turns[:-1]] + [None]
+            gaps = gaps[:1] + [gap if b is None else 0 for gap, b in zip(gaps[1:], barge_in)]
+            murmurs = [(rng.randrange(answer.speech), self.utterance(rng.choice(self.murmurs[split]), rng))
+                       if b is None and self.murmurs[split] and rng.random() < 0.4 else None for (_, answer), b in zip(turns, barge_in)]
+            grid = streams.free_response_tts(turns, gaps, barge_in, murmurs, v)
+        return grid[:, rng.randrange(max(1, grid.shape[1] - stage.frames)):]  # what is too long begins anywhere
 
     def batch(self, stage, progress, split, rng):
         """(B, 17, T): rows packed with samples of the stage's layouts."""
@@ -258,7 +271,8 @@ def blot_out(grid, share, empty, generator):
 
 
 class Clips:
-    """The sound files of a manifest and what is said in them; the letters, of whatever writing, that occur in it."""
+    """The sound files of a manifest, up to six seconds each, and what is said in them; the letters, of whatever writing, that occur
+    in it."""
 
     def __init__(self, data):
         self.clips = {"train": set(), "seen": set()}  # (where it is, what is said)
@@ -266,8 +280,9 @@ class Clips:
             if d["split"] in self.clips:
                 self.clips[d["split"]] |= {(where_is(t), t["text"]) for t in d.get("turns", ())}
         self.letters = "".join(sorted({c for _, text in self.clips["train"] for c in text.lower()}))
-        self.clips = {split: sorted(clips, key=str) for split, clips in self.clips.items()}
         self.frames = {place: round(prepare.seconds_of(*place) * mimi.SAMPLE_RATE) for clips in self.clips.values() for place, _ in clips}
+        self.clips = {split: sorted((c for c in clips if self.frames[c[0]] <= 6 * mimi.SAMPLE_RATE), key=str)
+                      for split, clips in self.clips.items()}
         self.fingerprint = f"{sum(map(len, self.clips.values()))} clips"
         self.sounds = {}  # where -> int16 samples, once read
 

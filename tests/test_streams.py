@@ -1,4 +1,6 @@
 """Every layout against a worked example, written out by hand from FLM-Audio's figure 3 and section 3."""
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -72,7 +74,7 @@ def test_response_tts_with_two_turns():
 def test_free_user_input_stops_text_and_sound_half_a_second_after_it_begins():
     long = said([5] * 12, 30, 14)
     loud = said([8], 20, 8)
-    check(free_response_tts([(USER, long), (loud, MODEL)], [0, 0], [3, None], V),
+    check(free_response_tts([(USER, long), (loud, MODEL)], [0, 0], [3, None], [None, None], V),
           #     user       answer begins     interruption from frame 8; silent from frame 8 + 6
           text=[W, W, W] + [5] * 11 + [W, W] + [5, 6, 7] + [W] * 4,
           speak=[0] * 5 + [30 + i for i in range(9)] + [0] * 4 + [30, 31, 32, 33, 34],
@@ -81,7 +83,24 @@ def test_free_user_input_stops_text_and_sound_half_a_second_after_it_begins():
 
 def test_free_user_input_after_the_answer_is_response_tts():
     turns, gaps = [(USER, MODEL), (USER, MODEL)], [1, 2]
-    assert (free_response_tts(turns, gaps, [None, None], V) == response_tts(turns, gaps, V)).all()
+    assert (free_response_tts(turns, gaps, [None, None], [None, None], V) == response_tts(turns, gaps, V)).all()
+
+
+def test_a_users_murmur_changes_nothing_but_what_is_heard():
+    turns, gaps = [(USER, MODEL)], [1]
+    plain, murmured = response_tts(turns, gaps, V), free_response_tts(turns, gaps, [None], [(2, said([], 50, 2))], V)
+    assert (plain[:LISTEN.start] == murmured[:LISTEN.start]).all()
+    check(murmured, text=[W, W, W, W, 5, 6, 7, W, W, W, W], speak=[0] * 6 + [30, 31, 32, 33, 34],
+          listen=[1, 20, 21, 22, 9, 0, 0, 0, 50, 51, 0])
+
+
+def test_what_the_model_says_while_the_user_speaks():
+    """Its text stands two frames before its sound, as always; the answer comes as if nothing had been."""
+    long = dataclasses.replace(said([8], 20, 7), interjections=((3, said([9], 50, 2)),))
+    check(response_tts([(long, MODEL)], [0], V),
+          text=[W, 9, W, W, W, W, W, 5, 6, 7, W, W, W, W],
+          speak=[0, 0, 0, 50, 51, 0, 0, 0, 0, 30, 31, 32, 33, 34],
+          listen=[20, 21, 22, 23, 24, 25, 26] + [0] * 7)
 
 
 def test_word_aligned():

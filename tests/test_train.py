@@ -18,7 +18,7 @@ import model
 import train
 from conftest import CODEC, FLM, ROOT, run
 from mimi import load_checkpoint
-from streams import LISTEN, SPEAK, TEXT, Utterance
+from streams import LISTEN, SPEAK, TEXT, Utterance, load_tokenizer
 from train import STAGES, ModelJob, Stage
 
 SHORT = [Stage("one", 14, 2, 1e-3, 1e-3, 48, {"tts": (1, 0), "asr": (0, 1)}, wait=0.3, blot=0.1, depth=(0.5, 0.2)),
@@ -129,7 +129,7 @@ def test_the_variants_of_the_papers_questions(world, monkeypatch):
 def test_interruptions_come_with_probability_0_7(world):
     job = ModelJob(FLM, str(world / "toy/encoded"), "cpu")
     calls, original = [], train.streams.free_response_tts
-    train.streams.free_response_tts = lambda turns, gaps, barge, v: calls.extend(barge[:-1]) or original(turns, gaps, barge, v)
+    train.streams.free_response_tts = lambda turns, gaps, barge, *rest: calls.extend(barge[:-1]) or original(turns, gaps, barge, *rest)
     try:
         rng = random.Random(0)
         for _ in range(1500):
@@ -137,6 +137,26 @@ def test_interruptions_come_with_probability_0_7(world):
     finally:
         train.streams.free_response_tts = original
     assert abs(sum(b is not None for b in calls) / len(calls) - 0.7) < 0.04
+
+
+def test_stories_and_murmurs_reach_the_batches(world):
+    """What the model says while a user tells a story stands in the grids of fine-tuning 2 where the manifest says; in fine-tuning 1
+    there are no stories. Users' backchannels are only ever heard while the model speaks."""
+    data = world / "toy/encoded"
+    job = ModelJob(FLM, str(data), "cpu")
+    v, rng, tokenizer = job.vocab, random.Random(0), load_tokenizer(str(data / "tokenizer.json"))
+    stories = [turns for turns in job.free["train"] if turns[0][0]["interjections"]]
+    assert stories and not any(a["interjections"] for turns in job.dialogues["train"] for a, _ in turns)
+    for ((user, model),) in stories:
+        heard, answer = job.utterance(user, rng), job.utterance(model, rng)
+        grid = train.streams.response_tts([(heard, answer)], [3], v)
+        for (frame, said), told in zip(heard.interjections, user["interjections"], strict=True):
+            assert abs(frame / 12.5 - told["at"]) < 0.25
+            text = [t for t in grid[TEXT, 3 + frame - 2:][:len(said.tokens)].tolist()]
+            assert tokenizer.decode(text) == " " + told["text"]
+            assert (grid[SPEAK, 3 + frame:3 + frame + said.speech] == said.codes[:said.speech].T).all()
+    murmur = {id(t) for t in job.murmurs["train"]}
+    assert murmur and not murmur & {id(t) for part in job.heard["train"] for t in part}
 
 
 def test_the_paper_is_in_the_tables():
