@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from mimi import from_fields, load_checkpoint, load_weights, replace_when_done
 from streams import K, SPEAK, TEXT, Vocab
@@ -491,11 +492,14 @@ def loss_parts(model, grid, v: Vocab, depth_share=(1.0, 1.0), rng=None):
     """
     h, target = model(grid[..., :-1]), grid[..., 1:]
     h, text = h.flatten(0, 1), target[:, TEXT].flatten()
-    logits = model.text_logits(h).float()
-    ce = F.cross_entropy(logits, text, reduction="none")
+
+    def of_text(h, text):
+        logits = model.text_logits(h).float()
+        return torch.stack([F.cross_entropy(logits, text, reduction="none"), logits.argmax(-1) == text], -1)
+    ce, right = in_pieces(of_text, h, text, model.config.vocab_size).unbind(-1)
     wait = text == v.wait
     parts = {"mono": mean_where(ce, ~wait), "wait": mean_where(ce, wait), "waits": wait.sum() / (~wait).sum().clamp(min=1),
-             "right": mean_where(logits.argmax(-1) == text, ~wait)}
+             "right": mean_where(right, ~wait)}
 
     codes = target[:, SPEAK].transpose(1, 2)  # (B, T-1, K)
     speaks = (codes != torch.tensor(v.silence[-1], device=grid.device)).any(-1)
@@ -503,10 +507,25 @@ def loss_parts(model, grid, v: Vocab, depth_share=(1.0, 1.0), rng=None):
     share = torch.where(speaks, *depth_share)
     chosen = (codes != v.empty).any(-1) & (torch.rand(share.shape, generator=rng).to(grid.device) < share)
     codes = codes.flatten(0, 1)[chosen.flatten()]  # (N, K)
-    logits = model.depth(h[chosen.flatten()], codes).float()
-    ce = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none").view(-1, K)
+
+    def of_sound(h, codes):
+        logits = model.depth(h, codes).float()
+        return F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none").view_as(codes)
+    ce = in_pieces(of_sound, h[chosen.flatten()], codes, K * (model.config.empty + 1 + 24 * model.config.depth_width))
     sound = codes != v.empty
     return parts | {"semantic": mean_where(ce[:, :1], sound[:, :1]), "acoustic": mean_where(ce[:, 1:], sound[:, 1:])}
+
+
+PIECE = 1 << 26  # numbers that may exist at a time for a loss: 256 MiB in float32
+
+
+def in_pieces(f, x, y, size):
+    """f(x (N, ...), y (N, ...)) by as many rows at a time as PIECE allows if each needs `size` numbers; they are computed again
+    for the gradients instead of kept. The logits of 8192 frames with Qwen2.5's vocabulary would be 5 GB."""
+    rows = max(1, PIECE // size)
+    if len(x) <= rows:
+        return f(x, y)
+    return torch.cat([checkpoint(f, a, b, use_reentrant=False, preserve_rng_state=False) for a, b in zip(x.split(rows), y.split(rows))])
 
 
 def mean_where(x, mask):

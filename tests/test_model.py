@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import model
 from model import (CONFIGS, FLM, FLMConfig, Sampling, export_release, from_qwen, from_release, loss_parts, qwen_tensors,
                    sample)
 from streams import K, LISTEN, ROWS, SPEAK, TEXT, Vocab
@@ -120,6 +121,25 @@ def test_the_loss_is_eq_3_counted_by_hand(flm):
         assert math.isclose(parts[name].item(), sum(values) / len(values), rel_tol=1e-4), name
     assert math.isclose(parts["waits"].item(), len(sums["wait"]) / len(sums["mono"]), rel_tol=1e-6)
     assert math.isclose(parts["right"].item(), sum(right) / len(right), rel_tol=1e-6)
+
+
+def test_a_loss_in_pieces_is_the_same_loss(flm, monkeypatch):
+    """Values and gradients; and the logits of all frames never exist at once."""
+    x, sizes, head = grid(2, 10), [], flm.text_logits
+
+    def run():
+        flm.zero_grad()
+        parts = loss_parts(flm, x, V)
+        (parts["mono"] + parts["wait"] + parts["semantic"] + parts["acoustic"]).backward()
+        return [parts[k].item() for k in parts], [p.grad.clone() for p in flm.parameters()]
+    whole = run()
+    monkeypatch.setattr(model, "PIECE", 3 * flm.config.vocab_size)
+    monkeypatch.setattr(flm, "text_logits", lambda h: sizes.append(len(h)) or head(h))
+    pieces = run()
+    assert max(sizes) == 3 and sizes == [3] * 6 * 2  # forwards and again backwards
+    for a, b in zip(whole, pieces):
+        for u, v in zip(a, b, strict=True):
+            torch.testing.assert_close(torch.as_tensor(u), torch.as_tensor(v), rtol=1e-5, atol=1e-6)
 
 
 def test_depth_learns_from_all_frames_of_speech_and_a_share_of_silence(flm):
