@@ -731,12 +731,13 @@ def save_checkpoint(path, kind, config, **parts):
             raise OSError(f"{path}: could not be written; is the disk full? ({str(e).splitlines()[0]})") from None
 
 
-def load_checkpoint(path, kind):
-    """What save_checkpoint wrote. Never runs code from the file. Raises ValueError or OSError with the file's name."""
+def load_checkpoint(path, kind, mmap=False):
+    """What save_checkpoint wrote, or (mmap) what reads it from the disk as it is needed. Never runs code from the file. Raises
+    ValueError or OSError with the file's name."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as e:  # torch has no one class for a damaged file
         raise ValueError(f"{path}: not a checkpoint, or cut off ({type(e).__name__})") from None
     if not isinstance(saved, dict) or saved.get("kind") != kind:

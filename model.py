@@ -17,6 +17,7 @@ C frames of context, W width of the depth transformer.
 import glob
 import json
 import os
+import zlib
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,6 +26,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mimi import from_fields, load_checkpoint, load_weights, replace_when_done
+from parallel import fill
 from streams import K, SPEAK, TEXT, Vocab
 
 
@@ -61,12 +63,14 @@ CONFIGS = {
 # primitives
 
 
-def attend(q, k, v, mask):
-    """Scaled dot-product attention. q (B, H, T, E), k and v (B, G, S, E), mask (..., T, S): True where it may look."""
+def attend(q, k, v, mask=None):
+    """Scaled dot-product attention. q (B, H, T, E), k and v (B, G, S, E), mask (..., T, S): True where it may look; without one,
+    at itself and what is before it."""
     if q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
     # On a CPU and for short sequences the plain formula is twice as fast.
     B, H, T, E = q.shape
+    mask = torch.ones(T, T, dtype=torch.bool).tril() if mask is None else mask
     q = q.reshape(B, k.shape[1], H // k.shape[1] * T, E)  # the heads that share keys stand above one another: (B, G, H/G * T, E)
     scores = (q @ k.mT).view(B, H, T, k.shape[2]) * E ** -0.5
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=q.dtype)
@@ -111,8 +115,8 @@ class Block(nn.Module):
         self.out = nn.Linear(self.H * self.E, c.width, bias=False)
         self.mlp = SwiGLU(c.width, c.mlp)
 
-    def forward(self, x, cos, sin, mask, remember=None):
-        """x (B, T, D). remember, if given, takes the new keys and values and returns all that attention shall see."""
+    def forward(self, x, cos, sin, mask=None, remember=None):
+        """x (B, T, D). mask: see attend. remember, if given, takes the new keys and values and returns all that attention shall see."""
         B, T, _ = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(B, T, -1, self.E).transpose(1, 2).split([self.H, self.G, self.G], 1)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -196,6 +200,11 @@ class Depth(nn.Module):
 # the whole
 
 
+def drawn_for(name, seed, device):
+    """A generator of random numbers for this name alone."""
+    return torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+
+
 @dataclass
 class State:
     """The memory of B conversations: a ring of the last C frames' keys and values, (layers, B, G, C, E) each, and how
@@ -217,31 +226,37 @@ class FLM(nn.Module):
         self.norm = nn.RMSNorm(c.width, c.norm_eps)
         self.head = nn.Linear(c.width, c.vocab_size, bias=False)
         self.depth = Depth(c)
-        if c.tied:
-            self.head.weight = self.text.weight
+        self.recompute = False  # of each block, keep its input only and compute it again for the gradients
         self.init_weights()
 
     @torch.no_grad()
-    def init_weights(self):
+    def init_weights(self, seed=0):
+        """The weights at the start, the same however many processes hold them: each tensor is drawn by a generator of its own."""
+        if self.config.tied:
+            self.head.weight = self.text.weight
         for name, p in self.named_parameters():
-            if name.endswith("bias"):
-                p.zero_()
-            elif p.ndim > 1:  # the norms keep their ones
+            if p.is_meta:
+                continue
+            value = torch.zeros(p.shape, device=p.device) if name.endswith("bias") else torch.ones(p.shape, device=p.device)
+            if p.ndim > 1:
                 residual = name.endswith(("out.weight", "down.weight", "down"))
-                p.normal_(std=0.02 / (2 * self.config.layers) ** 0.5 if residual else 0.02)
+                value.normal_(0.0, 0.02 / (2 * self.config.layers) ** 0.5 if residual else 0.02, generator=drawn_for(name, seed, p.device))
+            fill(p, value)
 
     @torch.no_grad()
-    def init_audio(self, codebooks, std=0.05):
+    def init_audio(self, codebooks, std=0.05, seed=0):
         """Let the embeddings of sound start as a random projection of the codec's own vectors, codebooks (K, A - 1, dim): codes
         that sound alike then look alike, and the sum over a frame's acoustic codes is a picture of its sound. A model that
         starts from scratch hears much sooner for it."""
         for group in (slice(0, 1), slice(1, K)):  # semantic, acoustic: two vector spaces
             vectors = codebooks[group] - codebooks[group].mean(1, keepdim=True)
             spread = vectors.square().mean(1).sum(0).sum().sqrt()  # of the sum over the group
-            for tables in (self.speak, self.listen):
-                projection = torch.randn(vectors.shape[-1], self.config.width, device=vectors.device)
-                for table, v in zip(tables[group], vectors):
-                    table.weight[:-1] = v @ projection * (std / spread)
+            for side in ("speak", "listen"):
+                generator = drawn_for(f"{side} {group}", seed, vectors.device)
+                projection = torch.randn(vectors.shape[-1], self.config.width, device=vectors.device, generator=generator)
+                for table, v in zip(getattr(self, side)[group], vectors):
+                    empty = torch.randn(1, self.config.width, device=vectors.device, generator=generator) * 0.02
+                    fill(table.weight, torch.cat([v @ projection * (std / spread), empty]))
 
     def embed(self, grid):
         """Eq. 1: (B, 17, T) -> (B, T, D)."""
@@ -253,10 +268,9 @@ class FLM(nn.Module):
         B, _, T = grid.shape
         assert T <= self.config.context, (T, self.config.context)
         cos, sin = rotary(torch.arange(T, device=grid.device), self.blocks[0].E, self.config.rope_base)
-        mask = torch.ones(T, T, dtype=torch.bool, device=grid.device).tril()
         x = self.embed(grid)
         for block in self.blocks:
-            x = block(x, cos, sin, mask)
+            x = checkpoint(block, x, cos, sin, use_reentrant=False) if self.recompute and x.requires_grad else block(x, cos, sin)
         return self.norm(x)
 
     def text_logits(self, h):
@@ -298,6 +312,16 @@ class FLM(nn.Module):
         model = FLM(from_fields(FLMConfig, saved["config"], path))
         load_weights(model, saved["model"], path)
         return model.to(device).eval(), from_fields(Vocab, saved["vocab"], path), saved
+
+
+def build(config: FLMConfig, place=None, seed=0):
+    """A new model. It is made without memory; place(model) gives it some (default: on the CPU), and only then is it filled, so
+    it never exists twice."""
+    with torch.device("meta"):
+        model = FLM(config)
+    model = place(model) if place else model.to_empty(device="cpu")
+    model.init_weights(seed)
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -367,7 +391,7 @@ def load_published(model, folder, table, ignore=()):
         if tensor.shape != params[ours].shape:
             raise ValueError(f"{folder}: {theirs[0] if isinstance(theirs[0], str) else theirs[0][0]}: gives {tuple(tensor.shape)} "
                              f"where config.json asks for {tuple(params[ours].shape)}")
-        params[ours].copy_(tensor)
+        fill(params[ours], tensor)
     unknown = sorted(name for name in files.keys() - used if not name.startswith(tuple(ignore)))
     if unknown:
         raise ValueError(f"{folder}: unknown tensor {unknown[0]}" + (f" and {len(unknown) - 1} more" if unknown[1:] else ""))
@@ -418,11 +442,11 @@ def qwen_fields(c, where):
         raise ValueError(f"{where}/config.json: {type(e).__name__}: {e}") from None
 
 
-def from_qwen(folder, config: FLMConfig):
+def from_qwen(folder, config: FLMConfig, place=None):
     """A model with the language model in `folder` (Qwen2.5 or the language part of Qwen2.5-VL, as published) as its temporal
-    transformer, and with config's depth transformer, codec and context, which are new. Returns it on the CPU."""
+    transformer, and with config's depth transformer, codec and context, which are new. place: see build."""
     c = read_config(folder, ("qwen2", "qwen2_5_vl", "qwen2_5_vl_text"))
-    model = FLM(replace(config, **qwen_fields(c, folder)))
+    model = build(replace(config, **qwen_fields(c, folder)), place)
     names = open_safetensors(folder)
     prefix = next((p for p in ("model.language_model.", "model.") if p + "norm.weight" in names), "model.")
     load_published(model, folder, qwen_tensors(model.config, prefix, prefix + "embed_tokens.weight"),

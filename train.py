@@ -17,7 +17,9 @@ import math
 import os
 import random
 import shutil
+import signal
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ from tqdm import tqdm
 
 import mimi
 import model
+import parallel
 import prepare
 import streams
 from mimi import FRAME, Mimi, load_checkpoint, load_weights, mel_filters, save_checkpoint
@@ -51,6 +54,8 @@ class Stage:
     lr_end: float  # ... to here
     frames: int = 0  # T
     layouts: dict = None  # share of each layout at the start and at the end of the stage
+    _: dataclasses.KW_ONLY
+    rows: int = 0  # rows of a batch at a time where they do not fit at once (0: all)
     wait: float = 0.01  # gamma of Eq. 3: weight of a <wait> token, that of a monologue token being 1
     blot: float = 0.0  # share of the heard frames, and of the rows of heard acoustic codes, that is blotted out
     depth: tuple = (1.0, 1.0)  # shares of the frames of speech and of silence that the depth transformer learns from
@@ -87,10 +92,10 @@ STAGES = {
         Stage("fine-tuning 2", 1600, 32, 6e-4, 0, 256, FADE_2, **TOY),
     ),
     "7b": (
-        Stage("post-training 1", 100_000, 256, 2e-4, 1e-5, 8192, POST),
-        Stage("post-training 2", 30_000, 256, 1e-5, 8e-6, 8192, POST, sources=(0.5, 5.0)),
-        Stage("fine-tuning 1", 1_600, 256, 1e-5, 8e-6, 8192, FINE_1),
-        Stage("fine-tuning 2", 4_700, 256, 8e-6, 7e-6, 8192, FINE_2),
+        Stage("post-training 1", 100_000, 256, 2e-4, 1e-5, 8192, POST, rows=1),
+        Stage("post-training 2", 30_000, 256, 1e-5, 8e-6, 8192, POST, sources=(0.5, 5.0), rows=1),
+        Stage("fine-tuning 1", 1_600, 256, 1e-5, 8e-6, 8192, FINE_1, rows=1),
+        Stage("fine-tuning 2", 4_700, 256, 8e-6, 7e-6, 8192, FINE_2, rows=1),
     ),
 }
 STAGES["0.5b"] = STAGES["7b"]
@@ -149,20 +154,22 @@ class ModelJob:
     """The lines of `prepare.py encode`, made into grids by the layouts, and the loss of Eq. 3."""
     kind = "flm"
 
-    def __init__(self, config, data, device, init=None):
+    def __init__(self, config, data, device, init=None, seed=1):
         """init: a folder with Qwen2.5's weights to start from, instead of from nothing."""
         meta, lines, self.codes = read_encoded(data)
         self.vocab = Vocab.own(meta["text_size"], meta["codebook_size"], tuple(map(tuple, meta["silence"])))
+        place = lambda m: parallel.place(m, device, device != "cpu")
         if init:
-            self.model = model.from_qwen(init, dataclasses.replace(config, empty=self.vocab.empty))
+            self.model = model.from_qwen(init, dataclasses.replace(config, empty=self.vocab.empty), place)
         else:
-            self.model = FLM(dataclasses.replace(config, vocab_size=max(config.vocab_size, self.vocab.text_size), empty=self.vocab.empty))
+            self.model = model.build(dataclasses.replace(config, vocab_size=max(config.vocab_size, self.vocab.text_size),
+                                                         empty=self.vocab.empty), place, seed)
         self.config = self.model.config
         if self.config.vocab_size < self.vocab.text_size:
             raise ValueError(f"{init}: has {self.config.vocab_size} words, fewer than the {self.vocab.text_size} of the data's "
                              "tokeniser; encode with --tokenizer and this folder")
-        self.modules = self.model.to(device)
-        self.model.init_audio(Mimi.load(meta["codec"], device).codebooks())
+        self.modules = self.model
+        self.model.init_audio(Mimi.load(meta["codec"], device).codebooks(), seed=seed)
         self.device = device
         # split -> what the layouts are made of: turns for hearing and for speaking, dialogues, recorded conversations
         self.heard, self.said, self.dialogues, self.free, self.recorded, self.murmurs = {}, {}, {}, {}, {}, {}
@@ -180,6 +187,14 @@ class ModelJob:
             self.recorded[split] = [d for d in mine if "sentences" in d]
         self.fingerprint = f"{meta['codec_sha256'][:16]} {meta['tokenizer_sha256'][:16]} {len(lines)} lines"
         self.files = {"tokenizer.json": meta["tokenizer"], "codec.pt": meta["codec"]}
+        self.used = None  # a list, while somebody wants to know where a batch is from
+
+    def names(self, stage, progress, rng):
+        """Where the sounds of a batch are from."""
+        self.used = []
+        self.batch(stage, progress, "train", rng)
+        used, self.used = self.used, None
+        return sorted(set(used))
 
     def utterance(self, turn, rng):
         copy = rng.choice(turn["copies"])
@@ -188,7 +203,13 @@ class ModelJob:
 
     def sound(self, place):
         """(n, K) codes."""
-        return self.codes[place["shard"]][place["offset"]:place["offset"] + place["frames"]]
+        shard = self.codes[place["shard"]]
+        name, codes = f"{shard.filename} from frame {place['offset']}", shard[place["offset"]:place["offset"] + place["frames"]]
+        if self.used is not None:
+            self.used.append(name)
+        if len(codes) < place["frames"] or codes.size and not 0 <= codes.min() <= codes.max() < self.vocab.codebook_size:
+            raise ValueError(f"{name}: damaged, not {place['frames']} frames of codes below {self.vocab.codebook_size}; encode it again")
+        return codes
 
     def sources(self, layout, split):
         return {"tts": self.said, "asr": self.heard, "recorded": self.recorded, "response_tts": self.free,
@@ -236,6 +257,7 @@ class ModelJob:
         return torch.from_numpy(np.stack(rows))
 
     def loss(self, stage, progress, split, rng):
+        self.model.recompute = stage.frames > 1024  # of long rows, keep little
         generator = torch.Generator().manual_seed(rng.getrandbits(60))
         grid = self.batch(stage, progress, split, rng)
         if split == "train" and stage.blot:
@@ -403,43 +425,91 @@ class Run:
         groups = [{"params": [p for p in self.params if p.ndim > 1], "weight_decay": 0.05},
                   {"params": [p for p in self.params if p.ndim <= 1], "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=0, betas=(0.9, 0.98), fused=True)
-        # where it stands: steps of each stage (None: not known yet), the stage, the step in it
-        self.at = {"plan": [None if minutes else s.steps for s in stages], "stage": 0, "step": 0,
-                   "bf16": bf16_is_faster(job.device), "slices": slices_of_a_batch(job.device)}
-        if os.path.exists(self.path):
+        # where it stands: steps of each stage (None: not known yet), the stage, the step in it, the step of all
+        self.at = {"plan": [None if minutes else s.steps for s in stages], "stage": 0, "step": 0, "total": 0,
+                   "bf16": bf16_is_faster(job.device), "slices": max(slices_of_a_batch(job.device), parallel.world())}
+        if os.path.exists(self.path) or parallel.together() and parallel.newest(out):
             if not resume:
-                raise ValueError(f"{self.path}: is there already; --resume goes on with it, --out names another folder")
+                raise ValueError(f"{out}: holds a run already; --resume goes on with it, --out names another folder")
             self.restore()
+        # on a CPU, the slices of a batch side by side; otherwise one after another
         n = self.at["slices"]
-        self.threads = ThreadPoolExecutor(n, initializer=torch.set_num_threads if n > 1 else None, initargs=(max(1, os.cpu_count() // n),))
-        os.makedirs(out, exist_ok=True)
-        for name, source in job.files.items():
-            if not os.path.exists(source):
-                raise FileNotFoundError(f"{source}: not there; the data in use was encoded with it")
-            with mimi.replace_when_done(os.path.join(out, name)) as temporary:
-                shutil.copyfile(source, temporary)
+        self.threads = None
+        if job.device == "cpu" and not parallel.together():
+            self.threads = ThreadPoolExecutor(n, initializer=torch.set_num_threads if n > 1 else None,
+                                              initargs=(max(1, os.cpu_count() // n),))
+        self.stopped = False
+        if parallel.rank() == 0:
+            os.makedirs(out, exist_ok=True)
+            for name, source in job.files.items():
+                if not os.path.exists(source):
+                    raise FileNotFoundError(f"{source}: not there; the data in use was encoded with it")
+                with mimi.replace_when_done(os.path.join(out, name)) as temporary:
+                    shutil.copyfile(source, temporary)
 
     def restore(self):
-        saved = load_checkpoint(self.path, self.job.kind)
+        if parallel.together():
+            path = parallel.newest(self.out)
+            if not path:
+                raise ValueError(f"{self.path}: is of one process; it cannot go on in several")
+            saved, files = parallel.read(path)
+        else:
+            path, saved = self.path, load_checkpoint(self.path, self.job.kind)
         if saved["config"] != dataclasses.asdict(self.job.config) or saved["data"] != self.job.fingerprint:
-            raise ValueError(f"{self.path}: was trained with another config or on other data; --out names another folder")
+            raise ValueError(f"{path}: was trained with another config or on other data; --out names another folder")
         if [s["name"] for s in saved["stages"]] != [s.name for s in self.stages]:
-            raise ValueError(f"{self.path}: was trained in other stages; --out names another folder")
-        self.job.load(saved, self.path)
-        self.optimizer.load_state_dict(saved["optimizer"])
+            raise ValueError(f"{path}: was trained in other stages; --out names another folder")
+        if "optimizer" not in saved and not parallel.together():
+            raise ValueError(f"{path}: holds no optimiser: it is the result of several processes, which go on with torchrun")
         self.at = saved["at"]
+        if parallel.together():
+            parallel.restore(files, self.tensors())
+        else:
+            self.job.load(saved, path)
+            self.optimizer.load_state_dict(saved["optimizer"])
+
+    def tensors(self):
+        """All that several processes hold in slices: {name: parameter or state of the optimiser}."""
+        out = {}
+        parallel.in_slices(self.job.modules)
+        for name, p in self.job.modules.named_parameters():
+            state = self.optimizer.state[p]
+            if not state:
+                state |= {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            out |= {f"model {name}": p, **{f"{k} {name}": x for k, x in state.items()}}
+        return out
+
+    def facts(self):
+        """What a checkpoint says besides its tensors."""
+        return {"data": self.job.fingerprint, "at": self.at, "stages": [dataclasses.asdict(s) for s in self.stages]}
 
     def save(self):
-        save_checkpoint(self.path, self.job.kind, self.job.config, **self.job.state(), data=self.job.fingerprint, at=self.at,
-                        optimizer=self.optimizer.state_dict(), stages=[dataclasses.asdict(s) for s in self.stages])
+        if parallel.together():
+            parallel.save(self.out, self.at["total"], self.tensors(), {"config": dataclasses.asdict(self.job.config), **self.facts()})
+        else:
+            save_checkpoint(self.path, self.job.kind, self.job.config, **self.job.state(), **self.facts(),
+                            optimizer=self.optimizer.state_dict())
+
+    def finish(self):
+        """The result of several processes as one checkpoint, which chat.py reads."""
+        if parallel.together():
+            if parallel.rank() == 0:
+                _, files = parallel.read(parallel.newest(self.out))
+                weights = dict(parallel.whole(files, "model "))
+                if self.job.config.tied:
+                    weights["head.weight"] = weights["text.weight"]
+                save_checkpoint(self.path, self.job.kind, self.job.config, **self.job.state() | {"model": weights}, **self.facts())
+            parallel.dist.barrier()
 
     def log(self, **numbers):
-        entry = {"stage": self.stages[self.at["stage"]].name, "step": self.at["step"], **numbers}
-        with open(os.path.join(self.out, "log.jsonl"), "a") as f:
-            f.write(json.dumps(entry) + "\n")
+        if parallel.rank() == 0:
+            entry = {"stage": self.stages[self.at["stage"]].name, "step": self.at["step"], **numbers}
+            with open(os.path.join(self.out, "log.jsonl"), "a") as f:
+                f.write(json.dumps(entry) + "\n")
 
     def autocast(self):
-        return torch.autocast(self.job.device, torch.bfloat16, enabled=self.at["bf16"])
+        kind = torch.device(self.job.device).type
+        return torch.autocast(kind, torch.bfloat16, enabled=self.at["bf16"] and not parallel.together())  # which do it themselves
 
     def step(self, stage, progress):
         """One step of the optimiser. Returns the loss, its parts and the learning rate."""
@@ -448,31 +518,66 @@ class Run:
             lr *= min(1, (self.at["step"] + 1) / WARMUP)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        n = min(self.at["slices"], stage.batch)
-        slices = list(self.threads.map(lambda i: self.slice(dataclasses.replace(stage, batch=stage.batch // n), progress, i), range(n)))
-        losses, parts, grads, kept = zip(*slices)
-        loss = sum(losses) / n
-        parts = {name: sum(p[name] for p in parts) / n for name in parts[0]}
+        n = max(min(self.at["slices"], stage.batch), stage.batch // (stage.rows or stage.batch))
+        if n % parallel.world():
+            raise ValueError(f"a batch in {n} slices cannot be shared by {parallel.world()} processes")
+        kept = (self.side_by_side if self.threads else self.one_by_one)(stage, progress, n)
+        losses, kept = zip(*kept)
+        means = {name: sum(x[name] for x in losses) / len(losses) for name in losses[0]}
+        numbers = parallel.mean(torch.stack([*means.values(), torch.tensor(float(self.stopped), device=means["loss"].device)]).float())
+        parts = dict(zip([*means, "stopped"], numbers))
+        self.stopped = parts.pop("stopped") > 0
+        loss = parts.pop("loss")
         if not torch.isfinite(loss):
-            raise ValueError(f"the loss is {loss.item()} at step {self.at['step']} of {stage.name}; "
-                             f"{self.path} holds the last good state")
-        for p, *slopes in zip(self.params, *grads):
-            p.grad = sum(slopes) / n
+            self.explain(loss.item(), losses, stage, progress, n)
         nn.utils.clip_grad_norm_(self.params, 1.0)
         self.optimizer.step()
         if kept[0] is not None:
             torch.manual_seed(self.at["step"])  # for codebooks that restart
             self.job.after(kept)
         self.at["step"] += 1
+        self.at["total"] += 1
         return loss, parts, lr
 
-    def slice(self, stage, progress, i):
-        """Some rows of a batch: the loss, its parts, its gradients, and what job.after wants of it (None: nothing)."""
-        rng = random.Random(f"{self.seed} {self.at['stage']} {self.at['step']} {i}")
+    def side_by_side(self, stage, progress, n):
+        """All slices at the same time, in threads; p.grad becomes their mean. Returns [(losses, what job.after wants), ...]"""
+        def one(i):
+            losses, kept = self.slice(stage, progress, n, i)
+            return torch.autograd.grad(losses["loss"], self.params, materialize_grads=True), losses, kept
+        grads, losses, kept = zip(*self.threads.map(one, range(n)))
+        for p, *slopes in zip(self.params, *grads):
+            p.grad = sum(slopes) / n
+        return [({name: x.detach() for name, x in some.items()}, k) for some, k in zip(losses, kept)]
+
+    def one_by_one(self, stage, progress, n):
+        """This process's slices in turn; p.grad becomes the mean over all slices of all processes."""
+        self.optimizer.zero_grad()
+        mine, out = range(parallel.rank(), n, parallel.world()), []
+        for i in mine:
+            if parallel.together():
+                self.job.modules.set_requires_gradient_sync(i == mine[-1])
+            losses, kept = self.slice(stage, progress, n, i)
+            (losses["loss"] / len(mine)).backward()
+            out.append(({name: x.detach() for name, x in losses.items()}, kept))
+        return out
+
+    def slice(self, stage, progress, n, i):
+        """The i-th of n slices of a batch: its loss and the parts of it, and what job.after wants of it (None: nothing)."""
         with self.autocast():
-            loss, parts, kept = self.job.loss(stage, progress, "train", rng)
-        grads = torch.autograd.grad(loss, self.params, materialize_grads=True)
-        return loss.detach(), {name: value.detach() for name, value in parts.items()}, grads, kept
+            loss, parts, kept = self.job.loss(dataclasses.replace(stage, batch=stage.batch // n), progress, "train", self.rng(i))
+        return {"loss": loss, **parts}, kept
+
+    def rng(self, i):
+        return random.Random(f"{self.seed} {self.at['stage']} {self.at['step']} {i}")
+
+    def explain(self, loss, losses, stage, progress, n):
+        """Stop for a loss that is not a number; the last checkpoint stays as it is."""
+        mine = range(parallel.rank(), n, parallel.world())
+        bad = [i for i, some in zip(mine, losses) if not torch.isfinite(some["loss"])]
+        names = getattr(self.job, "names", lambda *args: [])
+        where = [name for i in bad for name in names(dataclasses.replace(stage, batch=stage.batch // n), progress, self.rng(i))]
+        raise ValueError(f"the loss is {loss} at step {self.at['step']} of {stage.name}; the last good state is in {self.out}; "
+                         f"learned from: {', '.join(where[:8]) or 'another process knows'}{', ...' if where[8:] else ''}")
 
     @torch.no_grad()
     def held_out(self, stage, batches=4):
@@ -493,36 +598,52 @@ CALIBRATION = 30  # steps by which --minutes learns the speed of the machine
 
 
 def train(job, stages, out, minutes=None, resume=False, seed=1, save_every=60.0):
-    """Run all stages, or, with resume, what is left of them. Returns the path of the checkpoint."""
+    """Run all stages, or, with resume, what is left of them. Returns the path of the checkpoint. SIGTERM saves and stops."""
     run = Run(job, stages, out, minutes, resume, seed)
-    at, saved_at = run.at, time.monotonic()
-    while at["stage"] < len(stages):
-        stage, plan = stages[at["stage"]], at["plan"][at["stage"]]
-        bar = tqdm(total=plan, initial=at["step"], desc=f"{stage.name:16}", unit="step", mininterval=1)
-        begun, first = time.monotonic(), at["step"]
-        while plan is None or at["step"] < plan:
-            loss, parts, lr = run.step(stage, at["step"] / plan if plan else 0.0)
-            bar.update()
-            if plan is None and at["step"] >= first + CALIBRATION:
-                each = (time.monotonic() - begun) / CALIBRATION
-                share = stage.steps / sum(s.steps for s in stages)
-                plan = at["plan"][at["stage"]] = max(at["step"], round(60 * minutes * share / each))
-                bar.total = plan
-            if at["step"] % 10 == 1:
-                numbers = {name: round(value.item(), 4) for name, value in parts.items()}
-                bar.set_postfix({name: f"{value:.2f}" for name, value in numbers.items()}, refresh=False)
-                run.log(lr=lr, loss=round(loss.item(), 4), **numbers)
-            if plan and at["step"] % math.ceil(plan / 4) == 0 and at["step"] < plan:
-                run.held_out(stage)
-            if time.monotonic() - saved_at > save_every:
-                run.save()
-                saved_at = time.monotonic()
-        bar.close()
-        print(f"{stage.name}: held out  "
-              + "  ".join(f"{name} {value:.3f}" for name, value in run.held_out(stage).items()), flush=True)
-        at["stage"], at["step"] = at["stage"] + 1, 0
-        run.save()
+    at, saved_at, first_rank = run.at, time.monotonic(), parallel.rank() == 0
+    before = None
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stopped", True))
+    try:
+        while at["stage"] < len(stages):
+            stage, plan = stages[at["stage"]], at["plan"][at["stage"]]
+            bar = tqdm(total=plan, initial=at["step"], desc=f"{stage.name:16}", unit="step", mininterval=1, disable=not first_rank)
+            begun, first = time.monotonic(), at["step"]
+            while plan is None or at["step"] < plan:
+                loss, parts, lr = run.step(stage, at["step"] / plan if plan else 0.0)
+                bar.update()
+                if plan is None and at["step"] >= first + CALIBRATION:
+                    each = parallel.mean(torch.tensor((time.monotonic() - begun) / CALIBRATION, device=loss.device)).item()
+                    share = stage.steps / sum(s.steps for s in stages)
+                    plan = at["plan"][at["stage"]] = max(at["step"], round(60 * minutes * share / each))
+                    bar.total = plan
+                if at["step"] % 10 == 1:
+                    numbers = {name: round(value.item(), 4) for name, value in parts.items()}
+                    bar.set_postfix({name: f"{value:.2f}" for name, value in numbers.items()}, refresh=False)
+                    run.log(lr=lr, loss=round(loss.item(), 4), **numbers)
+                if plan and at["step"] % math.ceil(plan / 4) == 0 and at["step"] < plan:
+                    run.held_out(stage)
+                if run.stopped:
+                    run.save()
+                    raise Stopped(f"{out}: stopped and saved at step {at['step']} of {stage.name}; --resume goes on")
+                if parallel.any_of(time.monotonic() - saved_at > save_every):
+                    run.save()
+                    saved_at = time.monotonic()
+            bar.close()
+            held_out = "  ".join(f"{name} {value:.3f}" for name, value in run.held_out(stage).items())
+            if first_rank:
+                print(f"{stage.name}: held out  {held_out}", flush=True)
+            at["stage"], at["step"] = at["stage"] + 1, 0
+            run.save()
+        run.finish()
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
     return run.path
+
+
+class Stopped(Exception):
+    """By SIGTERM, with everything saved."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -592,16 +713,24 @@ def main():
     try:
         if args.plot:
             return print(f"Wrote {plot(args.plot)}")
+        args.device = parallel.begin(args.device)
         if args.config == "codec":
+            if parallel.together():
+                raise ValueError("the codec trains in one process, without torchrun")
             job = CodecJob(mimi.CONFIGS["tiny"], args.data or "data/toy", args.device)
         else:
-            job = ModelJob(model.CONFIGS[args.config], args.data or "data/toy/encoded", args.device, args.init)
+            job = ModelJob(model.CONFIGS[args.config], args.data or "data/toy/encoded", args.device, args.init, args.seed)
         out = args.out or f"out/{args.config}"
         path = train(job, STAGES[args.config], out, args.minutes, args.resume, args.seed)
+    except Stopped as e:
+        sys.exit(str(e))
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
-    size = sum(p.numel() for p in job.model.parameters())
-    print(f"Wrote {path} ({size / 1e6:.1f} M parameters)")
+    finally:
+        parallel.end()
+    if parallel.rank() == 0:
+        size = sum(p.numel() for p in job.model.parameters())
+        print(f"Wrote {path} ({size / 1e6:.1f} M parameters)")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ ANSWER, ALIGNED = {"response_tts": (1, 1)}, {"word_aligned": (1, 1)}
 
 
 def stages(post=BOTH, fine_1=train.FINE_1, fine_2=FADE, wait=0.3):
-    stage = lambda name, steps, layouts, end=1.5e-3: train.Stage(name, steps, 8, 1.5e-3, end, 96, layouts, wait, 0.15,
+    stage = lambda name, steps, layouts, end=1.5e-3: train.Stage(name, steps, 8, 1.5e-3, end, 96, layouts, wait=wait, blot=0.15,
                                                                  depth=(0.25, 0.05))
     return (stage("post-training", 200, post), stage("fine-tuning 1", 200, fine_1), stage("fine-tuning 2", 400, fine_2, 0))
 

@@ -75,7 +75,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(world, tmp_path, kind):
 def test_training_lowers_the_loss(world, tmp_path):
     torch.manual_seed(0)
     job = ModelJob(FLM, str(world / "toy/encoded"), "cpu")
-    train.train(job, [Stage("s", 150, 4, 3e-3, 0, 64, {"response_tts": (1, 1)}, 0.3)], str(tmp_path / "o"))
+    train.train(job, [Stage("s", 150, 4, 3e-3, 0, 64, {"response_tts": (1, 1)}, wait=0.3)], str(tmp_path / "o"))
     log = [json.loads(line) for line in open(tmp_path / "o/log.jsonl")]
     first, last = log[0], [e for e in log if "loss" in e][-1]
     assert last["loss"] < 0.6 * first["loss"]
@@ -87,13 +87,23 @@ def test_a_step_is_the_mean_of_its_slices(world, tmp_path):
     torch.manual_seed(0)
     run_ = train.Run(ModelJob(FLM, str(world / "toy/encoded"), "cpu"), SHORT, str(tmp_path / "o"))
     run_.at["slices"], run_.at["bf16"] = 2, False
-    slices = [run_.slice(dataclasses.replace(SHORT[0], batch=1), 0.0, i) for i in range(2)]
-    loss, parts, _ = run_.step(SHORT[0], 0.0)
-    assert torch.isclose(loss, (slices[0][0] + slices[1][0]) / 2) and slices[0][0] != slices[1][0]
-    assert torch.isclose(parts["mono"], (slices[0][1]["mono"] + slices[1][1]["mono"]) / 2)
-    whole = torch.cat([((a + b) / 2).flatten() for a, b in zip(slices[0][2], slices[1][2])])
-    clipped = torch.cat([p.grad.flatten() for p in run_.params])
-    assert torch.allclose(clipped, whole * min(1, 1 / whole.norm().item()), atol=1e-6)
+    losses, grads = [], []
+    for i in range(2):
+        some, _ = run_.slice(SHORT[0], 0.0, 2, i)
+        losses.append(some)
+        grads.append(torch.autograd.grad(some["loss"], run_.params, materialize_grads=True))
+    whole = torch.cat([((a + b) / 2).flatten() for a, b in zip(*grads)])
+    before = [p.detach().clone() for p in run_.params]
+    for threads in (run_.threads, None):  # side by side, one by one
+        run_.threads = threads
+        loss, parts, _ = run_.step(SHORT[0], 0.0)
+        assert torch.isclose(loss, (losses[0]["loss"] + losses[1]["loss"]) / 2) and losses[0]["loss"] != losses[1]["loss"]
+        assert torch.isclose(parts["mono"], (losses[0]["mono"] + losses[1]["mono"]) / 2)
+        clipped = torch.cat([p.grad.flatten() for p in run_.params])
+        assert torch.allclose(clipped, whole * min(1, 1 / whole.norm().item()), atol=1e-6)
+        run_.at["step"] = 0  # and once more from the start
+        for p, old in zip(run_.params, before):
+            p.data.copy_(old)
 
 
 def test_every_batch_is_a_function_of_its_step(world):

@@ -1,0 +1,157 @@
+"""Several processes (gloo, on the CPU) train as one does, survive being killed, and read each other's checkpoints."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import model
+import train
+from conftest import FLM, ROOT, run
+from mimi import load_checkpoint
+
+SCRIPT = """
+import sys; sys.path[:0] = [{root!r}, {tests!r}]
+import conftest, parallel, test_train, torch, train
+torch.set_num_threads(1)
+train.slices_of_a_batch = lambda device: 2
+data, out, save_every = sys.argv[1:]
+device = parallel.begin("cpu")
+job = train.ModelJob(conftest.FLM, data, device)
+train.train(job, test_train.SHORT, out, resume=True, save_every=float(save_every))
+parallel.end()
+"""
+
+
+def start(processes, data, out, save_every=0):
+    """processes: 0 for none of torchrun's."""
+    script = os.path.join(str(out) + ".py")
+    with open(script, "w") as f:
+        f.write(SCRIPT.format(root=ROOT, tests=os.path.join(ROOT, "tests")))
+    with_torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
+    return subprocess.Popen([sys.executable, *with_torchrun, script, str(data), str(out), str(save_every)],
+                            stdout=subprocess.DEVNULL, stderr=open(str(out) + ".log", "a"), start_new_session=True)
+
+
+def wait(process, out):
+    assert process.wait(240) == 0, open(str(out) + ".log").read()[-3000:]
+
+
+def losses(out):
+    """The last word on each step."""
+    lines = [json.loads(line) for line in open(out / "log.jsonl")]
+    return {(e["stage"], e["step"], e.get("split")): {k: e[k] for k in ("loss", "mono", "semantic") if k in e} for e in lines}
+
+
+def same(a, b, tolerance):
+    assert a.keys() == b.keys()
+    for key in a:
+        assert a[key] == pytest.approx(b[key], rel=tolerance, abs=1.1e-4), key  # the log has four digits
+
+
+def weights(out):
+    return load_checkpoint(str(out / "checkpoint.pt"), "flm")["model"]
+
+
+def test_two_processes_follow_one(world, tmp_path):
+    data = world / "toy/encoded"
+    one, two = start(0, data, tmp_path / "one", 999), start(2, data, tmp_path / "two", 999)
+    wait(one, tmp_path / "one"), wait(two, tmp_path / "two")
+    same(losses(tmp_path / "one"), losses(tmp_path / "two"), 1e-5)
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=2e-5)
+    model.FLM.load(str(tmp_path / "two/checkpoint.pt"))  # what chat.py reads
+
+
+@pytest.mark.slow
+def test_processes_that_are_killed_go_on_to_the_same_weights(world, tmp_path):
+    """Five times without warning: both of them, or one, at any moment."""
+    data, out = world / "toy/encoded", tmp_path / "killed"
+    whole = start(2, data, tmp_path / "whole", 999)
+    wait(whole, tmp_path / "whole")
+    rng = random.Random(3)
+    for kill in range(5):
+        before = sorted(os.listdir(out)) if out.exists() else []
+        process = start(2, data, out)
+        deadline = time.time() + 120
+        while time.time() < deadline and process.poll() is None and (sorted(os.listdir(out)) if out.exists() else []) == before:
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.5)
+        workers = subprocess.run(["pgrep", "-g", str(process.pid), "-f", "killed.py"], capture_output=True, text=True).stdout.split()
+        workers = [int(w) for w in workers if int(w) != process.pid]
+        if kill % 2 and workers:
+            os.kill(rng.choice(workers), signal.SIGKILL)  # torchrun stops the other
+            process.wait(120)
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    wait(start(2, data, out), out)
+    a, b = weights(tmp_path / "whole"), weights(out)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.slow
+def test_two_one_two(world, tmp_path):
+    """A checkpoint of two processes goes on in one, and that one's in two."""
+    data, out = world / "toy/encoded", tmp_path / "some"
+    wait(start(2, data, tmp_path / "whole", 999), tmp_path / "whole")
+    for processes in (2, 1, 2):
+        process = start(processes, data, out)
+        at = len(losses(out)) if (out / "log.jsonl").exists() else 0
+        deadline = time.time() + 120
+        while time.time() < deadline and process.poll() is None and not ((out / "log.jsonl").exists() and len(losses(out)) > at):
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGTERM)  # saves and stops
+        process.wait(120)
+    wait(start(1, data, out), out)
+    same(losses(tmp_path / "whole"), losses(out), 1e-5)
+
+
+def test_the_codec_trains_alone(world, tmp_path):
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", "train.py", "--config",
+                           "codec", "--data", str(world / "toy"), "--out", str(tmp_path / "x"), "--device", "cpu"],
+                          capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode and "the codec trains in one process" in done.stderr
+
+
+def test_sigterm_saves(world, tmp_path):
+    process = start(0, world / "toy/encoded", tmp_path / "o", 999)
+    while process.poll() is None and not (tmp_path / "o/log.jsonl").exists():
+        time.sleep(0.01)
+    process.terminate()
+    process.wait(60)
+    assert "stopped and saved" in open(str(tmp_path / "o") + ".log").read()
+    assert load_checkpoint(str(tmp_path / "o/checkpoint.pt"), "flm")["at"]["total"] >= 1
+
+
+def test_a_loss_that_is_no_number_names_what_it_learned_from(world, tmp_path):
+    job = train.ModelJob(FLM, str(world / "toy/encoded"), "cpu")
+    import test_train
+    r = train.Run(job, test_train.SHORT, str(tmp_path / "o"))
+    r.save()
+    before = (tmp_path / "o/checkpoint.pt").read_bytes()
+    with torch.no_grad():
+        job.model.head.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"the loss is nan at step 0 of one; .*/00000.npy from frame \d+"):
+        r.step(test_train.SHORT[0], 0.0)
+    assert (tmp_path / "o/checkpoint.pt").read_bytes() == before
+
+
+def test_a_damaged_shard_names_itself(world, tmp_path):
+    import shutil
+    shutil.copytree(world / "toy/encoded", tmp_path / "encoded")
+    import numpy as np
+    codes = np.load(tmp_path / "encoded/00000.npy")
+    codes[:] = 99
+    np.save(tmp_path / "encoded/00000.npy", codes)
+    job = train.ModelJob(FLM, str(tmp_path / "encoded"), "cpu")
+    import test_train
+    with pytest.raises(ValueError, match=r"00000.npy from frame \d+: damaged"):
+        job.batch(test_train.SHORT[0], 0.5, "train", random.Random(0))
