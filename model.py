@@ -66,7 +66,7 @@ CONFIGS = {
 def attend(q, k, v, mask=None):
     """Scaled dot-product attention. q (B, H, T, E), k and v (B, G, S, E), mask (..., T, S): True where it may look; without one,
     at itself and what is before it."""
-    if q.is_cuda:
+    if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
     # On a CPU and for short sequences the plain formula is twice as fast.
     B, H, T, E = q.shape
@@ -516,11 +516,7 @@ def loss_parts(model, grid, v: Vocab, depth_share=(1.0, 1.0), rng=None):
     """
     h, target = model(grid[..., :-1]), grid[..., 1:]
     h, text = h.flatten(0, 1), target[:, TEXT].flatten()
-
-    def of_text(h, text):
-        logits = model.text_logits(h).float()
-        return torch.stack([F.cross_entropy(logits, text, reduction="none"), logits.argmax(-1) == text], -1)
-    ce, right = in_pieces(of_text, h, text, model.config.vocab_size).unbind(-1)
+    ce, right = text_losses(model, h, text).unbind(-1)
     wait = text == v.wait
     parts = {"mono": mean_where(ce, ~wait), "wait": mean_where(ce, wait), "waits": wait.sum() / (~wait).sum().clamp(min=1),
              "right": mean_where(right, ~wait)}
@@ -531,13 +527,25 @@ def loss_parts(model, grid, v: Vocab, depth_share=(1.0, 1.0), rng=None):
     share = torch.where(speaks, *depth_share)
     chosen = (codes != v.empty).any(-1) & (torch.rand(share.shape, generator=rng).to(grid.device) < share)
     codes = codes.flatten(0, 1)[chosen.flatten()]  # (N, K)
-
-    def of_sound(h, codes):
-        logits = model.depth(h, codes).float()
-        return F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none").view_as(codes)
-    ce = in_pieces(of_sound, h[chosen.flatten()], codes, K * (model.config.empty + 1 + 24 * model.config.depth_width))
+    ce = sound_losses(model, h[chosen.flatten()], codes)
     sound = codes != v.empty
     return parts | {"semantic": mean_where(ce[:, :1], sound[:, :1]), "acoustic": mean_where(ce[:, 1:], sound[:, 1:])}
+
+
+def text_losses(model, h, text):
+    """h (N, D), text (N,) -> (N, 2): the cross-entropy, and whether the most probable token was the right one."""
+    def piece(h, text):
+        logits = model.text_logits(h).float()
+        return torch.stack([F.cross_entropy(logits, text, reduction="none"), logits.argmax(-1) == text], -1)
+    return in_pieces(piece, h, text, model.config.vocab_size)
+
+
+def sound_losses(model, h, codes):
+    """h (N, D), codes (N, K) -> the cross-entropies (N, K)."""
+    def piece(h, codes):
+        logits = model.depth(h, codes).float()
+        return F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none").view_as(codes)
+    return in_pieces(piece, h, codes, K * (model.config.empty + 1 + 24 * model.config.depth_width))
 
 
 PIECE = 1 << 26  # numbers that may exist at a time for a loss: 256 MiB in float32

@@ -34,6 +34,7 @@ from tqdm import tqdm
 import mimi
 import model
 import parallel
+import plan
 import prepare
 import streams
 from mimi import FRAME, Mimi, load_checkpoint, load_weights, mel_filters, save_checkpoint
@@ -707,12 +708,20 @@ def main():
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--plan", action="store_true", help="train nothing: tell what it would take, on --gpus such --card")
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--card", default="H100", choices=plan.BF16)
+    parser.add_argument("--utilisation", type=float, default=0.4, help="share of the card's peak that --plan counts on")
     parser.add_argument("--plot", metavar="FOLDER", help="train nothing: draw the losses of the run in this folder")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     try:
         if args.plot:
             return print(f"Wrote {plot(args.plot)}")
+        if args.plan:
+            if args.config == "codec":
+                raise ValueError("--plan is for a model")
+            return plan.show(args.config, model.CONFIGS[args.config], STAGES[args.config], args.gpus, args.card, args.utilisation)
         args.device = parallel.begin(args.device)
         if args.config == "codec":
             if parallel.together():

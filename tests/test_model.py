@@ -208,13 +208,12 @@ def test_embeddings_of_sound_may_start_from_the_codec(flm):
     torch.manual_seed(0)
     books = torch.randn(K, 20, 6) + 3
     books[:, 1] = books[:, 0] + 0.01  # two codes that sound alike
-    empty = flm.listen[3].weight[20].clone()
     flm.init_audio(books)
     for tables in (flm.speak, flm.listen):
         for table in tables:
             near, far = ((table.weight[0] - table.weight[i]).norm() for i in (1, 2))
             assert near < 0.05 * far
-    assert torch.equal(flm.listen[3].weight[20], empty)  # the empty token is no sound
+            assert 0.01 < table.weight[20].std() < 0.03  # the empty token is no sound
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,118 @@
+"""What a training will take, before it takes it: `python train.py --config 7b --plan --gpus 8`.
+
+The model is made on PyTorch's meta device, where tensors have shapes but no memory, and one slice of a batch goes through it
+forwards and backwards: the operations are counted as they are called, and so is what is kept for the gradients.
+"""
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import model
+from streams import K
+
+BF16 = {"H200": (989e12, 141e9), "H100": (989e12, 80e9), "A100": (312e12, 80e9), "4090": (165e12, 24e9)}  # FLOP/s, bytes: data sheets
+
+
+@dataclass
+class Plan:
+    """Bytes are of one GPU, FLOPs of one step of all."""
+    parameters: dict  # part -> how many
+    weights: float  # float32, this GPU's slice
+    gathered: float  # bfloat16 copies of what is computed at the moment
+    gradients: float
+    optimiser: float
+    activations: float
+    frames: int  # in a step
+    flops: float  # with what is computed twice
+    useful: float  # without
+
+    @property
+    def bytes(self):
+        return self.weights + self.gathered + self.gradients + self.optimiser + self.activations
+
+
+def parts_of(flm):
+    """{part: number of parameters}"""
+    out = dict.fromkeys(("text embedding and head", "sound embeddings", "temporal transformer", "depth transformer"), 0)
+    where = {"text": "text embedding and head", "head": "text embedding and head", "speak": "sound embeddings",
+             "listen": "sound embeddings", "blocks": "temporal transformer", "norm": "temporal transformer", "depth": "depth transformer"}
+    for name, p in flm.named_parameters():
+        out[where[name.split(".")[0]]] += p.numel()
+    return out
+
+
+def losses(flm, rows, T, share):
+    """The sum of the losses of `rows` rows of T frames, of which this share enters the depth transformer; on flm's device. As
+    model.loss_parts, but with frames chosen by number, as there is nothing to look at on the meta device."""
+    device, c = flm.head.weight.device, flm.config
+    h = flm(torch.zeros(rows, 1 + 2 * K, T - 1, dtype=torch.long, device=device)).flatten(0, 1)
+    text = torch.zeros(len(h), dtype=torch.long, device=device)
+    codes = torch.zeros(round(share * len(h)), K, dtype=torch.long, device=device)
+    return model.text_losses(flm, h, text)[:, 0].sum() + model.sound_losses(flm, h[:len(codes)], codes).sum()
+
+
+def measure(flm, rows, T, share, bf16):
+    """(FLOPs of the forward and the backward pass, bytes kept for the gradients, FLOPs of the forward pass alone)"""
+    kept = {}
+
+    def keep(x):
+        if not isinstance(x, torch.nn.Parameter):
+            kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes(), x
+        return x
+    device = flm.head.weight.device.type
+    with FlopCounterMode(display=False) as once, torch.no_grad(), torch.autocast("cpu" if device == "meta" else device, torch.bfloat16, enabled=bf16):
+        losses(flm, rows, T, share)
+    with FlopCounterMode(display=False) as all_of_it:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), \
+                torch.autocast("cpu" if device == "meta" else device, torch.bfloat16, enabled=bf16):
+            loss = losses(flm, rows, T, share)
+        size = sum(n for n, _ in kept.values())
+        loss.backward()
+    return all_of_it.get_total_flops(), size, once.get_total_flops()
+
+
+def plan(config, stage, gpus, bf16=True):
+    """A Plan for one stage of training on so many GPUs."""
+    with torch.device("meta"):
+        flm = model.FLM(config)
+    flm.recompute = stage.frames > 1024
+    rows = stage.rows or stage.batch // gpus or 1
+    share = 0.5 * (stage.depth[0] + stage.depth[1])  # about half of the frames is speech
+    flops, kept, forward = measure(flm, rows, stage.frames, share, bf16)
+    P, size = sum(p.numel() for p in flm.parameters()), 2 if bf16 else 4
+    block = sum(p.numel() for p in flm.blocks[0].parameters())
+    rest = P - block * len(flm.blocks)
+    slices = stage.batch / rows
+    # One block is computed while the next is fetched; embeddings, head and depth transformer stay for a whole step.
+    gathered = size * (2 * block + rest) if gpus > 1 else size * (block + rest) * bf16
+    working = rows * stage.frames * (4 * config.mlp + 8 * config.width) * size + 3 * 4 * min(model.PIECE, rows * stage.frames * config.vocab_size)
+    return Plan(parts_of(flm), 4 * P / gpus, gathered, 4 * P / gpus, 8 * P / gpus, kept + working, stage.batch * stage.frames,
+                flops * slices, 3 * forward * slices)
+
+
+def show(name, config, stages, gpus, card, utilisation):
+    peak, room = BF16[card]
+    print(f"{name} on {gpus} x {card}: {peak / 1e12:.0f} TFLOP/s in bfloat16 and {room / 1e9:.0f} GB each (data sheet), "
+          f"{utilisation:.0%} of it used (assumed)\n")
+    plans = {}
+    for i, stage in enumerate(stages):
+        same = dataclasses.replace(stage, name="", steps=0, lr=0, lr_end=0, layouts=None)
+        p = plans[same] = plans.get(same) or plan(config, same, gpus)
+        if i == 0:
+            for part, n in p.parameters.items():
+                print(f"  {part:26} {n / 1e6:10.1f} M parameters")
+            print(f"  {'all':26} {sum(p.parameters.values()) / 1e6:10.1f} M\n\n  a GPU holds, in GB")
+            for part in ("weights", "gathered", "gradients", "optimiser", "activations"):
+                print(f"  {part:26} {getattr(p, part) / 1e9:10.2f}")
+            print(f"  {'all':26} {p.bytes / 1e9:10.2f}: {'fits' if p.bytes < 0.92 * room else 'does not fit'} in {room / 1e9:.0f}\n")
+            print(f"  {'':26} {'a step':>12} {'':>10} {'frames/s':>10} {'days':>8}")
+        seconds = p.useful / (gpus * peak * utilisation)
+        print(f"  {stage.name:26} {p.flops / 1e15:7.2f} PFLOP {seconds:8.2f} s {p.frames / seconds:10.0f} {seconds * stage.steps / 86400:8.2f}")
+    print(f"\n  {p.useful / p.frames / 1e9:.1f} GFLOP a frame (17 tokens), {p.flops / p.useful - 1:.0%} more for what is computed twice")
+
+
+if __name__ == "__main__":
+    print(__doc__)

@@ -1,0 +1,51 @@
+"""`train.py --plan` against what a real step of `tiny` on the CPU does."""
+import dataclasses
+
+import pytest
+import torch
+
+import model
+import plan
+from conftest import run
+from train import STAGES
+
+
+def test_the_plan_agrees_with_a_step_on_the_cpu():
+    config, stage = model.CONFIGS["tiny"], dataclasses.replace(STAGES["tiny"][0], batch=2, depth=(1.0, 1.0))
+    planned = plan.plan(config, stage, 1, bf16=False)
+    flm = model.FLM(config)
+    flops, kept, forward = plan.measure(flm, 2, stage.frames, 1.0, False)
+    assert planned.flops == pytest.approx(flops, rel=0.1) and planned.useful == pytest.approx(3 * forward, rel=0.1)
+    assert sum(planned.parameters.values()) == sum(p.numel() for p in flm.parameters())
+    optimizer = torch.optim.AdamW(flm.parameters(), lr=1e-3)
+    optimizer.step()
+    held = lambda tensors: sum(x.numel() * x.element_size() for x in tensors)
+    assert planned.weights == held(flm.parameters()) and planned.gradients == held(p.grad for p in flm.parameters())
+    states = [x for s in optimizer.state.values() for k, x in s.items() if k != "step"]
+    assert planned.optimiser == pytest.approx(held(states), rel=0.1)
+
+
+def test_the_flops_are_six_a_parameter_and_frame():
+    """The rule of thumb, for rows so short that attention hardly counts; embeddings are looked up, not multiplied."""
+    config, stage = model.CONFIGS["small"], dataclasses.replace(STAGES["small"][0], batch=8, frames=32, depth=(1.0, 1.0))
+    p = plan.plan(config, stage, 1)
+    flm = model.FLM(config)
+    of = lambda *names: sum(q.numel() for name, q in flm.named_parameters() if q.ndim > 1 and name.startswith(names))
+    shared = of(*(f"depth.blocks.{i}.{x}" for i in range(config.depth_layers) for x in ("qkv", "out")))  # by the 8 positions of a frame
+    multiplied = of("blocks", "head", "depth.blocks", "depth.from_h", "depth.heads") + 7 * shared
+    assert p.useful == pytest.approx(6 * multiplied * p.frames, rel=0.12)
+
+
+def test_several_gpus_share_and_recomputing_costs():
+    stage = dataclasses.replace(STAGES["0.5b"][0], frames=2048)
+    one, eight = (plan.plan(model.CONFIGS["0.5b"], stage, n) for n in (1, 8))
+    assert eight.optimiser == one.optimiser / 8 and eight.useful == one.useful
+    assert 1.2 < one.flops / one.useful < 1.34  # a second forward pass
+
+
+def test_the_command():
+    code, out, err = run("train.py", "--config", "small", "--plan", "--gpus", 2, "--card", "4090")
+    assert code == 0, err
+    assert "fits in 24" in out and "fine-tuning 2" in out and "GFLOP a frame" in out
+    code, _, err = run("train.py", "--config", "codec", "--plan")
+    assert code == 1 and "--plan is for a model" in err
