@@ -841,17 +841,16 @@ def encode(data, codec_path, tokenizer_name, vocab_size, copies, skip_broken, pr
                 f.write(text)
     shards = len(meta["shards"])
     jobs = [(i, begin) for i, begin in enumerate(meta["shards"]) if not os.path.exists(os.path.join(work, f"{i:05}.jsonl"))]
-    bar = tqdm(total=shards, initial=shards - len(jobs), desc="encode", unit="shard")
     settings = (manifest, work, codec_path, copies, skip_broken, device)
-    if min(processes, len(jobs)) < 2:
-        start_encoder(*settings)
-        for _ in map(encode_shard, jobs):
-            bar.update()
-    else:  # each with one thread, which together do more than one with several
-        with multiprocessing.get_context("spawn").Pool(min(processes, len(jobs)), start_encoder, (*settings, 1)) as pool:
-            for _ in pool.imap_unordered(encode_shard, jobs):
+    with tqdm(total=shards, initial=shards - len(jobs), desc="encode", unit="shard") as bar:
+        if min(processes, len(jobs)) < 2:
+            start_encoder(*settings)
+            for _ in map(encode_shard, jobs):
                 bar.update()
-    bar.close()
+        else:  # each with one thread, which together do more than one with several
+            with multiprocessing.get_context("spawn").Pool(min(processes, len(jobs)), start_encoder, (*settings, 1)) as pool:
+                for _ in pool.imap_unordered(encode_shard, jobs):
+                    bar.update()
     frames = sum(len(np.load(os.path.join(work, f"{i:05}.npy"), mmap_mode="r")) for i in range(shards))
     shutil.rmtree(out, ignore_errors=True)
     os.rename(work, out)

@@ -1,6 +1,8 @@
 """What several tests need: a tiny world of sound, codes, a codec and a model, untrained but whole."""
+import contextlib
+import importlib
+import io
 import os
-import subprocess
 import sys
 
 import pytest
@@ -19,10 +21,20 @@ FLM = model.FLMConfig(layers=1, width=32, heads=4, kv_heads=2, mlp=48, depth_lay
                       vocab_size=300, empty=32, context=128)
 
 
-def run(*args, **kwargs):
-    """A command line of ours: (exit code, standard output, standard error)."""
-    done = subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, timeout=300, cwd=ROOT, **kwargs)
-    return done.returncode, done.stdout, done.stderr
+def run(script, *args):
+    """A command line of ours, in this process: (exit code, standard output, standard error)."""
+    out, err, before = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv, code = [script, *map(str, args)], 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            importlib.import_module(script.removesuffix(".py")).main()
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else int(e.code is not None)
+        if isinstance(e.code, str):
+            err.write(e.code + "\n")
+    finally:
+        sys.argv = before
+    return code, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture(scope="session")

@@ -35,6 +35,7 @@ from model import CONFIGS, FLM  # noqa: E402
 from streams import ROWS  # noqa: E402
 
 DATA, OUT = "data/questions", "out/questions"
+KINDS = ("repeat", "count", "next", "opposite")  # of requests: no stories
 BOTH = {"tts": (1, 1), "asr": (2, 2)}
 FADE = {"asr_response_tts": (0.7, -0.7), "response_tts": (1, 1)}
 ANSWER, ALIGNED = {"response_tts": (1, 1)}, {"word_aligned": (1, 1)}
@@ -83,7 +84,7 @@ def answer(job):
     model_job = train.ModelJob(CONFIGS["tiny"], os.path.join(DATA, "encoded"), "cpu")
     train.train(model_job, VARIANTS[name], out, resume=True, seed=seed)
     recogniser = evaluation.get_recogniser(None, DATA, "out/questions/recogniser", 1.5, "cpu")
-    held_out = [d for d in prepare.read_manifest(os.path.join(DATA, "manifest.jsonl")) if d["split"] == "seen" and len(d["turns"]) == 2]
+    held_out = [d for d in prepare.read_manifest(os.path.join(DATA, "manifest.jsonl")) if d["split"] == "seen" and d["kind"] in KINDS]
     shares = evaluation.Shares()
     evaluation.answers(Speaker(out, "cpu"), recogniser, held_out[:items], 7, shares, "seen")
     scores = {key: shares.share("seen text" + (f", {key}" if key in ("repeat", "count") else "") if key in ("text", "repeat", "count")
@@ -113,6 +114,7 @@ def main():
     parser.add_argument("--items", type=int, default=200, help="held-out conversations for each run")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     args = parser.parse_args()
+    prepare.SHARES = {kind: prepare.SHARES[kind] for kind in KINDS}
     if not os.path.exists(DATA):
         prepare.make_toy(DATA, "en", items=4000, tests=240, sentences=2000, voices=6, seed=2, tts=None)
     if not os.path.exists(os.path.join(DATA, "encoded")):

@@ -92,16 +92,17 @@ def test_hearing_reads_only_what_is_heard(world):
     assert shares.n["seen letters heard"] == sum(len(d["turns"][0]["text"].replace(" ", "")) for d in items)
 
 
-def test_the_whole_on_an_untrained_model(world, tmp_path):
+def test_the_whole_on_an_untrained_model(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "TAIL", 0.5)
     asr = tmp_path / "asr.py"
     asr.write_text("import sys, soundfile\nassert soundfile.info(sys.argv[1]).frames\nprint('One, two!')\n")
-    code, out, err = run("eval.py", "--checkpoint", world / "flm", "--data", world / "toy", "--items", 3, "--asr",
+    code, out, err = run("eval.py", "--checkpoint", world / "flm", "--data", world / "toy", "--items", 2, "--asr",
                          f"{sys.executable} {asr} {{wav}}", "--keep", tmp_path / "talks")
     assert code == 0, err
     assert "seed 7" in out and out.splitlines()[-1].startswith("Wrote")
     result = json.load(open(world / "flm/eval.json"))
-    assert result["shares"]["seen text"][1] == result["shares"]["new text"][1] == 3
-    assert result["turns"]["turn-taking"]["TOR"]["n"] == result["turns"]["model interrupt"]["TOR"]["n"] == 3
+    assert result["shares"]["seen text"][1] == result["shares"]["new text"][1] == 2
+    assert result["turns"]["turn-taking"]["TOR"]["n"] == result["turns"]["model interrupt"]["TOR"]["n"] == 2
     assert result["turns"] == json.loads(json.dumps(evaluation.score_all(evaluation.read_talks(str(tmp_path / "talks")))))
     assert out.count("user: ") >= 2 and list((world / "flm/samples").glob("*.wav"))
 

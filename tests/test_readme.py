@@ -4,7 +4,7 @@ import re
 import subprocess
 import sys
 
-from conftest import ROOT
+from conftest import ROOT, run
 from prepare import LANGUAGES
 from train import STAGES
 
@@ -46,6 +46,6 @@ def test_every_file_and_target_named_is_there():
 def test_every_flag_shown_exists():
     for script, flags in re.findall(r"python ((?:prepare|train|chat|eval)\.py)((?: [\w-]+| --[\w-]+| '[^']*'| [\w./]+)*)", README):
         command = [a for a in flags.split() if a in ("toy", "encode")]
-        text = subprocess.run([sys.executable, script, *command, "--help"], capture_output=True, text=True, cwd=ROOT).stdout
+        _, text, _ = run(script, *command, "--help")
         for flag in re.findall(r" (--[\w-]+)", flags):
             assert flag in text, (script, flag)

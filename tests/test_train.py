@@ -259,8 +259,8 @@ def test_a_full_disk_is_one_clear_error_and_keeps_the_old_checkpoint(world, tmp_
         root=ROOT, tests=os.path.join(ROOT, "tests"))
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(b"old")
-    code, _, err = run("-c", script, path)
-    assert code == 1 and "checkpoint.pt" in err and len(err.strip().splitlines()) == 1
+    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True)
+    assert done.returncode == 1 and "checkpoint.pt" in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
