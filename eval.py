@@ -51,11 +51,12 @@ import train
 from chat import Speaker, Transcript, speech
 from mimi import (FRAME, SAMPLE_RATE, LogMel, Mimi, load_weights, log_spectral_distance, mel_filters, read_audio,
                   replace_when_done, write_audio)
-from prepare import LANGUAGES, SHARES, make_request, make_story, read_manifest
-from streams import FRAME_RATE, LATE, LISTEN, ROWS, SPEAK, TEXT
+from prepare import LANGUAGES, SHARES, cut_in_two, make_request, make_story, read_manifest
+from streams import LATE, LISTEN, ROWS, SPEAK, TEXT
 from train import Clips, Stage, letters_loss
 
 LEAD = 1.0  # seconds of silence before the user speaks
+KINDS = ("repeat", "count", "next", "opposite")  # of requests that are asked for their answers: no chants, no stories
 LISTEN_ON = 2.5  # seconds that a recording goes on after the expected answer
 
 
@@ -186,6 +187,10 @@ def wilson(hits, n, z=1.96):
     return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
 
 
+def share_line(share, low, high, n):
+    return f"{share:.3f} [{low:.2f}, {high:.2f}] of {n}"
+
+
 class Shares:
     """Named counts of hits, printed as shares with their 95% intervals."""
 
@@ -196,12 +201,15 @@ class Shares:
         self.hits[name] += hit
         self.n[name] += of
 
+    def add_right(self, name, found, right):
+        """How many of the right words (or letters) were found: 1 - error rate."""
+        self.add(name, max(0, len(right) - word_errors(found, right)), len(right))
+
     def share(self, name):
         return self.hits[name] / max(1, self.n[name])
 
     def line(self, name):
-        low, high = wilson(self.hits[name], self.n[name])
-        return f"{self.share(name):.3f} [{low:.2f}, {high:.2f}] of {self.n[name]}"
+        return share_line(self.share(name), *wilson(self.hits[name], self.n[name]), self.n[name])
 
 
 def converse_all(speaker, sounds, seed, what, rows=50):
@@ -258,9 +266,9 @@ def answers(speaker, recogniser, items, seed, shares, name):
         shares.add(f"{name} text, {d['kind']}", wrote == right)
         if languages > 1:
             shares.add(f"{name} text, {d['lang']}", wrote == right)
-        shares.add(f"{name} spoken words", max(0, len(right) - word_errors(heard, right)), len(right))
+        shares.add_right(f"{name} spoken words", heard, right)
         shares.add(f"{name} spoken exactly", heard == right)
-        shares.add(f"{name} spoken as written", max(0, len(wrote) - word_errors(heard, wrote)), len(wrote))
+        shares.add_right(f"{name} spoken as written", heard, wrote)
         onset = first(a for a, _ in spans)
         shares.add(f"{name} in time", onset is not None and end <= onset <= end + 0.4)
         shares.add(f"{name} early", onset is not None and onset < end)
@@ -296,16 +304,14 @@ def hearing(speaker, items, shares, name):
         pieces.append(text)
     for d, tokens in zip(items, torch.stack(pieces, 1).cpu()):
         right, found = d["turns"][0]["text"].split(), words_of(written(speaker, tokens))
-        shares.add(f"{name} words heard", max(0, len(right) - word_errors(found, right)), len(right))
-        right, found = "".join(right), "".join(found)
-        shares.add(f"{name} letters heard", max(0, len(right) - word_errors(found, right)), len(right))
+        shares.add_right(f"{name} words heard", found, right)
+        shares.add_right(f"{name} letters heard", "".join(found), "".join(right))
 
 
 def understood(recogniser, sound, text, shares, label):
-    right = text.split()
-    errors = word_errors(recogniser.hear(sound), right)
-    shares.add(f"{label} words", max(0, len(right) - errors), len(right))
-    shares.add(f"{label} exactly", errors == 0)
+    heard, right = recogniser.hear(sound), text.split()
+    shares.add_right(f"{label} words", heard, right)
+    shares.add(f"{label} exactly", heard == right)
 
 
 def word_seconds(items):
@@ -378,7 +384,7 @@ class World:
                 self.voices.setdefault(d["lang"], set()).add(d["turns"][0]["voice"])
         if not self.voices:
             raise ValueError("the scenarios need the toy world's manifest: --data")
-        self.rng, self.synthesiser = random.Random(seed), prepare.Command(tts) if tts else prepare.Espeak()
+        self.rng, self.synthesiser = random.Random(seed), prepare.get_synthesiser(tts)
         self.count = Counter()
 
     def someone(self):
@@ -404,9 +410,8 @@ class World:
     def hesitation(self, scenario, low, high):
         lang, voice = self.someone()
         request, answer = make_request(lang, self.rng.choice(["repeat", "count"]), True, self.rng)
-        words, pause = request.split(), self.rng.uniform(low, high)
-        cut = self.rng.randrange(1, len(words))
-        item, ends = self.item(scenario, voice, [" ".join(words[:cut]), " ".join(words[cut:])], [pause], answer=answer)
+        pause = self.rng.uniform(low, high)
+        item, ends = self.item(scenario, voice, cut_in_two(request, self.rng), [pause], answer=answer)
         item.pause = ends[0], ends[0] + pause
         return item
 
@@ -478,7 +483,7 @@ class Reply:
 
     def words(self, span):
         """Words written for a stretch of speech: they go a little before their sound, or along with it."""
-        return len("".join(text for second, text in self.written if span[0] - 0.5 <= second < span[1]).split())
+        return len(words_of(p for p in self.written if span[0] - 0.5 <= p[0] < span[1]))
 
     def is_backchannel(self, span):
         return span[1] - span[0] < 1.0 and (self.written is None or self.words(span) <= 2)
@@ -493,7 +498,7 @@ class Reply:
         return [(a, b) for a, b in zip(edges[::2], edges[1::2]) if b > a]
 
     def answered(self, item):
-        return "".join(text for second, text in self.written if second > item.end - 0.1).split() == item.answer.split()
+        return words_of(p for p in self.written if p[0] > item.end - 0.1) == item.answer.split()
 
 
 def first(times):
@@ -578,10 +583,9 @@ def score_all(held):
                     row["answered"] = reply.answered(item)
                 for name, value in row.items():
                     columns.setdefault(name, []).append(value)
-        table[scenario] = {name: summary(name, values) for name, values in columns.items()}
-        rest = table[scenario]
-        if "control TOR" in rest:
-            rest["TOR minus control"] = {"value": rest["TOR"]["value"] - rest["control TOR"]["value"], "n": rest["control TOR"]["n"]}
+        table[scenario] = found = {name: summary(name, values) for name, values in columns.items()}
+        if "control TOR" in found:
+            found["TOR minus control"] = {"value": found["TOR"]["value"] - found["control TOR"]["value"], "n": found["control TOR"]["n"]}
     return {scenario: columns for scenario, columns in table.items() if columns}
 
 
@@ -613,7 +617,7 @@ def report_turns(table, name):
             if c["value"] is None:
                 line = "never"
             elif "low" in c:
-                line = f"{c['value']:.3f} [{c['low']:.2f}, {c['high']:.2f}] of {c['n']}"
+                line = share_line(c["value"], c["low"], c["high"], c["n"])
             else:
                 line = f"{c['value']:.3f} s, median of {c['n']}" if "latency" in measure else f"{c['value']:.3f}, mean of {c['n']}"
             print(f"    {measure:28} {line}")
@@ -732,7 +736,7 @@ def main():
 def evaluate(speaker, recogniser, dialogues, args):
     rng, shares, talks = random.Random(args.seed), Shares(), []
     for name in ("seen", "new"):
-        items = [d for d in dialogues if d["split"] == name and d["kind"] in ("repeat", "count", "next", "opposite")]
+        items = [d for d in dialogues if d["split"] == name and d["kind"] in KINDS]
         items = rng.sample(items, min(args.items, len(items)))
         talks += answers(speaker, recogniser, items, args.seed, shares, name)
         hearing(speaker, items, shares, name)

@@ -157,6 +157,13 @@ def make_request(lang, kind, test, rng):
             return request(word), lang.opposites[word]
 
 
+def cut_in_two(request, rng):
+    """A request before and after a pause at which what was said cannot be all."""
+    words = request.split()
+    cut = rng.randrange(1, len(words))
+    return [" ".join(words[:cut]), " ".join(words[cut:])]
+
+
 CHANT = 5  # times that a chant is said: an answer of six seconds
 
 
@@ -312,12 +319,31 @@ def interject(story, ends, hazard):
     return out
 
 
-def make_toy(out, lang, items, tests, sentences, voices, seed, tts):
-    """Speak the toy world into the folder `out`: user/*.flac, model/*.flac, manifest.jsonl."""
+def get_synthesiser(tts):
+    return Command(tts) if tts else Espeak()
+
+
+def begin_speaking(out, tts):
     global SYNTHESISER  # the processes that speak inherit it
+    must_be_new(out)
+    SYNTHESISER = get_synthesiser(tts)
+
+
+def must_be_new(out):
     if os.path.exists(out):
         raise ValueError(f"{out}: is there already; remove it, or name another folder with --out")
-    SYNTHESISER = Command(tts) if tts else Espeak()
+
+
+def write_manifest(lines, work, out):
+    """The last thing in a folder of work, which then becomes `out`."""
+    with open(os.path.join(work, "manifest.jsonl"), "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(d, ensure_ascii=False) + "\n" for d in lines)
+    os.rename(work, out)
+
+
+def make_toy(out, lang, items, tests, sentences, voices, seed, tts):
+    """Speak the toy world into the folder `out`: user/*.flac, model/*.flac, manifest.jsonl."""
+    begin_speaking(out, tts)
     unknown = set(lang.split(",")) - {*LANGUAGES}
     if unknown:
         raise ValueError(f"--lang {lang}: there is no {' and no '.join(sorted(unknown))}; languages are {', '.join(LANGUAGES)}")
@@ -357,10 +383,8 @@ def make_toy(out, lang, items, tests, sentences, voices, seed, tts):
                     stories.append((add(code, kind, split, parts, lang.story.reply, [0.4] * (len(parts) - 1)), hazard))
                     continue
                 request, answer = make_request(lang, kind, split != "train", rng)
-                words = request.split()
-                if rng.random() < 0.25:  # with a pause for thought, where what was said cannot be all
-                    cut = rng.randrange(1, len(words))
-                    add(code, kind, split, [" ".join(words[:cut]), " ".join(words[cut:])], answer, [rng.uniform(0.4, 1.6)])
+                if rng.random() < 0.25:  # with a pause for thought
+                    add(code, kind, split, cut_in_two(request, rng), answer, [rng.uniform(0.4, 1.6)])
                 else:
                     add(code, kind, split, [request], answer)
 
@@ -386,9 +410,7 @@ def make_toy(out, lang, items, tests, sentences, voices, seed, tts):
         if turn["audio"] not in lasting:
             write_audio(os.path.join(work, turn["audio"]), x)
             lasting[turn["audio"]] = len(x) / SAMPLE_RATE
-    with open(os.path.join(work, "manifest.jsonl"), "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(d, ensure_ascii=False) + "\n" for d in lines)
-    os.rename(work, out)
+    write_manifest(lines, work, out)
     print(f"\n{'split':8}{'sentences':>10}{'dialogues':>11}{'minutes':>9}   user voices")
     for split in ("train", "seen", "new"):
         mine = [d for d in lines if d["split"] == split]
@@ -404,10 +426,7 @@ def make_toy(out, lang, items, tests, sentences, voices, seed, tts):
 def speak_dialogues(source, out, voices, seed, tts):
     """Dialogues as text, lines {"turns": [{"role": "user", "text": "..."}, {"role": "model", "text": "..."}, ...]}, perhaps with
     "lang" -> the same with sound, in the folder `out`. A dialogue's user keeps one voice."""
-    global SYNTHESISER
-    if os.path.exists(out):
-        raise ValueError(f"{out}: is there already; remove it, or name another folder with --out")
-    SYNTHESISER = Command(tts) if tts else Espeak()
+    begin_speaking(out, tts)
     rng, lines, jobs = random.Random(seed), [], []
     work = out + ".partial"
     with open(source, encoding="utf-8") as f:
@@ -431,9 +450,7 @@ def speak_dialogues(source, out, voices, seed, tts):
     shutil.rmtree(work, ignore_errors=True)
     os.makedirs(os.path.join(work, "turns"))
     seconds = sum(ends[-1] for ends in speak_all(jobs, "turns"))
-    with open(os.path.join(work, "manifest.jsonl"), "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(d, ensure_ascii=False) + "\n" for d in lines)
-    os.rename(work, out)
+    write_manifest(lines, work, out)
     print(f"Wrote {len(lines)} dialogues, {seconds / 3600:.2f} hours of sound, to {out}/manifest.jsonl; "
           f"next: python prepare.py encode --data {out}")
 
@@ -551,8 +568,7 @@ CORPORA = {"librispeech": librispeech, "ljspeech": ljspeech, "conversations": co
 def collect(corpus, source, out):
     """Write out/manifest.jsonl for a corpus as it was downloaded."""
     path = os.path.join(out, "manifest.jsonl")
-    if os.path.exists(path):
-        raise ValueError(f"{path}: is there already; remove it, or name another folder with --out")
+    must_be_new(path)
     n = 0
     with replace_when_done(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
         for n, line in enumerate(tqdm(CORPORA[corpus](os.path.abspath(source)), corpus, unit="line"), 1):
@@ -652,8 +668,7 @@ def mix_in(whole, part, at):
 
 def mix(data, out, conversations, noise, seed):
     """Dialogues of data/manifest.jsonl -> out/manifest.jsonl with recorded conversations."""
-    if os.path.exists(out):
-        raise ValueError(f"{out}: is there already; remove it, or name another folder with --out")
+    must_be_new(out)
     noises = sorted(p for p in glob.glob(os.path.join(noise, "**"), recursive=True) if os.path.isfile(p)) if noise else []
     if noise and not noises:
         raise ValueError(f"{noise}: holds no file of noise")

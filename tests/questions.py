@@ -31,11 +31,11 @@ import prepare  # noqa: E402
 import streams  # noqa: E402
 import train  # noqa: E402
 from chat import Speaker  # noqa: E402
+from eval import KINDS  # noqa: E402
 from model import CONFIGS, FLM  # noqa: E402
 from streams import ROWS  # noqa: E402
 
 DATA, OUT = "data/questions", "out/questions"
-KINDS = ("repeat", "count", "next", "opposite")  # of requests: no stories
 BOTH = {"tts": (1, 1), "asr": (2, 2)}
 FADE = {"asr_response_tts": (0.7, -0.7), "response_tts": (1, 1)}
 ANSWER, ALIGNED = {"response_tts": (1, 1)}, {"word_aligned": (1, 1)}

@@ -1,5 +1,4 @@
 """Turn-taking: agents whose scores are known, scenarios as they are built, folders of conversations."""
-import dataclasses
 import json
 import math
 
