@@ -313,6 +313,16 @@ class FLM(nn.Module):
         load_weights(model, saved["model"], path)
         return model.to(device).eval(), from_fields(Vocab, saved["vocab"], path), saved
 
+    @staticmethod
+    def from_pretrained(folder, context=8192):
+        """(model, its vocabulary) from the FLM-Audio release in `folder` (config.json, *.safetensors), on the CPU. What its silence
+        sounds like is not in there: the codec must tell. Raises ValueError for another kind of model, and for an unknown, missing
+        or misshaped tensor."""
+        config, vocab = read_release_config(folder, context)
+        model = build(config)
+        load_published(model, folder, release_tensors(config))
+        return model, vocab
+
 
 def build(config: FLMConfig, place=None, seed=0):
     """A new model. It is made without memory; place(model) gives it some (default: on the CPU), and only then is it filled, so
@@ -454,9 +464,8 @@ def from_qwen(folder, config: FLMConfig, place=None):
     return model
 
 
-def from_release(folder, context=8192):
-    """The FLM-Audio release in `folder` (config.json, *.safetensors) and its vocabulary; what its silence sounds like the codec
-    must tell. Returns it on the CPU."""
+def read_release_config(folder, context):
+    """(FLMConfig, Vocab) that the release's config.json tells."""
     c = read_config(folder, ("FLMAudio",))
     try:
         depth, ids, mup = c["aud_depthgpt"], c["mm_token_info"], c.get("use_mup", False)
@@ -468,12 +477,9 @@ def from_release(folder, context=8192):
                            input_scale=c["input_mult"] if mup else 1.0,
                            output_scale=c["output_mult"] / c["mup_scale_factor"] if mup else 1.0)
         none = -1  # the release keeps no ids for these
-        vocab = Vocab(c["vocab_size"], ids["text_wait_token_id"], none, none, ids["aud_pad_token_id"], ids["aud_emp_token_id"], ())
+        return config, Vocab(c["vocab_size"], ids["text_wait_token_id"], none, none, ids["aud_pad_token_id"], ids["aud_emp_token_id"], ())
     except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{folder}/config.json: {type(e).__name__}: {e}") from None
-    model = FLM(config)
-    load_published(model, folder, release_tensors(config))
-    return model, vocab
 
 
 @torch.no_grad()

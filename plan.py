@@ -20,7 +20,7 @@ BF16 = {"H200": (989e12, 141e9), "H100": (989e12, 80e9), "A100": (312e12, 80e9),
 class Plan:
     """Bytes are of one GPU, FLOPs of one step of all."""
     parameters: dict  # part -> how many
-    weights: float  # float32, this GPU's slice
+    weights: float  # this GPU's slice: float32, or bfloat16 with --eight-bit
     gathered: float  # bfloat16 copies of what is computed at the moment
     gradients: float
     optimiser: float
@@ -74,8 +74,8 @@ def measure(flm, rows, T, share, bf16):
     return all_of_it.get_total_flops(), size, once.get_total_flops()
 
 
-def plan(config, stage, gpus, bf16=True):
-    """A Plan for one stage of training on so many GPUs."""
+def plan(config, stage, gpus, bf16=True, eight_bit=False):
+    """A Plan for one stage of training on so many GPUs; eight_bit: see train.make_optimizer."""
     with torch.device("meta"):
         flm = model.FLM(config)
     flm.recompute = stage.frames > 1024
@@ -87,20 +87,21 @@ def plan(config, stage, gpus, bf16=True):
     rest = P - block * len(flm.blocks)
     slices = stage.batch / rows
     # One block is computed while the next is fetched; embeddings, head and depth transformer stay for a whole step.
-    gathered = size * (2 * block + rest) if gpus > 1 else size * (block + rest) * bf16
+    gathered = size * (2 * block + rest) if gpus > 1 else size * (block + rest) * (bf16 and not eight_bit)
+    held = 2 if eight_bit else 4
     working = rows * stage.frames * (4 * config.mlp + 8 * config.width) * size + 3 * 4 * min(model.PIECE, rows * stage.frames * config.vocab_size)
-    return Plan(parts_of(flm), 4 * P / gpus, gathered, 4 * P / gpus, 8 * P / gpus, kept + working, stage.batch * stage.frames,
+    return Plan(parts_of(flm), held * P / gpus, gathered, held * P / gpus, 2 * held * P / gpus * (0.5 if eight_bit else 1), kept + working, stage.batch * stage.frames,
                 flops * slices, 3 * forward * slices)
 
 
-def show(name, config, stages, gpus, card, utilisation):
+def show(name, config, stages, gpus, card, utilisation, eight_bit):
     peak, room = BF16[card]
     print(f"{name} on {gpus} x {card}: {peak / 1e12:.0f} TFLOP/s in bfloat16 and {room / 1e9:.0f} GB each (data sheet), "
           f"{utilisation:.0%} of it used (assumed)\n")
     plans = {}
     for i, stage in enumerate(stages):
         same = dataclasses.replace(stage, name="", steps=0, lr=0, lr_end=0, layouts=None)
-        p = plans[same] = plans.get(same) or plan(config, same, gpus)
+        p = plans[same] = plans.get(same) or plan(config, same, gpus, eight_bit=eight_bit)
         if i == 0:
             for part, n in p.parameters.items():
                 print(f"  {part:26} {n / 1e6:10.1f} M parameters")

@@ -154,11 +154,11 @@ class ModelJob:
     """The lines of `prepare.py encode`, made into grids by the layouts, and the loss of Eq. 3."""
     kind = "flm"
 
-    def __init__(self, config, data, device, init=None, seed=1):
-        """init: a folder with Qwen2.5's weights to start from, instead of from nothing."""
+    def __init__(self, config, data, device, init=None, seed=1, eight_bit=False):
+        """init: a folder with Qwen2.5's weights to start from, instead of from nothing. eight_bit: see make_optimizer."""
         meta, lines, self.codes = read_encoded(data)
         self.vocab = Vocab.own(meta["text_size"], meta["codebook_size"], tuple(map(tuple, meta["silence"])))
-        place = lambda m: parallel.place(m, device, device != "cpu")
+        place = lambda m: parallel.place(m.bfloat16() if eight_bit else m, device, device != "cpu")
         if init:
             self.model = model.from_qwen(init, dataclasses.replace(config, empty=self.vocab.empty), place)
         else:
@@ -415,6 +415,18 @@ def slices_of_a_batch(device):
     return 1 << min(2, (os.cpu_count() or 1).bit_length() - 1) if device == "cpu" else 1
 
 
+def make_optimizer(groups, eight_bit):
+    """AdamW; with eight_bit its states have eight bits a number, and the weights are bfloat16, to which each update is rounded up
+    or down by chance: 6 bytes a parameter with its gradient, instead of 16."""
+    if not eight_bit:
+        return torch.optim.AdamW(groups, lr=0, betas=(0.9, 0.98), fused=True)
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError:
+        raise ValueError("--eight-bit needs the extra 'eightbit': pip install '.[eightbit]'") from None
+    return AdamW8bit(groups, lr=torch.tensor(0.0), betas=(0.9, 0.98), bf16_stochastic_round=True)
+
+
 class Run:
     """A job on its way through the stages, kept in the folder `out`: checkpoint.pt, log.jsonl, and what else chat.py needs."""
 
@@ -424,7 +436,7 @@ class Run:
         self.params = [p for p in job.modules.parameters() if p.requires_grad]
         groups = [{"params": [p for p in self.params if p.ndim > 1], "weight_decay": 0.05},
                   {"params": [p for p in self.params if p.ndim <= 1], "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=0, betas=(0.9, 0.98), fused=True)
+        self.optimizer = make_optimizer(groups, self.params[0].dtype == torch.bfloat16)
         # where it stands: steps of each stage (None: not known yet), the stage, the step in it, the step of all
         self.at = {"plan": [None if minutes else s.steps for s in stages], "stage": 0, "step": 0, "total": 0,
                    "bf16": bf16_is_faster(job.device), "slices": max(slices_of_a_batch(job.device), parallel.world())}
@@ -517,7 +529,7 @@ class Run:
         if self.at["stage"] == 0:
             lr *= min(1, (self.at["step"] + 1) / WARMUP)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = torch.tensor(lr) if torch.is_tensor(group["lr"]) else lr
         n = max(min(self.at["slices"], stage.batch), stage.batch // (stage.rows or stage.batch))
         if n % parallel.world():
             raise ValueError(f"a batch in {n} slices cannot be shared by {parallel.world()} processes")
@@ -696,6 +708,16 @@ def plot(folder):
     return path
 
 
+def export(out, folder):
+    """The model in the folder `out` in the layout of the FLM-Audio release, with its tokeniser. Returns the folder."""
+    flm, vocab, _ = FLM.load(os.path.join(out, "checkpoint.pt"))
+    os.makedirs(folder, exist_ok=True)
+    model.export_release(flm, vocab, folder)
+    with mimi.replace_when_done(os.path.join(folder, "tokenizer.json")) as temporary:
+        shutil.copyfile(os.path.join(out, "tokenizer.json"), temporary)
+    return folder
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="tiny", choices=STAGES)
@@ -704,6 +726,8 @@ def main():
     parser.add_argument("--init", help="folder with Qwen2.5's weights, as published: start from this language model; the data "
                         "must be encoded with its tokeniser")
     parser.add_argument("--minutes", type=float, help="train about so long on this machine instead of the table's steps")
+    parser.add_argument("--eight-bit", action="store_true", help="weights in bfloat16, optimiser in 8 bits: a third of the memory, in "
+                        "one process")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -711,6 +735,7 @@ def main():
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--card", default="H100", choices=plan.BF16)
     parser.add_argument("--utilisation", type=float, default=0.4, help="share of the card's peak that --plan counts on")
+    parser.add_argument("--export", metavar="FOLDER", help="train nothing: write the model in --out as the FLM-Audio release is laid out")
     parser.add_argument("--plot", metavar="FOLDER", help="train nothing: draw the losses of the run in this folder")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -720,15 +745,18 @@ def main():
         if args.plan:
             if args.config == "codec":
                 raise ValueError("--plan is for a model")
-            return plan.show(args.config, model.CONFIGS[args.config], STAGES[args.config], args.gpus, args.card, args.utilisation)
+            return plan.show(args.config, model.CONFIGS[args.config], STAGES[args.config], args.gpus, args.card, args.utilisation,
+                             args.eight_bit)
+        out = args.out or f"out/{args.config}"
+        if args.export:
+            return print(f"Wrote {export(out, args.export)}")
         args.device = parallel.begin(args.device)
+        if parallel.together() and (args.config == "codec" or args.eight_bit):
+            raise ValueError(f"{'--eight-bit' if args.eight_bit else 'the codec'} trains in one process, without torchrun")
         if args.config == "codec":
-            if parallel.together():
-                raise ValueError("the codec trains in one process, without torchrun")
             job = CodecJob(mimi.CONFIGS["tiny"], args.data or "data/toy", args.device)
         else:
-            job = ModelJob(model.CONFIGS[args.config], args.data or "data/toy/encoded", args.device, args.init, args.seed)
-        out = args.out or f"out/{args.config}"
+            job = ModelJob(model.CONFIGS[args.config], args.data or "data/toy/encoded", args.device, args.init, args.seed, args.eight_bit)
         path = train(job, STAGES[args.config], out, args.minutes, args.resume, args.seed)
     except Stopped as e:
         sys.exit(str(e))

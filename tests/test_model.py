@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import model
-from model import (CONFIGS, FLM, FLMConfig, Sampling, export_release, from_qwen, from_release, loss_parts, qwen_tensors,
+from model import (CONFIGS, FLM, FLMConfig, Sampling, export_release, from_qwen, loss_parts, qwen_tensors,
                    sample)
 from streams import K, LISTEN, ROWS, SPEAK, TEXT, Vocab
 
@@ -226,7 +226,7 @@ def test_the_release_computes_what_it_should():
     """golden.npz: what the release's own code computed from a small random checkpoint, in float32."""
     pytest.importorskip("safetensors")
     golden = {name: torch.from_numpy(x) for name, x in np.load(os.path.join(RELEASE, "golden.npz")).items()}
-    model, vocab = from_release(RELEASE)
+    model, vocab = FLM.from_pretrained(RELEASE)
     assert (vocab.wait, vocab.empty, vocab.codebook_size) == (130, 33, 32)
     grid = torch.cat([golden["text"][:, None], golden["speak"].mT, golden["listen"].mT], 1)
     with torch.no_grad():
@@ -238,11 +238,11 @@ def test_the_release_computes_what_it_should():
 
 def test_what_is_exported_is_what_was_loaded(tmp_path):
     load_file = pytest.importorskip("safetensors.torch").load_file
-    model, vocab = from_release(RELEASE)
+    model, vocab = FLM.from_pretrained(RELEASE)
     export_release(model, vocab, str(tmp_path))
     before, after = load_file(RELEASE + "/model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
-    again, same = from_release(str(tmp_path))
+    again, same = FLM.from_pretrained(str(tmp_path))
     assert same == vocab and again.config == model.config
 
 

@@ -49,3 +49,11 @@ def test_the_command():
     assert "fits in 24" in out and "fine-tuning 2" in out and "GFLOP a frame" in out
     code, _, err = run("train.py", "--config", "codec", "--plan")
     assert code == 1 and "--plan is for a model" in err
+
+
+def test_eight_bits_let_7b_fit_on_one_card():
+    for extra, fits in ((["--card", "H100"], False), (["--card", "H100", "--eight-bit"], True)):
+        code, out, err = run("train.py", "--config", "7b", "--plan", *extra)
+        assert code == 0 and ("does not fit" not in out) == fits, out + err
+    code, out, err = run("train.py", "--config", "0.5b", "--plan", "--card", "4090")
+    assert code == 0 and "fits in 24" in out

@@ -293,3 +293,35 @@ def test_training_may_start_from_a_language_model(world, tmp_path):
     as_qwen(small, tmp_path, "model.", "qwen2")
     with pytest.raises(ValueError, match="has 200 words, fewer than"):
         ModelJob(FLM, str(world / "toy/encoded"), "cpu", str(tmp_path))
+
+
+def test_a_trained_model_is_exported_as_the_release_is_laid_out(world, tmp_path):
+    pytest.importorskip("safetensors")
+    code, out, err = run("train.py", "--out", world / "flm", "--export", tmp_path / "x")
+    assert code == 0 and f"Wrote {tmp_path}/x" in out, err
+    ours, theirs = model.FLM.load(str(world / "flm/checkpoint.pt"))[0], model.FLM.from_pretrained(str(tmp_path / "x"))[0]
+    a, b = ours.state_dict(), theirs.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    load_tokenizer(str(tmp_path / "x/tokenizer.json"))
+
+
+def test_eight_bits_need_the_extra(world, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    code, _, err = run("train.py", "--data", world / "toy/encoded", "--out", tmp_path / "o", "--eight-bit", "--device", "cpu")
+    assert code == 1 and "pip install '.[eightbit]'" in err
+
+
+@pytest.mark.slow
+def test_eight_bits_learn_and_go_on(world, tmp_path):
+    """bfloat16 weights and 8-bit states: the loss falls, and a run goes on from its checkpoint."""
+    pytest.importorskip("torchao")
+    stage = Stage("one", 30, 2, 3e-3, 3e-3, 48, {"tts": (1, 1)}, wait=0.3)
+    job = lambda: ModelJob(FLM, str(world / "toy/encoded"), "cpu", eight_bit=True)
+    train.train(job(), [stage], str(tmp_path / "o"))
+    lines = [json.loads(line) for line in open(tmp_path / "o/log.jsonl")]
+    first, *_, last = [e["loss"] for e in lines if e.get("split") is None]
+    assert last < first - 0.3
+    r = train.Run(job(), [dataclasses.replace(stage, steps=40)], str(tmp_path / "o"), resume=True)
+    assert r.at["total"] == 30
+    loss, _, _ = r.step(stage, 0.5)
+    assert loss < first - 0.3 and next(r.job.modules.parameters()).dtype == torch.bfloat16
