@@ -116,6 +116,15 @@ def put(grid, rows, t, values):
         grid[rows, t:t + n] = np.asarray(values[:n]).T
 
 
+def language(turns, v):
+    """Before any sound: a dialogue as text alone, written as ASR-Response-TTS will write it. The paper starts from a language
+    model; a model that starts from nothing gets its language here."""
+    text = [token for user, model in turns for token in (v.asr, *user.tokens, v.answer, *model.tokens, v.wait)]
+    grid = blank(len(text), v, v.empty)
+    put(grid, TEXT, 0, text)
+    return grid
+
+
 def tts(u, v):
     """Post-training, TTS style: the sentence, then its sound two frames after the start of the text."""
     grid = blank(max(len(u.tokens), TEXT_LEAD + len(u.codes)), v, v.empty)
@@ -267,6 +276,7 @@ def main():
     user, model, other = said([0, 1], 11, 4), said([2, 3, 4], 31, 9, [0, 3, 6]), said([5], 51, 3)
     print(main.__doc__)
     for title, grid in (
+            ("Language alone (before, for a model from nothing)", language([(user, model)], v)),
             ("TTS style (post-training)", tts(model, v)),
             ("ASR style (post-training)", asr(user, v)),
             ("ASR-Response-TTS (fine-tuning 1)", asr_response_tts([(user, model)], [1], v)),

@@ -62,6 +62,7 @@ class Stage:
     sources: tuple = (1.0, 1.0)  # how often a recording that a machine wrote down is used, and one that a person did
 
 
+LANGUAGE = {"language": (1, 1)}  # instead of the language model that the paper starts from
 POST = {"tts": (1, 1), "asr": (1, 1)}
 FINE_1 = {"asr_response_tts": (1, 1)}
 FINE_2 = {"response_tts": (0.3, 0.3), "free_response_tts": (0.7, 0.7), "recorded": (1, 1)}  # what the data has of them
@@ -80,12 +81,14 @@ STAGES = {
         Stage("codec", 4400, 4, 1.5e-3, 0),
     ),
     "tiny": (
-        Stage("post-training 1", 600, 8, 1.5e-3, 1.5e-3, 128, POST_TINY, **TOY),
-        Stage("post-training 2", 200, 8, 1.5e-3, 1.5e-3, 128, POST_TINY, **TOY),
+        Stage("language", 700, 8, 1.5e-3, 1.5e-3, 128, LANGUAGE, wait=1.0),
+        Stage("post-training 1", 400, 8, 1.5e-3, 1.5e-3, 128, POST_TINY, **TOY),
+        Stage("post-training 2", 100, 8, 1.5e-3, 1.5e-3, 128, POST_TINY, **TOY),
         Stage("fine-tuning 1", 1000, 8, 1.5e-3, 1.5e-3, 128, FINE_1, **TOY),
         Stage("fine-tuning 2", 2200, 4, 1.5e-3, 0, 256, FADE_2, **TOY),  # long rows: stories
     ),
     "small": (  # one GPU
+        Stage("language", 300, 32, 6e-4, 6e-4, 256, LANGUAGE, wait=1.0),
         Stage("post-training 1", 600, 32, 6e-4, 6e-4, 256, POST_TINY, **TOY),
         Stage("post-training 2", 100, 32, 6e-4, 6e-4, 256, POST_TINY, **TOY),
         Stage("fine-tuning 1", 700, 32, 6e-4, 6e-4, 256, FINE_1, **TOY),
@@ -231,6 +234,8 @@ class ModelJob:
         if len(turns) == 1:  # several short ones after each other
             turns = turns + [t for _ in range(rng.randint(0, 2)) for t in rng.choice(sources)]
         turns = [(self.utterance(a, rng), self.utterance(b, rng)) for a, b in turns]
+        if layout == "language":
+            return streams.language(turns, v)
         gaps = [rng.randint(2, 20) for _ in turns]
         if layout != "free_response_tts":
             grid = getattr(streams, layout)(turns, gaps, v)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from streams import (K, LISTEN, ROWS, SPEAK, TEXT, Utterance, Vocab, asr, asr_response_tts, delay, free_response_tts,
-                     load_tokenizer, make_tokenizer, pack, recorded, response_tts, tts, undelay, word_aligned)
+                     language, load_tokenizer, make_tokenizer, pack, recorded, response_tts, tts, undelay, word_aligned)
 
 # words 0..9, <wait> W, <asr> A, <answer> R; sounds 0..63, empty E; silence begins with 1, then is 0 for ever
 W, A, R, E = 10, 11, 12, 64
@@ -34,6 +34,13 @@ def check(grid, text, speak, listen):
 
 def test_the_specials_are_the_last_three():
     assert (V.wait, V.asr, V.answer, V.empty) == (W, A, R, E)
+
+
+def test_language_alone():
+    check(language([(USER, MODEL), (said([8], 40, 2), said([9], 50, 2))], V),
+          text=[A, 3, 4, R, 5, 6, 7, W, A, 8, R, 9, W],
+          speak=[E] * 13,
+          listen=[E] * 13)
 
 
 def test_tts_style():
