@@ -13,10 +13,7 @@ import os
 import shutil
 
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+import torch.distributed as dist  # its parts are imported where they are used: they take a second, also of who has one process
 
 from mimi import load_checkpoint, replace_when_done
 
@@ -53,6 +50,8 @@ def place(model, device, bf16):
     """Give a model that was made on the meta device memory on `device`: all of it, or this process's slices of it. It is not
     filled yet: see fill."""
     if together():
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         mesh = init_device_mesh(torch.device(device).type, (world(),))
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
         for block in (*model.blocks, model.depth):
@@ -67,14 +66,20 @@ def place(model, device, bf16):
 def in_slices(model):
     """Drop what is still gathered whole from the last forward pass: the model's parameters are slices again."""
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if hasattr(module, "reshard"):
             module.reshard()
+
+
+def is_slice(x):
+    """Whether a tensor is a DTensor, of which this process holds some rows."""
+    return hasattr(x, "placements")
 
 
 @torch.no_grad()
 def fill(parameter, values):
     """Set a parameter, or the slice of it that is here, from all of its values."""
-    if isinstance(parameter, DTensor):
+    if is_slice(parameter):
+        from torch.distributed.tensor import distribute_tensor
         values = distribute_tensor(values.to(parameter.device, parameter.dtype), parameter.device_mesh, parameter.placements,
                                    src_data_rank=None)
     parameter.copy_(values)
@@ -102,7 +107,7 @@ def any_of(here):
 
 
 def local(x):
-    return x.to_local() if isinstance(x, DTensor) else x
+    return x.to_local() if is_slice(x) else x
 
 
 def newest(out):
@@ -149,7 +154,7 @@ def restore(files, tensors):
             mine.copy_(parts[0])
             continue
         rows = sum(len(p) for p in parts)
-        at = min(rows, rank() * -(-rows // world())) if isinstance(x, DTensor) else 0
+        at = min(rows, rank() * -(-rows // world())) if is_slice(x) else 0
         if tuple(x.shape) != (rows, *parts[0].shape[1:]):
             raise ValueError(f"{name}: is {(rows, *parts[0].shape[1:])} in the checkpoint, {tuple(x.shape)} here")
         begin = 0
