@@ -611,7 +611,7 @@ class Run:
         return sums
 
 
-CALIBRATION = 30  # steps by which --minutes learns the speed of the machine
+CALIBRATION = (30, 300)  # steps after which --minutes reckons how many there will be; the first ones read files and are slow
 
 
 def train(job, stages, out, minutes=None, resume=False, seed=1, save_every=60.0):
@@ -629,8 +629,8 @@ def train(job, stages, out, minutes=None, resume=False, seed=1, save_every=60.0)
             while plan is None or at["step"] < plan:
                 loss, parts, lr = run.step(stage, at["step"] / plan if plan else 0.0)
                 bar.update()
-                if plan is None and at["step"] >= first + CALIBRATION:
-                    each = parallel.mean(torch.tensor((time.monotonic() - begun) / CALIBRATION, device=loss.device)).item()
+                if minutes and at["step"] - first in CALIBRATION and (plan is None or not first):
+                    each = parallel.mean(torch.tensor((time.monotonic() - begun) / (at["step"] - first), device=loss.device)).item()
                     share = stage.steps / sum(s.steps for s in stages)
                     plan = at["plan"][at["stage"]] = max(at["step"], round(60 * minutes * share / each))
                     bar.total = plan
