@@ -221,7 +221,7 @@ def converse_all(speaker, sounds, seed, what, rows=50):
     padded = [torch.stack([F.pad(x, (0, max(map(len, part)) - len(x))) for x in part]) for part in some]
     bar = tqdm(total=sum(-(-x.shape[1] // FRAME) for x in padded), desc=f"{what}, {len(sounds)}", unit="frame", leave=False)
     with ThreadPoolExecutor(cores, initializer=one_thread, initargs=(speaker,)) as pool:
-        talks = pool.map(lambda x: speaker.converse(x, seed, each=lambda t, text: bar.update()), padded)
+        talks = pool.map(lambda x, i: speaker.converse(x, seed + i, each=lambda t, text: bar.update()), padded, range(0, len(sounds), rows))
         out = [(t[:-(-len(x) // FRAME)], y[:len(x)]) for part, (text, said) in zip(some, talks) for x, t, y in zip(part, text, said)]
     bar.close()
     return out

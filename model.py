@@ -562,34 +562,3 @@ def in_pieces(f, x, y, size):
 
 def mean_where(x, mask):
     return (x * mask).sum() / mask.sum().clamp(min=1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# sampling
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to draw one token from logits. temperature 0 is greedy."""
-    temperature: float = 0.0
-    top_k: int = 0  # 0: all
-    top_p: float = 1.0
-    penalty: float = 1.0  # logits of the last tokens are divided (if negative multiplied) by it
-
-
-def sample(logits, s: Sampling, generator=None, recent=None):
-    """logits (B, V) -> tokens (B,). recent (B, n): the tokens that the repetition penalty is for; -1 is none."""
-    logits = logits.float()
-    if recent is not None and s.penalty != 1:
-        known = F.one_hot(recent + 1, logits.shape[1] + 1).amax(1)[:, 1:] > 0  # (B, V); the first column is "none"
-        logits = torch.where(known, torch.where(logits > 0, logits / s.penalty, logits * s.penalty), logits)
-    if s.temperature == 0:
-        return logits.argmax(-1)
-    logits = logits / s.temperature
-    if s.top_k:
-        logits = logits.masked_fill(logits < logits.topk(min(s.top_k, logits.shape[-1])).values[:, -1:], float("-inf"))
-    if s.top_p < 1:
-        ranked, order = logits.softmax(-1).sort(-1, descending=True)
-        drop = ranked.cumsum(-1) - ranked >= s.top_p  # what lies behind the first p of the probability
-        logits = logits.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), float("-inf"))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]

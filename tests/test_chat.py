@@ -9,7 +9,7 @@ import torch
 from chat import Speaker, Transcript, draw, yields
 from conftest import run
 from mimi import FRAME, read_audio
-from model import Sampling
+from kernels.sampling import Sampling
 from streams import LISTEN, SPEAK, TEXT, delay
 
 
@@ -133,6 +133,16 @@ def test_a_second_conversation_equals_the_first_and_seeds_matter(world):
     x = torch.zeros(1, 8 * FRAME)
     a, b, c = speaker.converse(x, seed=1)[0], speaker.converse(x, seed=1)[0], speaker.converse(x, seed=2)[0]
     assert torch.equal(a, b) and not torch.equal(a, c)
+    both = speaker.converse(x.repeat(2, 1), seed=1)[0]
+    assert torch.equal(both, torch.cat([a, c])), "alone or among others, a conversation draws the same"
+
+
+def test_logits_that_are_not_numbers_stop_the_conversation(world):
+    speaker = Speaker(str(world / "flm"))
+    with torch.no_grad():
+        speaker.model.head.weight[3] = float("nan")
+    with pytest.raises(ValueError, match="not numbers"):
+        speaker.converse(torch.zeros(1, 3 * FRAME))
 
 
 def test_the_transcript_joins_bytes_to_characters(world):

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import model
-from model import (CONFIGS, FLM, FLMConfig, Sampling, export_release, from_qwen, from_release, loss_parts, qwen_tensors,
-                   sample)
+from model import (CONFIGS, FLM, FLMConfig, export_release, from_qwen, from_release, loss_parts, qwen_tensors)
 from streams import K, LISTEN, ROWS, SPEAK, TEXT, Vocab
 
 C = FLMConfig(layers=2, width=32, heads=4, kv_heads=2, mlp=48, depth_layers=2, depth_width=16, depth_heads=2,
@@ -167,33 +166,6 @@ def test_sizes():
         m = FLM(CONFIGS["7b"])
     qwen = sum(p.numel() for part in (m.text, m.blocks, m.norm, m.head) for p in part.parameters())
     assert qwen == 7_615_616_512  # Qwen2.5-7B
-
-
-def test_greedy_and_seeds():
-    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
-    assert sample(logits, Sampling()).tolist() == logits.argmax(-1).tolist()
-    hot = Sampling(temperature=1.5)
-    draws = [sample(logits, hot, torch.Generator().manual_seed(s)).tolist() for s in (1, 1, 2)]
-    assert draws[0] == draws[1] != draws[2]
-
-
-@pytest.mark.parametrize("s, allowed", [(Sampling(1.0, top_k=2), {0, 1}), (Sampling(1.0, top_p=0.7), {0, 1}),
-                                        (Sampling(1.0, top_k=3, top_p=0.5), {0}), (Sampling(1.0), {0, 1, 2, 3})])
-def test_top_k_and_top_p(s, allowed):
-    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(4000, 1)
-    drawn = sample(logits, s, torch.Generator().manual_seed(0))
-    assert set(drawn.tolist()) == allowed
-    p = torch.zeros(4)
-    p[list(allowed)] = logits[0].exp()[list(allowed)]
-    assert (drawn.bincount(minlength=4) / 4000 - p / p.sum()).abs().max() < 0.03
-
-
-def test_repetition_penalty_looks_at_the_window_only():
-    logits = torch.tensor([[2.0, 1.9, -1.0]])
-    s = Sampling(penalty=1.5)
-    assert sample(logits, s, recent=torch.tensor([[-1, -1]])).item() == 0
-    assert sample(logits, s, recent=torch.tensor([[0, -1]])).item() == 1, sample(logits, s, recent=torch.tensor([[0, -1]]))
-    assert sample(torch.tensor([[-1.0, -1.2]]), s, recent=torch.tensor([[0]])).item() == 1  # negative: further down
 
 
 def test_attention_of_the_cpu_is_that_of_torch(flm):
