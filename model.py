@@ -65,11 +65,11 @@ CONFIGS = {
 
 def attend(q, k, v, mask=None):
     """Scaled dot-product attention. q (B, H, T, E), k and v (B, G, S, E), mask (..., T, S): True where it may look; without one,
-    at itself and what is before it."""
-    if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
-    # On a CPU and for short sequences the plain formula is twice as fast.
+    at itself and what is before it, so the last one at all."""
     B, H, T, E = q.shape
+    if q.device.type != "cpu" or T == 1:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=H != k.shape[1])
+    # On a CPU and for short sequences the plain formula is twice as fast.
     mask = torch.ones(T, T, dtype=torch.bool).tril() if mask is None else mask
     q = q.reshape(B, k.shape[1], H // k.shape[1] * T, E)  # the heads that share keys stand above one another: (B, G, H/G * T, E)
     scores = (q @ k.mT).view(B, H, T, k.shape[2]) * E ** -0.5
@@ -78,10 +78,11 @@ def attend(q, k, v, mask=None):
 
 
 def rotary(position, E, base):
-    """cos and sin, (*position.shape, E), by which queries and keys are turned."""
+    """cos and sin, (*position.shape, E), by which queries and keys are turned. The angles are float64: an hour of conversation is
+    45,000 frames, where float32 would be off by up to 0.002, and ever more."""
     rate = base ** (-torch.arange(0, E, 2, device=position.device, dtype=torch.float32) / E)
-    angle = (position[..., None] * rate).repeat(*[1] * position.ndim, 2)
-    return angle.cos(), angle.sin()
+    angle = (position[..., None].double() * rate).repeat(*[1] * position.ndim, 2)
+    return angle.cos().float(), angle.sin().float()
 
 
 def rotate(x, cos, sin):
@@ -118,8 +119,8 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, mask=None, remember=None):
         """x (B, T, D). mask: see attend. remember, if given, takes the new keys and values and returns all that attention shall see."""
         B, T, _ = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(B, T, -1, self.E).transpose(1, 2).split([self.H, self.G, self.G], 1)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        qk, v = self.qkv(self.norm1(x)).view(B, T, -1, self.E).transpose(1, 2).split([self.H + self.G, self.G], 1)
+        q, k = rotate(qk, cos, sin).split([self.H, self.G], 1)
         if remember:
             k, v = remember(k, v)
         x = x + self.out(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, -1))
@@ -142,13 +143,14 @@ class DepthBlock(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(K, W, 2 * hidden))
         self.down = nn.Parameter(torch.empty(K, hidden, W))
 
-    def forward(self, x, k0, mask, remember=None):
-        """x (N, n, W): positions k0 to k0 + n of N frames."""
+    def forward(self, x, k0, past):
+        """x (N, n, W): positions k0 to k0 + n of N frames. past: keys and values of those before, [(N, 2H, n, E), ...], to which
+        these are added."""
         N, n, W = x.shape
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3 * self.H, W // self.H)).transpose(1, 2).chunk(3, 1)
-        if remember:
-            k, v = remember(k, v)
-        x = x + self.out(attend(q, k, v, mask).transpose(1, 2).reshape(N, n, W))
+        q, kv = self.qkv(self.norm1(x)).view(N, n, 3 * self.H, -1).transpose(1, 2).split([self.H, 2 * self.H], 1)
+        past.append(kv)
+        k, v = (torch.cat(past, 2) if past[1:] else kv).chunk(2, 1)
+        x = x + self.out(attend(q, k, v).transpose(1, 2).reshape(N, n, W))
         y = self.norm2(x).transpose(0, 1)  # (n, N, W): one matrix product for each position
         gate, up = (y @ self.gate_up[k0:k0 + n].to(y.dtype)).chunk(2, -1)
         return x + ((F.silu(gate) * up) @ self.down[k0:k0 + n].to(y.dtype)).transpose(0, 1)
@@ -173,24 +175,19 @@ class Depth(nn.Module):
         seen = torch.cat([torch.full_like(codes[:, :1], self.empty), codes[:, :-1]], 1)
         x = torch.stack([e(seen[:, k]) for k, e in enumerate(self.codes)], 1)
         x = x + self.from_h(h).unflatten(-1, self.positions.shape) + self.positions
-        mask = torch.ones(K, K, dtype=torch.bool, device=h.device).tril()
         for block in self.blocks:
-            x = block(x, 0, mask)
+            x = block(x, 0, [])
         return (self.norm(x).transpose(0, 1) @ self.heads.to(h.dtype)).transpose(0, 1)
 
     def generate(self, h, draw):
         """h (B, D) -> codes (B, K), each drawn by draw(logits (B, A), k) -> (B,) and shown to the next position."""
-        cache = [[None, None] for _ in self.blocks]
+        pasts = [[] for _ in self.blocks]
         from_h = self.from_h(h).unflatten(-1, self.positions.shape)
         code, codes = torch.full_like(h[:, 0], self.empty, dtype=torch.long), []
         for k in range(K):
             x = (self.codes[k](code) + from_h[:, k] + self.positions[k])[:, None]
-            mask = torch.ones(1, k + 1, dtype=torch.bool, device=h.device)
-            for block, past in zip(self.blocks, cache):
-                def remember(*new, past=past):
-                    past[:] = [y if p is None else torch.cat([p, y], 2) for p, y in zip(past, new)]
-                    return past
-                x = block(x, k, mask, remember)
+            for block, past in zip(self.blocks, pasts):
+                x = block(x, k, past)
             code = draw(self.norm(x[:, 0]) @ self.heads[k], k)
             codes.append(code)
         return torch.stack(codes, 1)
@@ -207,10 +204,10 @@ def drawn_for(name, seed, device):
 
 @dataclass
 class State:
-    """The memory of B conversations: a ring of the last C frames' keys and values, (layers, B, G, C, E) each, and how
+    """The memory of B conversations: for each layer a ring of the last C frames' keys and values, (B, G, C, E) each, and how
     many frames each conversation has had, (B,)."""
-    keys: torch.Tensor
-    values: torch.Tensor
+    keys: list
+    values: list
     position: torch.Tensor
 
 
@@ -279,8 +276,8 @@ class FLM(nn.Module):
 
     def init_state(self, B):
         c, w = self.config, self.head.weight
-        shape = (c.layers, B, c.kv_heads, c.context, c.width // c.heads)
-        return State(w.new_zeros(shape), w.new_zeros(shape), torch.zeros(B, dtype=torch.long, device=w.device))
+        keys, values = ([w.new_zeros(B, c.kv_heads, c.context, c.width // c.heads) for _ in self.blocks] for _ in range(2))
+        return State(keys, values, torch.zeros(B, dtype=torch.long, device=w.device))
 
     def hidden_step(self, column, state):
         """One frame: column (B, 17) -> h (B, D). The state moves on by one frame; what is older than the context is

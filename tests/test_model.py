@@ -70,7 +70,20 @@ def test_the_cache_is_a_ring(flm):
             if t >= 80 - C.context:
                 b = one.hidden_step(x[..., t], short)
     assert (a - b).abs().max() < 1e-4
-    assert long.keys.shape == short.keys.shape == (1, 1, 2, C.context, 8)
+    assert long.keys[0].shape == short.keys[0].shape == (1, 2, C.context, 8)
+
+
+@pytest.mark.parametrize("hours", [1, 1000])
+def test_after_hours_positions_are_as_exact_as_at_first(hours):
+    one = FLM(dataclasses.replace(C, layers=1)).eval()
+    with torch.no_grad():
+        one.blocks[0].qkv.weight.mul_(20)  # attention that depends on the position
+        early, late = one.init_state(1), one.init_state(1)
+        late.position += hours * 45_000
+        for t in range(2 * C.context):
+            x = grid(1, 1, t)[..., 0]
+            a, b = one.hidden_step(x, early), one.hidden_step(x, late)
+    assert (a - b).abs().max() < 1e-5
 
 
 def test_members_of_a_batch_are_independent(flm):
