@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import mimi
-from bench_mimi import capture
 from conftest import run
+from engine import capture
 from mimi import FRAME, SAMPLE_RATE, Mimi, MimiConfig, read_audio, resample, restore, tensors, write_audio
 from test_mimi_reference import GOLDEN, sound as reference_sound
 from test_mimi_reference import SMALL as GOLDEN_CONFIG
@@ -148,7 +148,7 @@ def test_a_captured_step_is_the_same(codec):
     codec.cuda()
     wav = sound(2, 8).cuda()
     codes, state = codec.encode(wav), codec.init_state(2)
-    step = capture(codec.encode_step, wav[..., :FRAME].clone(), state)
+    step = capture(lambda w: codec.encode_step(w, state), wav[..., :FRAME].clone(), state)
     got = torch.cat([step(w).clone() for w in wav.split(FRAME, -1)], -1)
     assert (got == codes).float().mean() > 0.99
 
