@@ -42,7 +42,7 @@ class FLMConfig:
     depth_heads: int
     vocab_size: int  # text tokens, with <wait>, <asr>, <answer>
     empty: int  # the last entry of an embedding of sound, for no sound at all; those before it are the codec's codes
-    context: int  # frames that attention sees
+    context: int  # frames that attention sees: as many as a row of training has, for it has not learned to look further back
     tied: bool = False  # text head = text embedding
     rope_base: float = 1e6
     norm_eps: float = 1e-6
@@ -51,8 +51,8 @@ class FLMConfig:
 
 
 CONFIGS = {
-    "tiny": FLMConfig(4, 192, 4, 2, 512, 2, 64, 2, vocab_size=512, empty=256, context=512, rope_base=1e4),
-    "small": FLMConfig(12, 768, 12, 4, 2304, 4, 512, 8, vocab_size=512, empty=256, context=2048, rope_base=1e4),
+    "tiny": FLMConfig(4, 192, 4, 2, 512, 2, 64, 2, vocab_size=512, empty=256, context=256, rope_base=1e4),
+    "small": FLMConfig(12, 768, 12, 4, 2304, 4, 512, 8, vocab_size=512, empty=256, context=256, rope_base=1e4),
     # Qwen2.5's sizes, with the depth transformer of the FLM-Audio release
     "0.5b": FLMConfig(24, 896, 14, 2, 4864, 6, 1024, 16, vocab_size=151936, empty=2048, context=8192, tied=True),
     "7b": FLMConfig(28, 3584, 28, 4, 18944, 6, 1024, 16, vocab_size=152064, empty=2048, context=8192),

@@ -73,6 +73,13 @@ def test_the_cache_is_a_ring(flm):
     assert long.keys[0].shape == short.keys[0].shape == (1, 2, C.context, 8)
 
 
+def test_attention_sees_what_it_has_learned_to_see():
+    """A conversation may be longer than any row of training; attention over more than such a row breaks the answers."""
+    from train import STAGES
+    for name, c in CONFIGS.items():
+        assert c.context == max(s.frames for s in STAGES[name]), name
+
+
 @pytest.mark.parametrize("hours", [1, 1000])
 def test_after_hours_positions_are_as_exact_as_at_first(hours):
     one = FLM(dataclasses.replace(C, layers=1)).eval()
