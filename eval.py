@@ -1,4 +1,4 @@
-"""Does it hear, speak, take turns? Conversations frame by frame through chat.py's path, and recordings of any other system.
+"""Does it hear, speak, take turns? Conversations frame by frame through engine.py, and recordings of any other system.
 
     python eval.py --checkpoint out/tiny                         answers, hearing, and FLEXI's scenarios, 200 items each
     python eval.py --checkpoint out/tiny --smoke                 the scenarios with 20 items

@@ -65,10 +65,12 @@ CONFIGS = {
 
 def attend(q, k, v, mask=None):
     """Scaled dot-product attention. q (B, H, T, E), k and v (B, G, S, E), mask (..., T, S): True where it may look; without one,
-    at itself and what is before it, so the last one at all."""
+    at itself and what is before it; if T is 1, at all."""
     B, H, T, E = q.shape
-    if q.device.type != "cpu" or T == 1:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=H != k.shape[1])
+    if T == 1:  # the heads that share keys are as many queries, which see the same
+        return F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, E), k, v, attn_mask=mask).reshape(B, H, T, E)
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=H != k.shape[1])
     # On a CPU and for short sequences the plain formula is twice as fast.
     mask = torch.ones(T, T, dtype=torch.bool).tril() if mask is None else mask
     q = q.reshape(B, k.shape[1], H // k.shape[1] * T, E)  # the heads that share keys stand above one another: (B, G, H/G * T, E)
@@ -182,10 +184,10 @@ class Depth(nn.Module):
     def generate(self, h, draw):
         """h (B, D) -> codes (B, K), each drawn by draw(logits (B, A), k) -> (B,) and shown to the next position."""
         pasts = [[] for _ in self.blocks]
-        from_h = self.from_h(h).unflatten(-1, self.positions.shape)
+        given = self.from_h(h).unflatten(-1, self.positions.shape) + self.positions
         code, codes = torch.full_like(h[:, 0], self.empty, dtype=torch.long), []
         for k in range(K):
-            x = (self.codes[k](code) + from_h[:, k] + self.positions[k])[:, None]
+            x = (self.codes[k](code) + given[:, k])[:, None]
             for block, past in zip(self.blocks, pasts):
                 x = block(x, k, past)
             code = draw(self.norm(x[:, 0]) @ self.heads[k], k)
