@@ -67,12 +67,11 @@ class Speaker:
 
     def begin(self, seeds):
         """The memory at the start of len(seeds) conversations."""
-        B = len(seeds)
-        v, full = self.vocab, lambda *shape: torch.full(shape, self.vocab.empty, device=self.device)
-        speak = full(B, K)
-        speak[:, ~LATE] = torch.tensor(v.silence[-1], device=self.device)[~LATE]
-        return Talk(self.model.init_state(B), self.codec.init_state(B), torch.full_like(speak[:, 0], v.wait), speak,
-                    full(B, K), full(B, RECENT) * 0 - 1, torch.tensor(list(seeds), device=self.device), full(B) != v.empty)
+        B, v = len(seeds), self.vocab
+        full = lambda value, *shape: torch.full((B, *shape), value, device=self.device)
+        speak = torch.where(self.late, v.empty, torch.tensor(v.silence[-1], device=self.device)).repeat(B, 1)
+        return Talk(self.model.init_state(B), self.codec.init_state(B), full(v.wait), speak, full(v.empty, K), full(-1, RECENT),
+                    torch.tensor(list(seeds), device=self.device), full(False))
 
     @torch.inference_mode()
     def frame(self, wav, talk):
@@ -205,7 +204,7 @@ class Engine:
 
     def tick(self):
         """One frame of each session that has one waiting: {session: (text token, sound said (1920,))}. In place of the pair stands
-        None if the model's logits were not numbers; that session has left."""
+        None once the model's logits have not been numbers: that conversation is over, and the others are not."""
         sessions = list(self.sessions)
         ready = [row for row, s in enumerate(sessions) if s and s.queue]
         if not ready:
@@ -223,7 +222,4 @@ class Engine:
         text, said = self.step(wav.to(self.speaker.device))
         restore(memory, waiting, kept)
         text, said, failed = text.tolist(), said.cpu(), self.talk.failed.tolist()
-        for row in ready:
-            if failed[row]:
-                self.leave(sessions[row])
         return {sessions[row]: None if failed[row] else (text[row], said[row, 0]) for row in ready}

@@ -1,5 +1,8 @@
 """Conversations frame by frame: what training saw, alone as among others, without end."""
+import contextlib
 import random
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -81,6 +84,17 @@ def test_logits_that_are_not_numbers_stop_the_conversation(world):
         speaker.model.head.weight[3] = float("nan")
     with pytest.raises(ValueError, match="not numbers"):
         speaker.converse(torch.zeros(1, 3 * FRAME))
+
+
+def test_a_frame_never_waits_for_its_device(world, monkeypatch):
+    """From PyTorch's meta device nothing can be read back; a frame runs there, so a GPU's can be captured."""
+    monkeypatch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext())  # does not know that device
+    speaker = Speaker(str(world / "flm"), "cpu", Sampling(0.7, 20, 0.9, 1.2), Sampling(0.8, 20))
+    speaker.model.to("meta")
+    speaker.codec.to("meta")
+    speaker.device, speaker.late = "meta", speaker.late.to("meta")
+    text, said = speaker.frame(torch.zeros(2, 1, FRAME, device="meta"), speaker.begin([1, 2]))
+    assert text.shape == (2,) and said.shape == (2, 1, FRAME) and said.is_meta
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -188,12 +202,42 @@ def test_a_conversation_that_breaks_ends_alone(world):
         whole.hear(x[t])
         out = engine.tick()
         got.append(out[whole])
-        assert (broken in out) == (t <= 6) and (t != 6 or out[broken] is None)
+        assert (out[broken] is None) == (t >= 6)
     assert same(got, alone(speaker, x, 2))
-    next_one = engine.join(1)
-    assert engine.sessions.index(next_one) == 0
-    got = [next_one.hear(frame) and engine.tick()[next_one] for frame in x]
+    new = engine.reset(broken)
+    got = [new.hear(frame) and engine.tick()[new] for frame in x]
     assert same(got, alone(speaker, x, 1)), "and leaves nothing behind for the next one in its place"
+
+
+def test_ticks_may_run_in_a_thread_of_their_own(world):
+    speaker = speaker_of(world, 8)
+    engine, got, over = Engine(speaker, 2), {}, threading.Event()
+
+    def ticks():
+        while not over.is_set():
+            for s, out in engine.tick().items() or time.sleep(0.001) or ():
+                got.setdefault(s, []).append(out)
+    thread, x = threading.Thread(target=ticks), noise(20).split(FRAME)
+    thread.start()
+    try:
+        first = engine.join(1)
+        for t in range(40):  # two at a time; the second one leaves in the middle of the first one's talk
+            if t % 20 == 0:
+                second = engine.join(2 + t)
+            talks = [(first, x[t // 2]), (second, x[t % 20])] if t % 2 else [(second, x[t % 20])]
+            for s, frame in talks:
+                while not s.hear(frame):
+                    time.sleep(0.001)
+            if t % 20 == 19:
+                engine.leave(second)
+        while first.queue or len(got.get(first, [])) < 20:
+            time.sleep(0.001)
+    finally:
+        over.set()
+        thread.join()
+    assert same(got.pop(first), alone(speaker, x, 1)) and len(got) == 2
+    for s, outs in got.items():
+        assert same(outs, alone(speaker, x[:len(outs)], s.seed))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
