@@ -161,21 +161,21 @@ class Session:
         self.seed, self.queue = seed, deque()
 
     def hear(self, sound):
-        """80 ms of sound, (1920,) from -1 to 1. False if QUEUE frames wait already: then it is not taken. ValueError if it is no such
-        thing."""
+        """80 ms of sound, (1920,) from -1 to 1. False if QUEUE frames wait already: then it is not taken. ValueError if it is no
+        such thing."""
         sound = torch.as_tensor(sound, dtype=torch.float32)
         if sound.shape != (FRAME,) or not sound.isfinite().all():
             raise ValueError(f"a frame of sound is {FRAME} finite numbers")
         if len(self.queue) >= QUEUE:
             return False
-        self.queue.append(sound)
+        self.queue.append(sound.clone())
         return True
 
 
 class Engine:
     """Up to `size` conversations in one batch. They join, leave and begin anew at any frame; nobody waits for anybody.
 
-    tick belongs to one thread; join, leave, reset and Session.hear to one other, or the same, and may be called while a tick runs."""
+    tick belongs to one thread; join, leave, reset and Session.hear to the same or to one other, even while a tick runs."""
 
     def __init__(self, speaker, size):
         self.speaker, self.talk = speaker, speaker.begin(range(size))

@@ -538,7 +538,8 @@ def tensors(state):
 
 
 def restore(state, rows, other):
-    """The rows of a batch with these numbers become those of another state, in place: with init_state(len(rows)) they begin anew."""
+    """These rows of a batch, a list of numbers, become those of another state, in place: of init_state(len(rows)), and they begin
+    anew."""
     for old, new in zip(tensors(state), tensors(other), strict=True):
         old[rows] = new
 

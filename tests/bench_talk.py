@@ -35,8 +35,8 @@ def quantile(times, q):
 
 def requests(data, frames):
     """Held-out requests, each with time for its answer, until there are so many frames: (frames of sound, right answer)"""
-    items = [d for d in read_manifest(os.path.join(data, "manifest.jsonl")) if d["split"] == "seen" and d["kind"] in KINDS]
-    rng, t = random.Random(1), 0
+    items = read_manifest(os.path.join(data, "manifest.jsonl"))
+    items, rng, t = [d for d in items if d["split"] == "seen" and d["kind"] in KINDS], random.Random(1), 0
     while t < frames:
         d = rng.choice(items)
         user, reply = (read_audio(turn["path"]) for turn in d["turns"])
@@ -129,7 +129,8 @@ def lmgen(args):
     for name, draw, how in (("drawn", True, (Sampling(0.7, 25), Sampling(0.8, 250))), ("greedy", False, (Sampling(), Sampling()))):
         gen.use_sampling = draw
         with gen.streaming(1):
-            rows = [(seconds(lambda: gen.step(codes[..., None])), seconds(lambda: step(codes, *how))) for _ in range(args.rounds + 1)][1:]
+            rows = [(seconds(lambda: gen.step(codes[..., None])), seconds(lambda: step(codes, *how)))
+                    for _ in range(args.rounds + 1)][1:]  # the first round warms up
         a, b = (1000 * quantile(t, 0.5) for t in zip(*rows))
         ratios = [y / x for x, y in rows]
         print(f"{name:6}  LMGen {a:6.2f} ms, ours {b:6.2f} ms a step: {quantile(ratios, 0.5):.3f} of it ({min(ratios):.3f} to "
