@@ -2,14 +2,8 @@
 
     python chat.py --checkpoint out/tiny --input user.wav --output reply.wav [--stereo] [--picture reply.png]
 
-One frame of a conversation:
-
-    80 ms of sound --codec--> 8 codes heard --.
-    text and codes it said in this frame -----+--> column t --model--> text and codes of column t+1
-                                              '--- 8 codes said --codec--> 80 ms of sound
-
-The model listens while it speaks: each frame goes both ways. Sound that is made from what was heard up to the end of frame t
-can be played in frame t+1 at the earliest, and that is where it stands in the reply.
+engine.py holds the conversation. What is said about the first frame heard can be played in the second at the earliest, and that
+is where it stands in the reply.
 """
 import argparse
 import codecs
@@ -17,82 +11,13 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass
 
 import torch
 
-from mimi import FRAME, SAMPLE_RATE, Mimi, read_audio, replace_when_done, write_audio
-from model import FLM, Sampling, sample
-from streams import FRAME_RATE, K, LATE, LISTEN, ROWS, SPEAK, TEXT, load_tokenizer
-
-RECENT = 32  # text tokens that the repetition penalty looks back on
-
-
-@dataclass
-class Talk:
-    """The memory of B conversations between one frame and the next."""
-    model: object  # model.State
-    codec: dict
-    text: torch.Tensor  # (B,) the text token of the next column
-    speak: torch.Tensor  # (B, K) its speak codes
-    heard: torch.Tensor  # (B, K) the codes of the last frame heard, of which the late ones are still to enter
-    recent: torch.Tensor  # (B, RECENT) the last text tokens
-    generator: torch.Generator
-
-
-class Speaker:
-    """A model with its codec and tokeniser, as a folder that train.py wrote holds them."""
-
-    def __init__(self, folder, device="cpu", text=Sampling(), sound=Sampling()):
-        if not os.path.isdir(folder):
-            raise FileNotFoundError(f"{folder}: no such folder; --checkpoint is one that train.py wrote, such as out/tiny")
-        self.model, self.vocab, _ = FLM.load(os.path.join(folder, "checkpoint.pt"), device)
-        self.codec = Mimi.load(os.path.join(folder, "codec.pt"), device)
-        self.tokenizer = load_tokenizer(os.path.join(folder, "tokenizer.json"))
-        self.device, self.text, self.sound = device, text, sound
-
-    def begin(self, B=1, seed=1):
-        v, full = self.vocab, lambda *shape: torch.full(shape, self.vocab.empty, device=self.device)
-        speak = full(B, K)
-        speak[:, ~LATE] = torch.tensor(v.silence[-1], device=self.device)[~LATE]
-        return Talk(self.model.init_state(B), self.codec.init_state(B), torch.full_like(speak[:, 0], v.wait), speak,
-                    full(B, K), full(B, RECENT) * 0 - 1, torch.Generator(self.device).manual_seed(seed))
-
-    @torch.inference_mode()
-    def frame(self, wav, talk):
-        """One frame both ways: (B, 1, 1920) heard -> text tokens (B,), (B, 1, 1920) said. talk moves on."""
-        codes = self.codec.encode_step(wav, talk.codec)[..., 0]
-        column = torch.empty(len(wav), ROWS, dtype=torch.long, device=self.device)
-        column[:, TEXT], column[:, SPEAK] = talk.text, talk.speak
-        column[:, LISTEN] = torch.where(LATE.to(self.device), talk.heard, codes)
-        text, speak = self.model.step(column, talk.model, lambda logits: self.draw_text(logits, talk),
-                                      lambda logits, k: self.draw_code(logits, talk))
-        said = torch.where(LATE.to(self.device), speak, talk.speak)
-        talk.text, talk.speak, talk.heard = text, speak, codes
-        return text, self.codec.decode_step(said[..., None], talk.codec)
-
-    def draw_text(self, logits, talk):
-        text = sample(logits[:, :self.vocab.text_size], self.text, talk.generator, talk.recent)
-        written = torch.where(text == self.vocab.wait, -1, text)
-        talk.recent = torch.cat([talk.recent[:, 1:], written[:, None]], 1)
-        return text
-
-    def draw_code(self, logits, talk):
-        return sample(logits[:, :self.vocab.codebook_size], self.sound, talk.generator)  # never "empty"
-
-    def converse(self, wav, seed=1, each=lambda t, text: None):
-        """Whole conversations, frame by frame: (B, N) heard -> text tokens (B, T) and sound said (B, N), on one clock.
-        each(t, text (B,)) is called after every frame."""
-        B, N = wav.shape
-        T = -(-N // FRAME)
-        heard = torch.nn.functional.pad(wav, (0, T * FRAME - N)).to(self.device)[:, None]
-        talk, texts, sounds = self.begin(B, seed), [], [heard.new_zeros(B, 1, FRAME)]
-        for t, frame in enumerate(heard.split(FRAME, -1)):
-            text, sound = self.frame(frame, talk)
-            each(t, text)
-            texts.append(text)
-            sounds.append(sound)
-        return torch.stack(texts, 1).cpu(), torch.cat(sounds, -1)[:, 0, :N].cpu()
+from engine import RECENT, Speaker
+from kernels.sampling import Sampling
+from mimi import FRAME, SAMPLE_RATE, read_audio, replace_when_done, write_audio
+from streams import FRAME_RATE
 
 
 class Transcript:

@@ -1,4 +1,4 @@
-"""Does it hear, speak, take turns? Conversations frame by frame through chat.py's path, and recordings of any other system.
+"""Does it hear, speak, take turns? Conversations frame by frame through engine.py, and recordings of any other system.
 
     python eval.py --checkpoint out/tiny                         answers, hearing, and FLEXI's scenarios, 200 items each
     python eval.py --checkpoint out/tiny --smoke                 the scenarios with 20 items
@@ -48,7 +48,8 @@ from tqdm import tqdm
 import mimi
 import prepare
 import train
-from chat import Speaker, Transcript, speech
+from chat import Transcript, speech
+from engine import Speaker
 from mimi import (FRAME, SAMPLE_RATE, LogMel, Mimi, load_weights, log_spectral_distance, mel_filters, read_audio,
                   replace_when_done, write_audio)
 from prepare import LANGUAGES, SHARES, cut_in_two, make_request, make_story, read_manifest
@@ -221,7 +222,7 @@ def converse_all(speaker, sounds, seed, what, rows=50):
     padded = [torch.stack([F.pad(x, (0, max(map(len, part)) - len(x))) for x in part]) for part in some]
     bar = tqdm(total=sum(-(-x.shape[1] // FRAME) for x in padded), desc=f"{what}, {len(sounds)}", unit="frame", leave=False)
     with ThreadPoolExecutor(cores, initializer=one_thread, initargs=(speaker,)) as pool:
-        talks = pool.map(lambda x: speaker.converse(x, seed, each=lambda t, text: bar.update()), padded)
+        talks = pool.map(lambda x, i: speaker.converse(x, seed + i, each=lambda t, text: bar.update()), padded, range(0, len(sounds), rows))
         out = [(t[:-(-len(x) // FRAME)], y[:len(x)]) for part, (text, said) in zip(some, talks) for x, t, y in zip(part, text, said)]
     bar.close()
     return out

@@ -42,7 +42,7 @@ class FLMConfig:
     depth_heads: int
     vocab_size: int  # text tokens, with <wait>, <asr>, <answer>
     empty: int  # the last entry of an embedding of sound, for no sound at all; those before it are the codec's codes
-    context: int  # frames that attention sees
+    context: int  # frames that attention sees: as many as a row of training has, for it has not learned to look further back
     tied: bool = False  # text head = text embedding
     rope_base: float = 1e6
     norm_eps: float = 1e-6
@@ -51,8 +51,8 @@ class FLMConfig:
 
 
 CONFIGS = {
-    "tiny": FLMConfig(4, 192, 4, 2, 512, 2, 64, 2, vocab_size=512, empty=256, context=512, rope_base=1e4),
-    "small": FLMConfig(12, 768, 12, 4, 2304, 4, 512, 8, vocab_size=512, empty=256, context=2048, rope_base=1e4),
+    "tiny": FLMConfig(4, 192, 4, 2, 512, 2, 64, 2, vocab_size=512, empty=256, context=256, rope_base=1e4),
+    "small": FLMConfig(12, 768, 12, 4, 2304, 4, 512, 8, vocab_size=512, empty=256, context=256, rope_base=1e4),
     # Qwen2.5's sizes, with the depth transformer of the FLM-Audio release
     "0.5b": FLMConfig(24, 896, 14, 2, 4864, 6, 1024, 16, vocab_size=151936, empty=2048, context=8192, tied=True),
     "7b": FLMConfig(28, 3584, 28, 4, 18944, 6, 1024, 16, vocab_size=152064, empty=2048, context=8192),
@@ -65,11 +65,13 @@ CONFIGS = {
 
 def attend(q, k, v, mask=None):
     """Scaled dot-product attention. q (B, H, T, E), k and v (B, G, S, E), mask (..., T, S): True where it may look; without one,
-    at itself and what is before it."""
-    if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
-    # On a CPU and for short sequences the plain formula is twice as fast.
+    at itself and what is before it; if T is 1, at all."""
     B, H, T, E = q.shape
+    if T == 1:  # the heads that share keys are as many queries, which see the same
+        return F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, E), k, v, attn_mask=mask).reshape(B, H, T, E)
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=H != k.shape[1])
+    # On a CPU and for short sequences the plain formula is twice as fast.
     mask = torch.ones(T, T, dtype=torch.bool).tril() if mask is None else mask
     q = q.reshape(B, k.shape[1], H // k.shape[1] * T, E)  # the heads that share keys stand above one another: (B, G, H/G * T, E)
     scores = (q @ k.mT).view(B, H, T, k.shape[2]) * E ** -0.5
@@ -78,10 +80,11 @@ def attend(q, k, v, mask=None):
 
 
 def rotary(position, E, base):
-    """cos and sin, (*position.shape, E), by which queries and keys are turned."""
+    """cos and sin, (*position.shape, E), by which queries and keys are turned. The angles are float64: an hour of conversation is
+    45,000 frames, where float32 would be off by up to 0.002, and ever more."""
     rate = base ** (-torch.arange(0, E, 2, device=position.device, dtype=torch.float32) / E)
-    angle = (position[..., None] * rate).repeat(*[1] * position.ndim, 2)
-    return angle.cos(), angle.sin()
+    angle = (position[..., None].double() * rate).repeat(*[1] * position.ndim, 2)
+    return angle.cos().float(), angle.sin().float()
 
 
 def rotate(x, cos, sin):
@@ -118,8 +121,8 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, mask=None, remember=None):
         """x (B, T, D). mask: see attend. remember, if given, takes the new keys and values and returns all that attention shall see."""
         B, T, _ = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(B, T, -1, self.E).transpose(1, 2).split([self.H, self.G, self.G], 1)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        qk, v = self.qkv(self.norm1(x)).view(B, T, -1, self.E).transpose(1, 2).split([self.H + self.G, self.G], 1)
+        q, k = rotate(qk, cos, sin).split([self.H, self.G], 1)
         if remember:
             k, v = remember(k, v)
         x = x + self.out(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, -1))
@@ -142,13 +145,14 @@ class DepthBlock(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(K, W, 2 * hidden))
         self.down = nn.Parameter(torch.empty(K, hidden, W))
 
-    def forward(self, x, k0, mask, remember=None):
-        """x (N, n, W): positions k0 to k0 + n of N frames."""
+    def forward(self, x, k0, past):
+        """x (N, n, W): positions k0 to k0 + n of N frames. past: keys and values of those before, [(N, 2H, n, E), ...], to which
+        these are added."""
         N, n, W = x.shape
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3 * self.H, W // self.H)).transpose(1, 2).chunk(3, 1)
-        if remember:
-            k, v = remember(k, v)
-        x = x + self.out(attend(q, k, v, mask).transpose(1, 2).reshape(N, n, W))
+        q, kv = self.qkv(self.norm1(x)).view(N, n, 3 * self.H, -1).transpose(1, 2).split([self.H, 2 * self.H], 1)
+        past.append(kv)
+        k, v = (torch.cat(past, 2) if past[1:] else kv).chunk(2, 1)
+        x = x + self.out(attend(q, k, v).transpose(1, 2).reshape(N, n, W))
         y = self.norm2(x).transpose(0, 1)  # (n, N, W): one matrix product for each position
         gate, up = (y @ self.gate_up[k0:k0 + n].to(y.dtype)).chunk(2, -1)
         return x + ((F.silu(gate) * up) @ self.down[k0:k0 + n].to(y.dtype)).transpose(0, 1)
@@ -173,24 +177,19 @@ class Depth(nn.Module):
         seen = torch.cat([torch.full_like(codes[:, :1], self.empty), codes[:, :-1]], 1)
         x = torch.stack([e(seen[:, k]) for k, e in enumerate(self.codes)], 1)
         x = x + self.from_h(h).unflatten(-1, self.positions.shape) + self.positions
-        mask = torch.ones(K, K, dtype=torch.bool, device=h.device).tril()
         for block in self.blocks:
-            x = block(x, 0, mask)
+            x = block(x, 0, [])
         return (self.norm(x).transpose(0, 1) @ self.heads.to(h.dtype)).transpose(0, 1)
 
     def generate(self, h, draw):
         """h (B, D) -> codes (B, K), each drawn by draw(logits (B, A), k) -> (B,) and shown to the next position."""
-        cache = [[None, None] for _ in self.blocks]
-        from_h = self.from_h(h).unflatten(-1, self.positions.shape)
+        pasts = [[] for _ in self.blocks]
+        given = self.from_h(h).unflatten(-1, self.positions.shape) + self.positions
         code, codes = torch.full_like(h[:, 0], self.empty, dtype=torch.long), []
         for k in range(K):
-            x = (self.codes[k](code) + from_h[:, k] + self.positions[k])[:, None]
-            mask = torch.ones(1, k + 1, dtype=torch.bool, device=h.device)
-            for block, past in zip(self.blocks, cache):
-                def remember(*new, past=past):
-                    past[:] = [y if p is None else torch.cat([p, y], 2) for p, y in zip(past, new)]
-                    return past
-                x = block(x, k, mask, remember)
+            x = (self.codes[k](code) + given[:, k])[:, None]
+            for block, past in zip(self.blocks, pasts):
+                x = block(x, k, past)
             code = draw(self.norm(x[:, 0]) @ self.heads[k], k)
             codes.append(code)
         return torch.stack(codes, 1)
@@ -207,10 +206,10 @@ def drawn_for(name, seed, device):
 
 @dataclass
 class State:
-    """The memory of B conversations: a ring of the last C frames' keys and values, (layers, B, G, C, E) each, and how
+    """The memory of B conversations: for each layer a ring of the last C frames' keys and values, (B, G, C, E) each, and how
     many frames each conversation has had, (B,)."""
-    keys: torch.Tensor
-    values: torch.Tensor
+    keys: list
+    values: list
     position: torch.Tensor
 
 
@@ -279,8 +278,8 @@ class FLM(nn.Module):
 
     def init_state(self, B):
         c, w = self.config, self.head.weight
-        shape = (c.layers, B, c.kv_heads, c.context, c.width // c.heads)
-        return State(w.new_zeros(shape), w.new_zeros(shape), torch.zeros(B, dtype=torch.long, device=w.device))
+        keys, values = ([w.new_zeros(B, c.kv_heads, c.context, c.width // c.heads) for _ in self.blocks] for _ in range(2))
+        return State(keys, values, torch.zeros(B, dtype=torch.long, device=w.device))
 
     def hidden_step(self, column, state):
         """One frame: column (B, 17) -> h (B, D). The state moves on by one frame; what is older than the context is
@@ -568,34 +567,3 @@ def in_pieces(f, x, y, size):
 
 def mean_where(x, mask):
     return (x * mask).sum() / mask.sum().clamp(min=1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# sampling
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to draw one token from logits. temperature 0 is greedy."""
-    temperature: float = 0.0
-    top_k: int = 0  # 0: all
-    top_p: float = 1.0
-    penalty: float = 1.0  # logits of the last tokens are divided (if negative multiplied) by it
-
-
-def sample(logits, s: Sampling, generator=None, recent=None):
-    """logits (B, V) -> tokens (B,). recent (B, n): the tokens that the repetition penalty is for; -1 is none."""
-    logits = logits.float()
-    if recent is not None and s.penalty != 1:
-        known = F.one_hot(recent + 1, logits.shape[1] + 1).amax(1)[:, 1:] > 0  # (B, V); the first column is "none"
-        logits = torch.where(known, torch.where(logits > 0, logits / s.penalty, logits * s.penalty), logits)
-    if s.temperature == 0:
-        return logits.argmax(-1)
-    logits = logits / s.temperature
-    if s.top_k:
-        logits = logits.masked_fill(logits < logits.topk(min(s.top_k, logits.shape[-1])).values[:, -1:], float("-inf"))
-    if s.top_p < 1:
-        ranked, order = logits.softmax(-1).sort(-1, descending=True)
-        drop = ranked.cumsum(-1) - ranked >= s.top_p  # what lies behind the first p of the probability
-        logits = logits.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), float("-inf"))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]

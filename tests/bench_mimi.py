@@ -13,29 +13,8 @@ import time
 import torch
 
 from test_mimi_reference import FULL, kyutai, make_healthy, save, sound
-from mimi import FRAME, Mimi, tensors
-
-
-def capture(step, x, state):
-    """step(x, state) as one CUDA graph: a function of x alone that moves this state on. Its result lives until the next call."""
-    before = [t.clone() for t in tensors(state)]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step(x, state)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = step(x, state)
-    for t, b in zip(tensors(state), before):
-        t.copy_(b)
-
-    def replay(new):
-        x.copy_(new)
-        graph.replay()
-        return y
-    return replay
+from engine import capture
+from mimi import FRAME, Mimi
 
 
 def seconds(f, inputs, device):
@@ -69,8 +48,8 @@ def main():
     state = ours.init_state(B)
     encode, decode = (torch.inference_mode()(lambda x, step=step: step(x, state)) for step in (ours.encode_step, ours.decode_step))
     if device != "cpu":
-        encode = capture(ours.encode_step, frames[0].clone(), state)
-        decode = capture(ours.decode_step, torch.zeros(B, 8, 1, dtype=torch.long, device=device), state)
+        encode = capture(encode, frames[0].clone(), state)
+        decode = capture(decode, torch.zeros(B, 8, 1, dtype=torch.long, device=device), state)
     agree, rows = [], {name: [] for name in ("package, encode", "package, decode", "ours, encode", "ours, decode")}
     with m.streaming(B):
         for some in (frames[i:i + 25] for i in range(0, len(frames), 25)):

@@ -30,7 +30,7 @@ import eval as evaluation  # noqa: E402
 import prepare  # noqa: E402
 import streams  # noqa: E402
 import train  # noqa: E402
-from chat import Speaker  # noqa: E402
+from engine import Speaker  # noqa: E402
 from eval import KINDS  # noqa: E402
 from model import CONFIGS, FLM  # noqa: E402
 from streams import ROWS  # noqa: E402

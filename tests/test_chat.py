@@ -6,11 +6,10 @@ import pytest
 import soundfile
 import torch
 
-from chat import Speaker, Transcript, draw, yields
+from chat import Transcript, draw, yields
 from conftest import run
-from mimi import FRAME, read_audio
-from model import Sampling
-from streams import LISTEN, SPEAK, TEXT, delay
+from engine import Speaker
+from mimi import read_audio
 
 
 def tone(path, seconds, rate=24_000, channels=1, **kwargs):
@@ -99,40 +98,6 @@ def test_bad_checkpoints_are_one_line(world, tmp_path):
         code, _, err = run("chat.py", "--checkpoint", folder, "--input", source, "--output", tmp_path / "r.wav")
         assert code == 1 and len(err.strip().splitlines()) == 1 and message in err
     assert not (tmp_path / "r.wav").exists()
-
-
-def test_what_is_heard_later_changes_nothing_before(world):
-    speaker = Speaker(str(world / "flm"))
-    x = torch.randn(1, 10 * FRAME, generator=torch.Generator().manual_seed(0)) * 0.1
-    y = x.clone()
-    y[:, 6 * FRAME:] = 0
-    (text_a, said_a), (text_b, said_b) = speaker.converse(x), speaker.converse(y)
-    assert torch.equal(text_a[:, :6], text_b[:, :6]) and torch.equal(said_a[:, :7 * FRAME], said_b[:, :7 * FRAME])
-    assert (said_a[:, :FRAME] == 0).all()  # nothing can be said about what has not been heard
-
-
-def test_a_conversation_is_the_grid_that_training_sees(world):
-    """Replay what a conversation heard, wrote and said as a delayed grid, teacher-forced: the same choices come out."""
-    speaker = Speaker(str(world / "flm"))
-    x = torch.randn(1, 12 * FRAME, generator=torch.Generator().manual_seed(0)) * 0.1
-    columns, step = [], speaker.model.step
-    speaker.model.step = lambda column, *a: columns.append(column.clone()) or step(column, *a)
-    text, _ = speaker.converse(x)
-    grid = torch.stack(columns, -1)  # (1, 17, T)
-    heard = speaker.codec.encode(x[:, None])[0]
-    undelayed = np.concatenate([grid[0, :LISTEN.start].numpy(), heard.numpy()])
-    assert (delay(undelayed, speaker.vocab.empty)[LISTEN] == grid[0, LISTEN].numpy()).all()
-    h = speaker.model(grid)
-    assert (speaker.model.text_logits(h)[0, :-1].argmax(-1) == grid[0, TEXT, 1:]).all()
-    codes = speaker.model.depth(h[0, :-1], grid[0, SPEAK, 1:].T)[..., :speaker.vocab.codebook_size].argmax(-1)
-    assert (codes == grid[0, SPEAK, 1:].T).float().mean() > 0.99
-
-
-def test_a_second_conversation_equals_the_first_and_seeds_matter(world):
-    speaker = Speaker(str(world / "flm"), text=Sampling(1.0), sound=Sampling(1.0))
-    x = torch.zeros(1, 8 * FRAME)
-    a, b, c = speaker.converse(x, seed=1)[0], speaker.converse(x, seed=1)[0], speaker.converse(x, seed=2)[0]
-    assert torch.equal(a, b) and not torch.equal(a, c)
 
 
 def test_the_transcript_joins_bytes_to_characters(world):

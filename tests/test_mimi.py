@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 import mimi
-from bench_mimi import capture
 from conftest import run
-from mimi import FRAME, SAMPLE_RATE, Mimi, MimiConfig, read_audio, reset, resample, tensors, write_audio
+from engine import capture
+from mimi import FRAME, SAMPLE_RATE, Mimi, MimiConfig, read_audio, resample, restore, tensors, write_audio
 from test_mimi_reference import GOLDEN, sound as reference_sound
 from test_mimi_reference import SMALL as GOLDEN_CONFIG
 
@@ -61,11 +61,10 @@ def test_streaming_equals_offline(codec, chunk):
 
 def test_streams_of_one_batch_may_start_at_different_times(codec):
     a, b = sound(1, 12, 1), sound(1, 12, 2)
-    state, fresh = codec.init_state(2), codec.init_state(2)
-    codes, sounds = [], []
+    state, codes, sounds = codec.init_state(2), [], []
     for t in range(12):
         if t == 5:
-            reset(state, fresh, torch.tensor([False, True]))
+            restore(state, [1], codec.init_state(1))
         second = b[..., (t - 5) * FRAME:(t - 4) * FRAME] if t >= 5 else torch.randn(1, 1, FRAME)
         codes.append(codec.encode_step(torch.cat([a[..., t * FRAME:(t + 1) * FRAME], second]), state))
         sounds.append(codec.decode_step(codes[-1], state))
@@ -80,7 +79,7 @@ def test_after_a_reset_all_is_as_at_first(codec):
     state = codec.init_state(2)
     first = codec.encode_step(sound(2, 3), state)
     codec.encode_step(sound(2, 20, 1), state)
-    reset(state, codec.init_state(2), torch.tensor([True, True]))
+    restore(state, [0, 1], codec.init_state(2))
     assert (codec.encode_step(sound(2, 3), state) == first).all()
 
 
@@ -99,6 +98,21 @@ def test_after_ten_minutes(codec):
         assert (c[..., 0] == codes[..., t]).all()
         assert (codec.decode_step(c, state) - y[..., t * FRAME:(t + 1) * FRAME]).abs().max() < 1e-4 * y.abs().max()
     assert [t.shape for t in tensors(state)] == size
+
+
+@pytest.mark.parametrize("hours", [1, 1000])
+def test_after_hours_positions_are_as_exact_as_at_first(hours):
+    torch.manual_seed(0)
+    layers = mimi.Transformer(MimiConfig(dim=32, heads=4, mlp=64, context=24), 1)
+    early, late = layers.init_state(1), layers.init_state(1)
+    late["position"] += hours * 90_000
+    with torch.no_grad():
+        layers.layers[0].in_proj.weight.mul_(5)
+        layers.layers[0].scale1.fill_(1.0)
+        for _ in range(30):
+            x = torch.randn(1, 32, 2)
+            a, b = layers(x, early), layers(x, late)
+    assert (a - b).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("K", [1, 2, 8])
@@ -134,7 +148,7 @@ def test_a_captured_step_is_the_same(codec):
     codec.cuda()
     wav = sound(2, 8).cuda()
     codes, state = codec.encode(wav), codec.init_state(2)
-    step = capture(codec.encode_step, wav[..., :FRAME].clone(), state)
+    step = capture(lambda w: codec.encode_step(w, state), wav[..., :FRAME].clone(), state)
     got = torch.cat([step(w).clone() for w in wav.split(FRAME, -1)], -1)
     assert (got == codes).float().mean() > 0.99
 

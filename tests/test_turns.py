@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import eval as evaluation
-from chat import Speaker, speech
+from chat import speech
 from conftest import run
+from engine import Speaker
 from eval import Item, Reply, World, break_in, hold, jensen_shannon, keep_talk, read_talks, score_all
 from mimi import SAMPLE_RATE, write_audio
 

@@ -1,0 +1,94 @@
+"""One token from each row of logits: repetition penalty, temperature, top-k, top-p, draw.
+
+    logits (B, V)            float32 or bfloat16
+      | penalty for the tokens written lately
+      v weights (B, V)       integers, 2^31 * e^((x - max) / temperature), rounded down
+      | top-k, top-p: the small ones become 0
+      v draw                 the first token at which the running sum exceeds a random share of the whole sum
+    tokens (B,)
+
+A graphics card adds in another order than this file does, and sums of fractions depend on the order. So whatever is summed or
+compared is made an integer first: then sampling.cu and this file give the same token, bit for bit, on every machine. What
+is left out by rounding, at most 2^-31 of the likeliest token's probability for each other token, is less than bfloat16 logits
+can tell apart.
+
+The random numbers are Philox's: a function of a seed, a step and the number of the draw within the step, with no state to keep.
+So a conversation gets the same tokens alone as among others.
+
+B rows, V vocabulary, n tokens looked back on.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw one token from logits. temperature 0 is greedy."""
+    temperature: float = 0.0
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0  # the fewest, likeliest tokens that have this share of the probability; all that tie with the last stay
+    penalty: float = 1.0  # logits of the last tokens are multiplied by 1 / penalty, or by penalty where they are negative
+
+
+def sample(logits, s: Sampling, seed, step, draw=0, recent=None):
+    """logits (B, V) -> tokens (B,); -1 for a row that holds NaN or infinity, or nothing above -infinity.
+
+    seed, step: (B,) int64; draw: which draw of the step this is. recent (B, n): the tokens that the penalty is for; -1 is none.
+    """
+    x = logits.float()
+    if recent is not None and s.penalty != 1:
+        known = torch.zeros(x.shape[0], x.shape[1] + 1, dtype=torch.bool, device=x.device).scatter(1, recent + 1, True)[:, 1:]
+        x = torch.where(known, torch.where(x > 0, x * (1 / s.penalty), x * s.penalty), x)
+    top, best = x.max(-1, keepdim=True)  # of equals the first; NaN is above all
+    valid = top[:, 0].isfinite()
+    if s.temperature == 0:
+        return torch.where(valid, best[:, 0], -1)
+    w = weights(x - top, s.temperature)
+    if 0 < s.top_k < w.shape[1]:
+        w = w * (w >= w.topk(s.top_k).values[:, -1:])
+    if s.top_p < 1:
+        ranked = w.sort(descending=True).values
+        sums = ranked.cumsum(-1)
+        enough = (sums[:, -1:].double() * s.top_p).ceil().long()
+        last = (sums < enough).sum(-1, keepdim=True)  # the place of the last that stays
+        w = w * (w >= ranked.gather(1, last))
+    sums = w.cumsum(-1)
+    whole = sums[:, -1]
+    mark = (uniform(seed, step, draw) * whole.double()).long().minimum(whole - 1)
+    return torch.where(valid, (sums <= mark[:, None]).sum(-1), -1)
+
+
+# 2^f for f in [0, 1) within 1.7e-7; a least-squares fit, so that it is the same wherever + and * are IEEE 754's
+POWERS = (0.0018671308644115925, 0.009017028845846653, 0.05579991266131401, 0.24016444385051727, 0.6931512951850891, 1.0)
+
+
+def weights(x, temperature):
+    """x (...) <= 0 -> floor(2^31 e^(x / temperature)), int64. Each step is one rounding of float32, in this order."""
+    y = (x * (math.log2(math.e) / temperature)).nan_to_num(-64.0).clamp(min=-64.0)
+    n = y.floor()
+    f, p = y - n, POWERS[0]
+    for c in POWERS[1:]:
+        p = p * f + c
+    return (p * 2.0 ** 31).long() >> (-n).long()
+
+
+def uniform(seed, step, draw):
+    """(B,) float64 in [0, 1), of 53 bits."""
+    a, b, _, _ = philox((step & MASK, step >> 32 & MASK, torch.full_like(step, draw), torch.zeros_like(step)), (seed & MASK, seed >> 32 & MASK))
+    return (a << 21 | b >> 11).double() * 2.0 ** -53
+
+
+MASK = 0xFFFFFFFF
+
+
+def philox(counter, key):
+    """Philox4x32-10 (Salmon et al. 2011): four 32-bit numbers from a counter (4 tensors) and a key (2 tensors), all int64."""
+    a, b, c, d = counter
+    k, l = key
+    for _ in range(10):
+        ac, bd = a * 0xD2511F53, c * 0xCD9E8D57  # products of 64 bits; int64 wraps, the bits are the same
+        a, b, c, d = (bd >> 32 & MASK) ^ b ^ k, bd & MASK, (ac >> 32 & MASK) ^ d ^ l, ac & MASK
+        k, l = k + 0x9E3779B9 & MASK, l + 0xBB67AE85 & MASK
+    return a, b, c, d

@@ -1,0 +1,156 @@
+"""Does it keep up? A conversation of an hour, many conversations at once, and the step beside Kyutai's.
+
+    python tests/bench_talk.py hour                  held-out requests for an hour, faster than real time
+    python tests/bench_talk.py sessions              1, 2, 4, ... conversations, until a frame takes more than 80 ms
+    python tests/bench_talk.py lmgen                 the step of the `moshi` package's LMGen and ours, same shapes, in turn
+
+The first two need what `make demo` leaves (--checkpoint, --data), the last one the packages that `make slow` installs.
+"""
+import argparse
+import os
+import random
+import resource
+import sys
+import time
+
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from chat import Transcript  # noqa: E402
+from engine import Engine, Speaker  # noqa: E402
+from eval import KINDS  # noqa: E402
+from kernels.sampling import Sampling, sample  # noqa: E402
+from mimi import FRAME, SAMPLE_RATE, read_audio, tensors  # noqa: E402
+from model import FLM, FLMConfig  # noqa: E402
+from prepare import read_manifest  # noqa: E402
+from streams import FRAME_RATE, K, LATE, LISTEN, ROWS, SPEAK, TEXT  # noqa: E402
+
+PAUSE = 1.5  # seconds after each answer
+MINUTE = round(60 * FRAME_RATE)  # frames
+
+
+def quantile(times, q):
+    return sorted(times)[min(len(times) - 1, int(q * len(times)))]
+
+
+def requests(data, frames):
+    """Held-out requests, each with time for its answer, until there are so many frames: (frames of sound, right answer)"""
+    items = read_manifest(os.path.join(data, "manifest.jsonl"))
+    items, rng, t = [d for d in items if d["split"] == "seen" and d["kind"] in KINDS], random.Random(1), 0
+    while t < frames:
+        d = rng.choice(items)
+        user, reply = (read_audio(turn["path"]) for turn in d["turns"])
+        sound = torch.cat([user, torch.zeros(len(reply) + round(PAUSE * SAMPLE_RATE))])
+        sound = torch.nn.functional.pad(sound, (0, -len(sound) % FRAME)).split(FRAME)[:frames - t]
+        t += len(sound)
+        yield sound, d["turns"][1]["text"]
+
+
+def hour(args):
+    speaker, frames = Speaker(args.checkpoint, args.device), round(args.minutes * MINUTE)
+    engine, transcript = Engine(speaker, 1), Transcript(speaker)
+    session, times, heard, said, answers = engine.join(), [], 0, 0, []
+    held = lambda: sum(t.numel() * t.element_size() for t in tensors(engine.talk)) / 2 ** 20
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10
+    print(f"{frames} frames, {frames / speaker.model.config.context:.1f} times the context; the conversation's memory {held():.2f} MiB")
+    for sounds, right in requests(args.data, frames):
+        written = []
+        for x in sounds:
+            session.hear(x)
+            begun = time.perf_counter()
+            token, sound = engine.tick()[session]
+            times.append(time.perf_counter() - begun)
+            heard, said = heard + len(x), said + len(sound)
+            written.append(transcript.add(len(times) - 1, token))
+            if len(times) == MINUTE:
+                first = peak()
+        answers.append("".join(written).split() == right.split())
+    for name, some, n in (("first", times[:MINUTE], answers[:50]), ("last", times[-MINUTE:], answers[-50:])):
+        print(f"{name:5} minute: {1000 * quantile(some, 0.5):6.2f} ms a frame (p99 {1000 * quantile(some, 0.99):.2f})   "
+              f"{name} {len(n)} requests: {sum(n)} answered right")
+    print(f"{frames / sum(times) / FRAME_RATE:.1f} times real time; {heard} samples heard, {said} said; memory {held():.2f} MiB; "
+          f"the process's peak {first:.0f} MiB after a minute, {peak():.0f} at the end")
+
+
+def sessions(args):
+    speaker, B = Speaker(args.checkpoint, args.device), 1
+    sound = torch.randn(FRAME, generator=torch.Generator().manual_seed(0)) * 0.05
+    while True:
+        engine, times = Engine(speaker, B), []
+        talks = [engine.join(seed) for seed in range(B)]
+        for _ in range(args.ticks + 5):  # the first few warm up
+            for s in talks:
+                s.hear(sound)
+            begun = time.perf_counter()
+            engine.tick()
+            times.append(time.perf_counter() - begun)
+        p50, p99 = (1000 * quantile(times[5:], q) for q in (0.5, 0.99))
+        print(f"{B:5} sessions: {p50:7.2f} ms a frame, p99 {p99:7.2f} ms{'' if p99 < 80 else ': too slow'}", flush=True)
+        if p99 >= 80:
+            return
+        B *= 2
+
+
+def kyutai(V):
+    """LMGen around a model of 8 layers x 512, depth 4 x 256, with random weights, and its number of parameters."""
+    from moshi.models import LMGen
+    from moshi.models.loaders import _lm_kwargs, get_moshi_lm
+    m = get_moshi_lm(None, {**_lm_kwargs, "dim": 512, "num_heads": 8, "num_layers": 8, "depformer_dim": 256, "text_card": V,
+                            "depformer_dim_feedforward": int(4.125 * 256), "depformer_num_heads": 4, "depformer_num_layers": 4},
+                     device="cpu", dtype=torch.float32)
+    return LMGen(m, temp=0.8, top_k=250, temp_text=0.7, top_k_text=25), m
+
+
+@torch.inference_mode()
+def lmgen(args):
+    V, A = 4000, 2048
+    gen, theirs = kyutai(V)
+    config = FLMConfig(8, 512, 8, 8, 1408, 4, 256, 4, vocab_size=V, empty=A, context=theirs.transformer.layers[0].self_attn.context)
+    ours = FLM(config).eval()
+    for name, m in (("LMGen", theirs), ("ours", ours)):
+        print(f"{name:6} {sum(p.numel() for p in m.parameters()) / 1e6:6.1f} M parameters")
+    state, seed = ours.init_state(1), torch.tensor([1])
+    text, speak, heard = torch.tensor([0]), torch.zeros(1, K, dtype=torch.long), torch.zeros(1, K, dtype=torch.long)
+
+    def step(codes, how_text, how_sound):
+        column = torch.empty(1, ROWS, dtype=torch.long)
+        column[:, TEXT], column[:, SPEAK], column[:, LISTEN] = text, speak, torch.where(LATE, heard, codes)
+        new = ours.step(column, state, lambda logits: sample(logits, how_text, seed, state.position),
+                        lambda logits, k: sample(logits[:, :A], how_sound, seed, state.position, 1 + k))
+        for old, x in zip((text, speak, heard), (*new, codes)):
+            old.copy_(x)
+    codes = torch.randint(0, A, (1, K))
+
+    def seconds(f):
+        begun = time.perf_counter()
+        for _ in range(10):
+            f()
+        return (time.perf_counter() - begun) / 10
+    for name, draw, how in (("drawn", True, (Sampling(0.7, 25), Sampling(0.8, 250))), ("greedy", False, (Sampling(), Sampling()))):
+        gen.use_sampling = draw
+        with gen.streaming(1):
+            rows = [(seconds(lambda: gen.step(codes[..., None])), seconds(lambda: step(codes, *how)))
+                    for _ in range(args.rounds + 1)][1:]  # the first round warms up
+        a, b = (1000 * quantile(t, 0.5) for t in zip(*rows))
+        ratios = [y / x for x, y in rows]
+        print(f"{name:6}  LMGen {a:6.2f} ms, ours {b:6.2f} ms a step: {quantile(ratios, 0.5):.3f} of it ({min(ratios):.3f} to "
+              f"{max(ratios):.3f} over {len(rows)} rounds), {torch.get_num_threads()} threads, float32, context {config.context}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("hour", "sessions", "lmgen"))
+    parser.add_argument("--checkpoint", default="out/tiny")
+    parser.add_argument("--data", default="data/toy", help="hour: folder with the manifest of the held-out items")
+    parser.add_argument("--minutes", type=float, default=60, help="hour: so long, at least one")
+    parser.add_argument("--ticks", type=int, default=250, help="sessions: frames of each size")
+    parser.add_argument("--rounds", type=int, default=10, help="lmgen: of ten steps of each")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    {"hour": hour, "sessions": sessions, "lmgen": lmgen}[args.what](args)
+
+
+if __name__ == "__main__":
+    main()

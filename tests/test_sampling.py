@@ -1,0 +1,70 @@
+"""One token from logits: what the parameters mean, by small cases with known answers."""
+import pytest
+import torch
+
+from kernels.sampling import MASK, Sampling, philox, sample, weights
+
+
+def draws(logits, s, seed=0):
+    """One token from each row (N, V), the rows being the steps of one conversation."""
+    n = len(logits)
+    return sample(logits, s, torch.full((n,), seed), torch.arange(n))
+
+
+@pytest.mark.parametrize("counter, key, right", [
+    ((0, 0, 0, 0), (0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),  # the vectors that its authors publish
+    ((MASK,) * 4, (MASK,) * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0), "d16cfe09 94fdcceb 5001e420 24126ea1")])
+def test_philox(counter, key, right):
+    numbers = philox([torch.tensor(x) for x in counter], [torch.tensor(x) for x in key])
+    assert " ".join(f"{x.item():08x}" for x in numbers) == right
+
+
+def test_greedy_and_seeds():
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    assert draws(logits, Sampling()).tolist() == logits.argmax(-1).tolist()
+    a, b, c = (draws(logits, Sampling(temperature=1.5), seed).tolist() for seed in (1, 1, 2))
+    assert a == b != c
+
+
+def test_weights_are_probabilities():
+    x = torch.randn(8, 1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 5
+    w = weights((x - x.amax(-1, keepdim=True)).float(), 0.7)
+    p = (x / 0.7).softmax(-1)
+    assert (w / w.sum(-1, keepdim=True) - p).abs().max() < 1e-6
+    assert weights(torch.tensor([0.0, -float("inf")]), 1.0).tolist() == [2 ** 31, 0]
+
+
+@pytest.mark.parametrize("s, allowed", [(Sampling(1.0, top_k=2), {0, 1}), (Sampling(1.0, top_p=0.7), {0, 1}),
+                                        (Sampling(1.0, top_k=3, top_p=0.5), {0}), (Sampling(1.0), {0, 1, 2, 3})])
+def test_top_k_and_top_p(s, allowed):
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(4000, 1)
+    drawn = draws(logits, s)
+    assert set(drawn.tolist()) == allowed
+    p = torch.zeros(4)
+    p[list(allowed)] = logits[0].exp()[list(allowed)]
+    assert (drawn.bincount(minlength=4) / 4000 - p / p.sum()).abs().max() < 0.03
+
+
+def test_repetition_penalty_looks_at_the_window_only():
+    def one(logits, recent):
+        zero = torch.zeros(1, dtype=torch.long)
+        return sample(torch.tensor([logits]), Sampling(penalty=1.5), zero, zero, recent=torch.tensor([recent])).item()
+    assert one([2.0, 1.9, -1.0], [-1, -1]) == 0
+    assert one([2.0, 1.9, -1.0], [0, -1]) == 1
+    assert one([-1.0, -1.2], [0]) == 1  # negative: further down
+
+
+@pytest.mark.parametrize("s", [Sampling(), Sampling(1.0), Sampling(0.8, 2, 0.9)])
+def test_what_is_not_a_distribution_is_no_token(s):
+    inf, nan = float("inf"), float("nan")
+    logits = torch.tensor([[0.0, nan], [0.0, inf], [-inf, -inf], [-inf, 0.0]])
+    assert draws(logits, s).tolist() == [-1, -1, -1, 1]
+
+
+def test_a_row_draws_the_same_among_others():
+    logits = torch.randn(16, 90, generator=torch.Generator().manual_seed(0))
+    seed, step, s = torch.arange(16) + 2 ** 40, torch.arange(16) * 7, Sampling(1.0, 30, 0.9)
+    together = sample(logits, s, seed, step, 3)
+    alone = [sample(logits[i:i + 1], s, seed[i:i + 1], step[i:i + 1], 3).item() for i in range(16)]
+    assert together.tolist() == alone
