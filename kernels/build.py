@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from pathlib import Path
 
 import torch
 
@@ -38,7 +39,7 @@ def gpu_command(arch=None):
 def build(name, command):
     """Path of the library that the command makes of kernels/<name>.cu, made unless it is in the cache. OSError if there is no such
     compiler or no place to write, CalledProcessError if it fails."""
-    texts = [open(os.path.join(HERE, file), "rb").read() for file in (f"{name}.cu", "cpu.h")]
+    texts = [Path(HERE, file).read_bytes() for file in (f"{name}.cu", "cpu.h")]
     key = hashlib.sha256(b"\0".join([*texts, *map(str.encode, command)])).hexdigest()[:16]
     folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "nanoflm")
     path = os.path.join(folder, f"{name}-{key}.so")
@@ -46,6 +47,7 @@ def build(name, command):
         os.makedirs(folder, mode=0o700, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:  # beside it, so that it appears whole or not at all
             made = os.path.join(temporary, "made.so")
-            subprocess.run([*command, "-shared", "-o", made, os.path.join(HERE, f"{name}.cu")], check=True, capture_output=True, text=True)
+            source = os.path.join(HERE, f"{name}.cu")
+            subprocess.run([*command, "-shared", "-o", made, source], check=True, capture_output=True, text=True)
             os.replace(made, path)
     return path

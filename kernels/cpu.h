@@ -58,12 +58,12 @@ struct Fiber {
 };
 
 static std::vector<Fiber> fibers; // kept for the next launch
-static std::vector<Block> blocks;                  // that run now
+static std::vector<Block> blocks; // that are there now
+static int first;                 // the number of the first of them
 static Barrier grid;
 static Fiber* self;
 static jmp_buf scheduler;
 static std::function<void()> kernel;
-static int first; // of the blocks that run now
 
 inline void leave() { // until the scheduler comes back
     jmp_buf here;
@@ -126,7 +126,10 @@ inline int together(int count, size_t bytes) {
     blocks.assign(count, {{threads}, std::vector<Barrier>(threads / 32, {32}), std::vector<uint64_t>(bytes / 8 + 1, 0xAAAAAAAAAAAAAAAA),
                           {given, given}});
     if (int(fibers.size()) < n) fibers.resize(n);
-    for (int i = 0; i < n; i++) fibers[i].waits = nullptr, fibers[i].done = false, fibers[i].block = i / threads, fibers[i].thread = i % threads;
+    for (int i = 0; i < n; i++) {
+        Fiber& f = fibers[i];
+        f.waits = nullptr, f.done = false, f.block = i / threads, f.thread = i % threads;
+    }
     run(0, n);
     for (int i = 0; i < n; i++)
         if (!fibers[i].done) return fibers.clear(), 719; // cudaErrorLaunchFailure

@@ -152,7 +152,8 @@ __global__ void v1(Job j) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// v2 and v3: a block has a row, or a part of it
+// v2 and v3: a block has a row, or a part of it. In v1 one thread reads a whole row and computes each weight more than 64 times if
+// it has to find both thresholds. Now many threads read, each weight is computed once, and a threshold takes four passes.
 
 const int BINS = 256, DIGITS = 4; // a threshold has four digits of eight bits; for each value of a digit there is a bin
 
@@ -341,15 +342,15 @@ __device__ inline void choose(const Job& j, Part& p) {
     __syncthreads(); // all have read the token
 }
 
-// v2: a block has a row, and keeps the weights in global memory, where there is room for 152064.
+// v2: a block has a row. It keeps the weights in global memory, where there is room for 152064.
 __global__ void __launch_bounds__(1024) v2(Job j) {
     int row = blockIdx.x;
     Part p{*(Shared*)shared_memory(), (unsigned*)j.scratch + int64_t(row) * j.V, row, 0, j.V, 0, 1, nullptr, nullptr, 0};
     choose(j, p);
 }
 
-// v3: v2 leaves a card with 132 processors idle but for one if there is one row, and goes to memory in each pass. Here G blocks have
-// a row, a part each that has room in shared memory. A row of up to PART entries needs one block only, and no meeting.
+// v3: if there is one row, v2 leaves all of the card's processors idle but one, and that one goes to memory in each pass. Here G
+// blocks have a row, each a part for which its shared memory has room. Up to PART entries need one block, and no meeting.
 const int THREADS = 256, PART = 11 * 1024;           // 44 KiB of weights: every card has that for a block
 const int SCRATCH = 2 * DIGITS * BINS + 2 * THREADS; // of a row: bins, boards
 

@@ -10,7 +10,7 @@
 A graphics card adds in another order than this file does, and sums of fractions depend on the order. So whatever is summed or
 compared is made an integer first: then sampling.cu and this file give the same token, bit for bit, on every machine. What
 is left out by rounding, at most 2^-31 of the likeliest token's probability for each other token, is less than bfloat16 logits
-can tell apart. sample() takes the kernel for logits on a GPU if nvcc is at hand, and reference() for all others.
+can tell apart. sample() takes the kernel for logits on a GPU, if there is nvcc to compile it, and reference() for all others.
 
 The random numbers are Philox's: a function of a seed, a step and the number of the draw within the step, with no state to keep.
 So a conversation gets the same tokens alone as among others.
@@ -29,19 +29,15 @@ from kernels.build import library
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw one token from logits. temperature 0 is greedy."""
+    """How to draw one token from logits. temperature 0 is greedy. ValueError for what means nothing."""
     temperature: float = 0.0
     top_k: int = 0  # 0: all
     top_p: float = 1.0  # the fewest, likeliest tokens that have this share of the probability; all that tie with the last stay
     penalty: float = 1.0  # logits of the last tokens are multiplied by 1 / penalty, or by penalty where they are negative
 
     def __post_init__(self):
-        right = {"temperature": 0 <= self.temperature < math.inf, "top-k": self.top_k >= 0, "top-p": 0 < self.top_p <= 1,
-                 "penalty": 0 < self.penalty < math.inf}
-        for name, ok in right.items():
-            if not ok:
-                raise ValueError(f"{name} {getattr(self, name.replace('-', '_'))}: temperature and top-k are 0 or more, penalty above 0, "
-                                 f"top-p above 0 and at most 1")
+        if not (0 <= self.temperature < math.inf and self.top_k >= 0 and 0 < self.top_p <= 1 and 0 < self.penalty < math.inf):
+            raise ValueError(f"{self}: temperature and top-k must be 0 or more, top-p above 0 and at most 1, penalty above 0")
 
 
 def sample(logits, s: Sampling, seed, step, draw=0, recent=None):
@@ -55,8 +51,8 @@ def sample(logits, s: Sampling, seed, step, draw=0, recent=None):
 
 
 def sample_and_embed(logits, s: Sampling, seed, step, table, draw=0, recent=None):
-    """The same, and for each token its row of table (V, D), on a GPU still in one launch: tokens (B,), rows (B, D). A row that has
-    no token gets the table's first."""
+    """The same and, of a table (V, D), the rows of the tokens: (B,), (B, D), on a GPU still in one launch. Where there is no token,
+    row 0."""
     if logits.is_cuda:
         return kernel(logits, seed, step, recent, table, draw, s.temperature, s.top_k, s.top_p, s.penalty)
     token = reference(logits, s, seed, step, draw, recent)
@@ -68,7 +64,7 @@ def sample_and_embed(logits, s: Sampling, seed, step, table, draw=0, recent=None
 
 
 def reference(logits, s: Sampling, seed, step, draw=0, recent=None):
-    """What sample() gives, in PyTorch's own operations."""
+    """sample() in PyTorch's operations."""
     x = logits.float()
     if recent is not None and s.penalty != 1:
         known = torch.zeros(x.shape[0], x.shape[1] + 1, dtype=torch.bool, device=x.device).scatter(1, recent + 1, True)[:, 1:]
@@ -113,7 +109,8 @@ def weights(x, temperature):
 
 def uniform(seed, step, draw):
     """(B,) float64 in [0, 1), of 53 bits."""
-    a, b, _, _ = philox((step & MASK, step >> 32 & MASK, torch.full_like(step, draw), torch.zeros_like(step)), (seed & MASK, seed >> 32 & MASK))
+    counter = step & MASK, step >> 32 & MASK, torch.full_like(step, draw), torch.zeros_like(step)
+    a, b, _, _ = philox(counter, (seed & MASK, seed >> 32 & MASK))
     return (a << 21 | b >> 11).double() * 2.0 ** -53
 
 
@@ -153,7 +150,8 @@ def kernel(logits: Tensor, seed: Tensor, step: Tensor, recent: Tensor | None, ta
     if lib is None:
         token = reference(logits, Sampling(temperature, top_k, top_p, penalty), seed, step, draw, recent)
         return token, logits.new_empty(0) if table is None else table[token.clamp(min=0)]
-    assert seed.shape == step.shape == (B,) and seed.dtype == step.dtype == torch.int64, (seed, step)
+    assert seed.shape == step.shape == (B,) and seed.dtype == step.dtype == torch.int64, (seed.shape, step.shape)
+    assert table is None or table.is_contiguous() and table.shape[1] * table.element_size() % 4 == 0, table.shape
     if logits.dtype != torch.bfloat16:
         logits = logits.float()
     if logits.stride(1) != 1:
@@ -176,4 +174,5 @@ def kernel(logits: Tensor, seed: Tensor, step: Tensor, recent: Tensor | None, ta
 
 @kernel.register_fake
 def kernel_fake(logits, seed, step, recent, table, draw, temperature, top_k, top_p, penalty, version=3):
-    return torch.empty_like(seed), logits.new_empty(0) if table is None else table.new_empty(len(seed), table.shape[1])
+    B = len(logits)
+    return logits.new_empty(B, dtype=torch.int64), logits.new_empty(0) if table is None else table.new_empty(B, table.shape[1])

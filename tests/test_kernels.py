@@ -1,4 +1,5 @@
-"""sampling.cu gives the reference's tokens. Without a GPU the same source runs on the CPU, its threads in turn, forwards and backwards."""
+"""sampling.cu gives the reference's tokens. Without a GPU the same source runs on the CPU, its threads taking turns, forwards and
+backwards."""
 import ctypes
 import os
 import shutil
@@ -120,8 +121,9 @@ def test_the_distribution(version, device):
 
 
 def test_it_is_an_operation_of_pytorch(device):
-    ids, recent, table = torch.arange(3, device=device), torch.zeros(3, 2, dtype=torch.long, device=device), torch.randn(256, 4, device=device)
-    logits = torch.randn(3, 256, generator=torch.Generator().manual_seed(0)).to(device)
+    g = torch.Generator().manual_seed(0)
+    logits, table = torch.randn(3, 256, generator=g).to(device), torch.randn(256, 4, generator=g).to(device)
+    ids, recent = torch.arange(3, device=device), torch.zeros(3, 2, dtype=torch.long, device=device)
     torch.library.opcheck(kernel, (logits, ids, ids, recent, table, 1, 0.8, 50, 0.9, 1.2))
     torch.library.opcheck(kernel, (logits, ids, ids, None, None, 1, 0.8, 50, 0.9, 1.2, 1))
     compiled = torch.compile(lambda x: by_kernel(3, x * 2, Sampling(0.8), ids, ids) + 1, fullgraph=True, backend="eager")
