@@ -10,26 +10,34 @@
 A graphics card adds in another order than this file does, and sums of fractions depend on the order. So whatever is summed or
 compared is made an integer first: then sampling.cu and this file give the same token, bit for bit, on every machine. What
 is left out by rounding, at most 2^-31 of the likeliest token's probability for each other token, is less than bfloat16 logits
-can tell apart.
+can tell apart. sample() takes the kernel for logits on a GPU, if there is nvcc to compile it, and reference() for all others.
 
 The random numbers are Philox's: a function of a seed, a step and the number of the draw within the step, with no state to keep.
 So a conversation gets the same tokens alone as among others.
 
 B rows, V vocabulary, n tokens looked back on.
 """
+import ctypes
 import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
+from kernels.build import library
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw one token from logits. temperature 0 is greedy."""
+    """How to draw one token from logits. temperature 0 is greedy. ValueError for what means nothing."""
     temperature: float = 0.0
     top_k: int = 0  # 0: all
     top_p: float = 1.0  # the fewest, likeliest tokens that have this share of the probability; all that tie with the last stay
     penalty: float = 1.0  # logits of the last tokens are multiplied by 1 / penalty, or by penalty where they are negative
+
+    def __post_init__(self):
+        if not (0 <= self.temperature < math.inf and self.top_k >= 0 and 0 < self.top_p <= 1 and 0 < self.penalty < math.inf):
+            raise ValueError(f"{self}: temperature and top-k must be 0 or more, top-p above 0 and at most 1, penalty above 0")
 
 
 def sample(logits, s: Sampling, seed, step, draw=0, recent=None):
@@ -37,6 +45,26 @@ def sample(logits, s: Sampling, seed, step, draw=0, recent=None):
 
     seed, step: (B,) int64; draw: which draw of the step this is. recent (B, n): the tokens that the penalty is for; -1 is none.
     """
+    if logits.is_cuda:
+        return kernel(logits, seed, step, recent, None, draw, s.temperature, s.top_k, s.top_p, s.penalty)[0]
+    return reference(logits, s, seed, step, draw, recent)
+
+
+def sample_and_embed(logits, s: Sampling, seed, step, table, draw=0, recent=None):
+    """The same and, of a table (V, D), the rows of the tokens: (B,), (B, D), on a GPU still in one launch. Where there is no token,
+    row 0."""
+    if logits.is_cuda:
+        return kernel(logits, seed, step, recent, table, draw, s.temperature, s.top_k, s.top_p, s.penalty)
+    token = reference(logits, s, seed, step, draw, recent)
+    return token, table[token.clamp(min=0)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# in PyTorch
+
+
+def reference(logits, s: Sampling, seed, step, draw=0, recent=None):
+    """sample() in PyTorch's operations."""
     x = logits.float()
     if recent is not None and s.penalty != 1:
         known = torch.zeros(x.shape[0], x.shape[1] + 1, dtype=torch.bool, device=x.device).scatter(1, recent + 1, True)[:, 1:]
@@ -64,9 +92,14 @@ def sample(logits, s: Sampling, seed, step, draw=0, recent=None):
 POWERS = (0.0018671308644115925, 0.009017028845846653, 0.05579991266131401, 0.24016444385051727, 0.6931512951850891, 1.0)
 
 
+def scale(temperature):
+    """log2(e) / temperature, but finite: 0 times it must be 0."""
+    return min(math.log2(math.e) / temperature, 3e38)
+
+
 def weights(x, temperature):
     """x (...) <= 0 -> floor(2^31 e^(x / temperature)), int64. Each step is one rounding of float32, in this order."""
-    y = (x * (math.log2(math.e) / temperature)).nan_to_num(-64.0).clamp(min=-64.0)
+    y = (x * scale(temperature)).nan_to_num(-32.0).clamp(min=-32.0)  # 2^-32 gives 0
     n = y.floor()
     f, p = y - n, POWERS[0]
     for c in POWERS[1:]:
@@ -76,7 +109,8 @@ def weights(x, temperature):
 
 def uniform(seed, step, draw):
     """(B,) float64 in [0, 1), of 53 bits."""
-    a, b, _, _ = philox((step & MASK, step >> 32 & MASK, torch.full_like(step, draw), torch.zeros_like(step)), (seed & MASK, seed >> 32 & MASK))
+    counter = step & MASK, step >> 32 & MASK, torch.full_like(step, draw), torch.zeros_like(step)
+    a, b, _, _ = philox(counter, (seed & MASK, seed >> 32 & MASK))
     return (a << 21 | b >> 11).double() * 2.0 ** -53
 
 
@@ -92,3 +126,53 @@ def philox(counter, key):
         a, b, c, d = (bd >> 32 & MASK) ^ b ^ k, bd & MASK, (ac >> 32 & MASK) ^ d ^ l, ac & MASK
         k, l = k + 0x9E3779B9 & MASK, l + 0xBB67AE85 & MASK
     return a, b, c, d
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the kernel
+
+
+class Job(ctypes.Structure):
+    """sampling.cu's struct of this name."""
+    _fields_ = [(name, kind) for kind, names in (
+        (ctypes.c_void_p, "logits seed step recent table token fetched scratch"), (ctypes.c_int64, "stride"), (ctypes.c_double, "top_p"),
+        (ctypes.c_float, "scale penalty inverse"), (ctypes.c_uint, "draw"), (ctypes.c_int, "rows V n width top_k bfloat16 blocks"),
+    ) for name in names.split()]
+
+
+@torch.library.custom_op("nanoflm::sample", mutates_args=())
+def kernel(logits: Tensor, seed: Tensor, step: Tensor, recent: Tensor | None, table: Tensor | None, draw: int, temperature: float,
+           top_k: int, top_p: float, penalty: float, version: int = 3) -> tuple[Tensor, Tensor]:
+    """sample_and_embed() by sampling.cu, in one launch on the current stream and without waiting for it, or by reference() if
+    there is no nvcc. Without a table the second result is empty. RuntimeError if the launch fails."""
+    B, V = logits.shape
+    lib = library("sampling", logits.device.type)
+    if lib is None:
+        token = reference(logits, Sampling(temperature, top_k, top_p, penalty), seed, step, draw, recent)
+        return token, logits.new_empty(0) if table is None else table[token.clamp(min=0)]
+    assert seed.shape == step.shape == (B,) and seed.dtype == step.dtype == torch.int64, (seed.shape, step.shape)
+    assert table is None or table.is_contiguous() and table.shape[1] * table.element_size() % 4 == 0, table.shape
+    if logits.dtype != torch.bfloat16:
+        logits = logits.float()
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    seed, step = seed.contiguous(), step.contiguous()
+    recent = None if recent is None or penalty == 1 else recent.contiguous()
+    token, fetched = kernel_fake(logits, seed, step, recent, table, draw, temperature, top_k, top_p, penalty)
+    scratch = logits.new_empty((B, V // 2 + 1 if version == 2 else lib.scratch_size()), dtype=torch.int64)
+    address = lambda x: None if x is None else x.data_ptr()
+    job = Job(*map(address, (logits, seed, step, recent, table, token, fetched, scratch)), logits.stride(0), top_p,
+              scale(temperature) if temperature else 0, penalty, 1 / penalty, draw, B, V, 0 if recent is None else recent.shape[1],
+              0 if table is None else table.shape[1] * table.element_size() // 4, top_k, logits.dtype == torch.bfloat16)
+    with torch.cuda.device_of(logits):
+        stream = torch.cuda.current_stream().cuda_stream if logits.is_cuda else None
+        error = lib.sample(ctypes.byref(job), version, ctypes.c_void_p(stream))
+    if error:
+        raise RuntimeError(f"sampling.cu, version {version}: CUDA's error {error}")
+    return token, fetched
+
+
+@kernel.register_fake
+def kernel_fake(logits, seed, step, recent, table, draw, temperature, top_k, top_p, penalty, version=3):
+    B = len(logits)
+    return logits.new_empty(B, dtype=torch.int64), logits.new_empty(0) if table is None else table.new_empty(B, table.shape[1])
