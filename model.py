@@ -542,7 +542,7 @@ def text_losses(model, h, text):
     def piece(h, text):
         logits = model.text_logits(h).float()
         return torch.stack([F.cross_entropy(logits, text, reduction="none"), logits.argmax(-1) == text], -1)
-    return in_pieces(piece, h, text, model.config.vocab_size)
+    return in_pieces(piece, h, text, rows_of_text(model.config))
 
 
 def sound_losses(model, h, codes):
@@ -550,16 +550,23 @@ def sound_losses(model, h, codes):
     def piece(h, codes):
         logits = model.depth(h, codes).float()
         return F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none").view_as(codes)
-    return in_pieces(piece, h, codes, K * (model.config.empty + 1 + 24 * model.config.depth_width))
+    return in_pieces(piece, h, codes, rows_of_sound(model.config))
 
 
 PIECE = 1 << 26  # numbers that may exist at a time for a loss: 256 MiB in float32
 
 
-def in_pieces(f, x, y, size):
-    """f(x (N, ...), y (N, ...)) by as many rows at a time as PIECE allows if each needs `size` numbers; they are computed again
-    for the gradients instead of kept. The logits of 8192 frames with Qwen2.5's vocabulary would be 5 GB."""
-    rows = max(1, PIECE // size)
+def rows_of_text(c: FLMConfig):
+    return max(1, PIECE // c.vocab_size)
+
+
+def rows_of_sound(c: FLMConfig):
+    return max(1, PIECE // (K * (c.empty + 1 + 24 * c.depth_width)))
+
+
+def in_pieces(f, x, y, rows):
+    """f(x (N, ...), y (N, ...)) by so many rows at a time, which are computed again for the gradients instead of kept. The logits
+    of 8192 frames with Qwen2.5's vocabulary would be 5 GB."""
     if len(x) <= rows:
         return f(x, y)
     return torch.cat([checkpoint(f, a, b, use_reentrant=False, preserve_rng_state=False) for a, b in zip(x.split(rows), y.split(rows))])

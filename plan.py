@@ -1,7 +1,7 @@
 """What a training will take, before it takes it: `python train.py --config 7b --plan --gpus 8`.
 
-The model is made on PyTorch's meta device, where tensors have shapes but no memory, and one slice of a batch goes through it
-forwards and backwards: the operations are counted as they are called, and so is what is kept for the gradients.
+A layer of the model and a piece of its losses are computed forwards and backwards on PyTorch's meta device, where tensors have shapes
+but no memory: the operations are counted as they are called, and so is what is kept for the gradients.
 """
 import dataclasses
 from dataclasses import dataclass
@@ -44,54 +44,73 @@ def parts_of(flm):
     return out
 
 
-def losses(flm, rows, T, share):
-    """The sum of the losses of `rows` rows of T frames, of which this share enters the depth transformer; on flm's device. As
-    model.loss_parts, but with frames chosen by number, as there is nothing to look at on the meta device."""
-    device, c = flm.head.weight.device, flm.config
-    h = flm(torch.zeros(rows, 1 + 2 * K, T - 1, dtype=torch.long, device=device)).flatten(0, 1)
-    text = torch.zeros(len(h), dtype=torch.long, device=device)
-    codes = torch.zeros(round(share * len(h)), K, dtype=torch.long, device=device)
-    return model.text_losses(flm, h, text)[:, 0].sum() + model.sound_losses(flm, h[:len(codes)], codes).sum()
+@dataclass
+class Cost:
+    """Of a computation, forwards and backwards."""
+    flops: float  # with what is computed twice
+    forward: float  # FLOPs forwards alone
+    kept: float  # bytes kept for the gradients
+
+    def __add__(self, other):
+        return Cost(self.flops + other.flops, self.forward + other.forward, self.kept + other.kept)
+
+    def __mul__(self, n):
+        return Cost(self.flops * n, self.forward * n, self.kept * n)
 
 
-def measure(flm, rows, T, share, bf16):
-    """(FLOPs of the forward and the backward pass, bytes kept for the gradients, FLOPs of the forward pass alone)"""
-    kept = {}
+def cost(f, device, bf16):
+    """The Cost of f() -> a tensor."""
+    kept, autocast = {}, torch.autocast("cpu" if device == "meta" else device, torch.bfloat16, enabled=bf16)
 
     def keep(x):
         if not isinstance(x, torch.nn.Parameter):
             kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes(), x
         return x
-    device = flm.head.weight.device.type
-    with FlopCounterMode(display=False) as once, torch.no_grad(), torch.autocast("cpu" if device == "meta" else device, torch.bfloat16, enabled=bf16):
-        losses(flm, rows, T, share)
-    with FlopCounterMode(display=False) as all_of_it:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), \
-                torch.autocast("cpu" if device == "meta" else device, torch.bfloat16, enabled=bf16):
-            loss = losses(flm, rows, T, share)
-        size = sum(n for n, _ in kept.values())
-        loss.backward()
-    return all_of_it.get_total_flops(), size, once.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast:
+            y = f()
+        forward, size = counter.get_total_flops(), sum(n for n, _ in kept.values())
+        y.sum().backward()
+    return Cost(counter.get_total_flops(), forward, size)
+
+
+def measure(config, recompute, rows, T, share, bf16, device="meta"):
+    """The Cost of `rows` rows of T frames, of which this share enters the depth transformer. Layers are alike, and so are the pieces
+    in which the losses are computed: one more of them tells what all cost."""
+    def temporal(layers):
+        with torch.device(device):
+            flm = model.FLM(dataclasses.replace(config, layers=layers))
+        flm.recompute = recompute
+        return flm, cost(lambda: flm(torch.zeros(rows, 1 + 2 * K, T, dtype=torch.long, device=device)), device, bf16)
+    (flm, one), (_, two) = temporal(1), temporal(2)
+    total = one + (two + one * -1) * (config.layers - 1)
+    for losses, n, at_once, shape in ((model.text_losses, rows * T, model.rows_of_text(config), ()),
+                                      (model.sound_losses, round(share * rows * T), model.rows_of_sound(config), (K,))):
+        some = n if n <= at_once else 2 * at_once
+        h = torch.zeros(some, config.width, device=device, requires_grad=True)
+        right = torch.zeros(some, *shape, dtype=torch.long, device=device)
+        loss = cost(lambda: losses(flm, h, right)[:, 0], device, bf16) * (n / some)
+        total += loss if n <= at_once else dataclasses.replace(loss, kept=0)
+    return total
 
 
 def plan(config, stage, gpus, bf16=True, eight_bit=False):
     """A Plan for one stage of training on so many GPUs; eight_bit: see train.make_optimizer."""
     with torch.device("meta"):
         flm = model.FLM(config)
-    flm.recompute = stage.frames > 1024
     rows = stage.rows or stage.batch // gpus or 1
     share = 0.5 * (stage.depth[0] + stage.depth[1])  # about half of the frames is speech
-    flops, kept, forward = measure(flm, rows, stage.frames, share, bf16)
+    each = measure(config, stage.frames > 1024, rows, stage.frames, share, bf16)
     P, size = sum(p.numel() for p in flm.parameters()), 2 if bf16 else 4
     block = sum(p.numel() for p in flm.blocks[0].parameters())
     rest = P - block * len(flm.blocks)
-    slices = stage.batch / rows
     # One block is computed while the next is fetched; embeddings, head and depth transformer stay for a whole step.
     gathered = size * (2 * block + rest) if gpus > 1 else size * (block + rest) * (bf16 and not eight_bit)
     held = 2 if eight_bit else 4
     working = rows * stage.frames * (4 * config.mlp + 8 * config.width) * size + 3 * 4 * min(model.PIECE, rows * stage.frames * config.vocab_size)
-    return Plan(parts_of(flm), held * P / gpus, gathered, held * P / gpus, 2 * held * P / gpus * (0.5 if eight_bit else 1), kept + working, stage.batch * stage.frames,
-                flops * slices, 3 * forward * slices)
+    slices = stage.batch / rows
+    return Plan(parts_of(flm), held * P / gpus, gathered, held * P / gpus, 2 * held * P / gpus * (0.5 if eight_bit else 1),
+                each.kept + working, stage.batch * stage.frames, each.flops * slices, 3 * each.forward * slices)
 
 
 def show(name, config, stages, gpus, card, utilisation, eight_bit):

@@ -3,6 +3,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import model
 import plan
@@ -10,12 +11,21 @@ from conftest import run
 from train import STAGES
 
 
-def test_the_plan_agrees_with_a_step_on_the_cpu():
-    config, stage = model.CONFIGS["tiny"], dataclasses.replace(STAGES["tiny"][0], batch=2, depth=(1.0, 1.0))
+@pytest.mark.parametrize("recompute, piece", [(False, 1 << 26), (True, 1 << 14)])
+def test_the_plan_agrees_with_a_step_on_the_cpu(recompute, piece, monkeypatch):
+    monkeypatch.setattr(model, "PIECE", piece)
+    config, stage = model.CONFIGS["tiny"], dataclasses.replace(STAGES["tiny"][0], batch=2, frames=96, depth=(1.0, 1.0))
     planned = plan.plan(config, stage, 1, bf16=False)
+    counted = plan.measure(config, recompute, 2, 96, 1.0, False)
     flm = model.FLM(config)
-    flops, kept, forward = plan.measure(flm, 2, stage.frames, 1.0, False)
-    assert planned.flops == pytest.approx(flops, rel=0.1) and planned.useful == pytest.approx(3 * forward, rel=0.1)
+    flm.recompute = recompute
+    with FlopCounterMode(display=False) as counter:  # a whole step, as it is
+        h = flm(torch.zeros(2, 17, 96, dtype=torch.long)).flatten(0, 1)
+        text, codes = torch.zeros(192, dtype=torch.long), torch.zeros(192, 8, dtype=torch.long)
+        (model.text_losses(flm, h, text)[:, 0].sum() + model.sound_losses(flm, h, codes).sum()).backward()
+    assert counted.flops == pytest.approx(counter.get_total_flops(), rel=0.03)
+    if not recompute:
+        assert planned.flops == counted.flops and planned.useful == pytest.approx(counted.flops, rel=0.03)
     assert sum(planned.parameters.values()) == sum(p.numel() for p in flm.parameters())
     optimizer = torch.optim.AdamW(flm.parameters(), lr=1e-3)
     optimizer.step()
