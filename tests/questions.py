@@ -5,7 +5,7 @@
 Each variant trains the tiny model with the same data, number of steps and seeds, on fewer voices and without interruptions,
 so that a run takes minutes; then it holds the same held-out conversations. Printed: means and standard deviations over seeds.
 
-    recipe             post-training on speech both heard and spoken, then answers with <asr>, then without
+    recipe             language, then post-training on speech both heard and spoken, then answers with <asr>, then without
     wait 0.01          the paper's weight for <wait> instead of 0.3
     TTS only           post-training: speech is only spoken
     ASR only           post-training: speech is only heard
@@ -44,7 +44,8 @@ ANSWER, ALIGNED = {"response_tts": (1, 1)}, {"word_aligned": (1, 1)}
 def stages(post=BOTH, fine_1=train.FINE_1, fine_2=FADE, wait=0.3):
     stage = lambda name, steps, layouts, end=1.5e-3: train.Stage(name, steps, 8, 1.5e-3, end, 96, layouts, wait=wait, blot=0.15,
                                                                  depth=(0.25, 0.05))
-    return (stage("post-training", 200, post), stage("fine-tuning 1", 200, fine_1), stage("fine-tuning 2", 400, fine_2, 0))
+    return (train.Stage("language", 400, 8, 1.5e-3, 1.5e-3, 96, train.LANGUAGE, wait=1.0), stage("post-training", 200, post),
+            stage("fine-tuning 1", 400, fine_1), stage("fine-tuning 2", 600, fine_2, 0))
 
 
 VARIANTS = {
