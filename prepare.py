@@ -952,6 +952,8 @@ def encode_shard(job):
         np.save(f, np.concatenate(codes))
     with replace_when_done(path + ".jsonl") as temporary, open(temporary, "w", encoding="utf-8") as f:
         f.writelines(json.dumps(line) + "\n" for line in encoded)
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # glibc keeps what tensors of ever new sizes leave: more with each shard
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def where_is(turn):
