@@ -149,7 +149,7 @@ class DepthBlock(nn.Module):
         """x (N, n, W): positions k0 to k0 + n of N frames. past: keys and values of those before, [(N, 2H, n, E), ...], to which
         these are added."""
         N, n, W = x.shape
-        q, kv = self.qkv(self.norm1(x)).view(N, n, 3 * self.H, -1).transpose(1, 2).split([self.H, 2 * self.H], 1)
+        q, kv = self.qkv(self.norm1(x)).view(N, n, 3 * self.H, W // self.H).transpose(1, 2).split([self.H, 2 * self.H], 1)
         past.append(kv)
         k, v = (torch.cat(past, 2) if past[1:] else kv).chunk(2, 1)
         x = x + self.out(attend(q, k, v).transpose(1, 2).reshape(N, n, W))

@@ -694,11 +694,11 @@ def plot(folder):
     shares = axes.twinx() if "right" in names else None
     for colour, name in enumerate(names):
         for split, style in ((None, {"alpha": 0.35, "linewidth": 0.8}), ("held-out", {"marker": "o", "label": name + ", held out"})):
-            points = sorted((starts[stage] + step, e[name]) for (stage, step, s), e in lines.items() if s == split and name in e)
+            points = sorted((starts[stage] + step, e[name]) for (stage, step, s), e in lines.items() if s == split and e.get(name))
             (shares if name == "right" else axes).plot(*zip(*points), color=f"C{colour}", **style) if points else None
-    for stage in stages:
+    for i, stage in enumerate(stages):
         axes.axvline(starts[stage], color="0.7", linewidth=0.8)
-        axes.text(starts[stage], 1.0, " " + stage, transform=axes.get_xaxis_transform(), va="bottom", fontsize=8)
+        axes.text(starts[stage], 1.01 + 0.04 * (i % 2), stage, transform=axes.get_xaxis_transform(), va="bottom", fontsize=8)
     axes.set_yscale("log")
     axes.set_xlabel("steps")
     axes.set_ylabel("loss")

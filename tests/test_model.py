@@ -209,6 +209,14 @@ def test_embeddings_of_sound_may_start_from_the_codec(flm):
             assert 0.01 < table.weight[20].std() < 0.03  # the empty token is no sound
 
 
+def test_text_alone_has_no_loss_of_sound(flm):
+    grid = torch.full((2, ROWS, 9), V.empty)
+    grid[:, TEXT] = torch.randint(0, 37, (2, 9))
+    parts = loss_parts(flm, grid, V)
+    assert parts["semantic"] == parts["acoustic"] == 0 and parts["mono"] > 1
+    sum(parts.values()).backward()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # published weights
 
