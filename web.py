@@ -259,7 +259,7 @@ class Server:
     def connect(self):
         """A new connection's protocol. One too many, or one that asks too slowly, is cut off."""
         protocol = self.runner.server()
-        full = len(self.runner.server.connections) >= self.limits.connections
+        full = len(self.asking.union(self.runner.server.connections)) >= self.limits.connections
         self.asking.add(protocol)
         self.loop.call_later(0 if full else self.limits.request, self.cut, protocol, "is one too many" if full else "asked for nothing in time")
         return protocol
@@ -300,8 +300,10 @@ async def first_to_fail(*work):
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         done.pop().result()
     finally:
-        for task in tasks:
-            task.cancel()
+        while left := [task for task in tasks if not task.done()]:
+            for task in left:
+                task.cancel()
+            await asyncio.wait(left, timeout=0.1)  # and once more: before Python 3.12 wait_for may swallow a cancellation
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
