@@ -7,7 +7,7 @@ Frames do not come every 80 ms. They come in bursts, and some never:
     played    0  1  2  ~  ~  ~  3  4  5  6  ~  8      ~ concealed; 7 came too late, and is dropped
 
 After a burst everything is played later by as much as the burst was late, so that the next one harms nothing. In pauses the
-delay is taken back, a quiet frame at a time. web.html plays through the same buffer, line for line in JavaScript.
+delay is taken back, quiet frame by quiet frame. web.html plays through the same buffer, line for line in JavaScript.
 """
 import codecs
 import queue
@@ -76,7 +76,7 @@ class Jitter:
         self.frames, self.next = {}, None  # what waits, and which is to be played now
         self.last, self.whole = np.zeros(FRAME, np.float32), True  # what was played, and whether it was a real frame
         self.waits = 0  # pops since then for which nothing was there
-        self.low, self.count, self.spare = DEPTH, 0, False
+        self.low, self.count, self.spare = DEPTH, 0, 0  # the least depth in this window, its pops, frames not needed in the last
 
     @property
     def depth(self):
@@ -112,14 +112,14 @@ class Jitter:
         return frame, n
 
     def take_back(self):
-        """Leave out a quiet frame if for a whole window more have waited than are needed."""
+        """Leave out a quiet frame while fewer have been left out than waited for a whole window without need."""
         self.low, self.count = min(self.low, self.depth), self.count + 1
         if self.count == WINDOW:
-            self.low, self.count, self.spare = self.depth, 0, self.low > 1
+            self.low, self.count, self.spare = self.depth, 0, max(0, self.low - 1)
         frame = self.frames.get(self.next)
         if self.spare and frame is not None and self.depth > 1 and np.sqrt(np.mean(frame * frame)) < QUIET:
             self.go_to(self.next + 1)
-            self.spare = False
+            self.spare -= 1
 
     def go_to(self, n):
         self.frames, self.next = {k: f for k, f in self.frames.items() if k >= n}, n

@@ -147,6 +147,13 @@ class Server:
             self.loop.call_soon_threadsafe(self.broken.set_exception, e)
             raise
 
+    def warm_up(self):
+        """The first frame is slow: it is nobody's."""
+        session = self.engine.join()
+        session.hear(np.zeros(FRAME))
+        self.engine.tick()
+        self.engine.leave(session)
+
     def deliver(self, results):
         for session, said in results.items():
             guest = self.guests.get(session)  # gone, if it has left or begun anew since
@@ -277,6 +284,7 @@ class Server:
         self.loop, self.broken = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
         self.runner = http.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=3)
         await self.runner.setup()
+        self.warm_up()
         self.thread = threading.Thread(target=self.ticks, daemon=True)
         self.thread.start()
         self.listening = await self.loop.create_server(self.connect, host, port)
