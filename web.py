@@ -268,7 +268,8 @@ class Server:
         protocol = self.runner.server()
         full = len(self.asking.union(self.runner.server.connections)) >= self.limits.connections
         self.asking.add(protocol)
-        self.loop.call_later(0 if full else self.limits.request, self.cut, protocol, "is one too many" if full else "asked for nothing in time")
+        seconds, why = (0, "is one too many") if full else (self.limits.request, "asked for nothing in time")
+        self.loop.call_later(seconds, self.cut, protocol, why)
         return protocol
 
     def cut(self, protocol, why):
@@ -284,10 +285,10 @@ class Server:
         self.loop, self.broken = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
         self.runner = http.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=3)
         await self.runner.setup()
+        self.listening = await self.loop.create_server(self.connect, host, port)
         self.warm_up()
         self.thread = threading.Thread(target=self.ticks, daemon=True)
         self.thread.start()
-        self.listening = await self.loop.create_server(self.connect, host, port)
         return self.listening.sockets[0].getsockname()[1]
 
     async def stop(self):
@@ -324,7 +325,9 @@ def hostname(host):
 
 
 def serve(speaker, host, port, sessions, token):
-    """Until Ctrl-C. OSError if the port is taken."""
+    """Until Ctrl-C. OSError if the port is taken, ValueError if there is no such port, or no place."""
+    if sessions < 1 or not 0 <= port < 2 ** 16:
+        raise ValueError("--sessions is at least 1, --port below 65536")
     if host not in HERE:
         token = token or secrets.token_urlsafe(12)
     try:

@@ -64,13 +64,14 @@ async def read(ws, count):
 def held(server):
     with open("/proc/self/statm") as f:
         memory = int(f.read().split()[1]) * resource.getpagesize() / 2 ** 20
-    return (f"memory {memory:.0f} MiB, files {len(os.listdir('/proc/self/fd'))}, sessions {sum(s is not None for s in server.engine.sessions)}, "
+    sessions = sum(s is not None for s in server.engine.sessions)
+    return (f"memory {memory:.0f} MiB, files {len(os.listdir('/proc/self/fd'))}, sessions {sessions}, "
             f"connections {len(server.runner.server.connections)}, tasks {len(asyncio.all_tasks())}")
 
 
 async def soak(args):
-    server, count = web.Server(Speaker(args.checkpoint), web.Limits(sessions=PLACES), log=lambda line: None), dict.fromkeys(
-        ("joined", "full", "dropped", "sent", "answered"), 0)
+    server = web.Server(Speaker(args.checkpoint), web.Limits(sessions=PLACES), log=lambda line: None)
+    count = dict.fromkeys(("joined", "full", "dropped", "sent", "answered"), 0)
     address = f"http://127.0.0.1:{await server.start('127.0.0.1', 0)}"
     begun, end = time.monotonic(), time.monotonic() + 60 * args.minutes
     print(f"    0 s: {held(server)}", flush=True)

@@ -279,7 +279,8 @@ async def test_a_foreign_page_a_foreign_name_and_a_missing_token_get_nothing(spe
     async def status(client, url, **headers):
         async with client.get(url, headers=headers) as answer:
             return answer.status
-    upgrade = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="}
+    upgrade = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13",
+               "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="}
     async with serving(speaker) as (address, log, server, client):
         for origin in ("http://evil.example", "null", "", address.replace("127.0.0.1", "localhost"), address + ".evil.example"):
             assert await status(client, f"{address}/talk", Origin=origin, **upgrade) == 403, origin
@@ -289,7 +290,8 @@ async def test_a_foreign_page_a_foreign_name_and_a_missing_token_get_nothing(spe
         assert await status(client, address) == 200
     async with serving(speaker, token="secret") as (address, log, _, client):
         for query in ("", "?token=", "?token=Secret", "?token=secret2", "?token=%ff"):
-            assert await status(client, f"{address}/{query}") == await status(client, f"{address}/talk{query}", Origin=address, **upgrade) == 403
+            assert await status(client, f"{address}/{query}") == 403
+            assert await status(client, f"{address}/talk{query}", Origin=address, **upgrade) == 403
         assert await status(client, f"{address}/?token=secret", Host="a.name") == 200
         assert "secret" not in "".join(log).replace("Secret", "")
         ws = await client.ws_connect(f"{address}/talk?token=secret", headers={"Origin": address})
@@ -301,7 +303,8 @@ async def test_no_file_but_the_page_is_served(speaker):
     async with serving(speaker) as (address, log, _, client):
         async with client.get(address) as answer:
             page = await answer.text()
-            assert answer.status == 200 and "<title>nanoFLM</title>" in page and "default-src 'none'" in answer.headers["Content-Security-Policy"]
+            assert answer.status == 200 and "<title>nanoFLM</title>" in page
+            assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
         for path in ("/web.html", "/web.py", "/../web.py", "/%2e%2e/web.py", "//etc/passwd", "/out/tiny/checkpoint.pt", "/favicon.ico"):
             async with client.get(aiohttp.client.URL(address + path, encoded=True)) as answer:
                 assert answer.status == 404, path
@@ -415,6 +418,12 @@ def test_another_host_gets_a_token(world, monkeypatch):
         assert len(server.token) >= 16 and host == "0.0.0.0"
     monkeypatch.setattr(web, "run", quick)
     assert run("chat.py", "--checkpoint", world / "flm", "--web", "--host", "0.0.0.0")[0] == 0
+
+
+@pytest.mark.parametrize("flags", [("--sessions", 0), ("--port", 70_000), ("--port", -1)])
+def test_bad_flags_are_one_line(world, flags):
+    code, _, err = run("chat.py", "--checkpoint", world / "flm", "--web", *flags)
+    assert code == 1 and len(err.strip().splitlines()) == 1 and flags[0] in err
 
 
 def test_the_page_is_beside_its_server():
