@@ -25,7 +25,7 @@ slow: .venv/ready
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install -q --disable-pip-version-check -e '.[toy,weights,plot]'
+	.venv/bin/pip install -q --disable-pip-version-check -e '.[toy,weights,plot,web]'
 	touch $@
 
 .PHONY: demo test slow

@@ -1,12 +1,13 @@
 """Talk to it: sound in, sound out, 80 ms at a time, exactly as a live conversation would be.
 
     python chat.py --checkpoint out/tiny --input user.wav --output reply.wav [--stereo] [--picture reply.png]
+    python chat.py --checkpoint out/tiny --web       in the browser (web.py)
+    python chat.py --checkpoint out/tiny --mic       in the terminal (live.py)
 
 engine.py holds the conversation. What is said about the first frame heard can be played in the second at the earliest, and that
 is where it stands in the reply.
 """
 import argparse
-import codecs
 import json
 import os
 import sys
@@ -16,45 +17,17 @@ import torch
 
 from engine import RECENT, Speaker
 from kernels.sampling import Sampling
+from live import Lines, Transcript, talk_to_microphone
 from mimi import FRAME, SAMPLE_RATE, read_audio, replace_when_done, write_audio
 from streams import FRAME_RATE
-
-
-class Transcript:
-    """The monologue as it comes: pieces of text with the second at which each was written."""
-
-    def __init__(self, speaker):
-        self.speaker, self.pieces = speaker, []
-        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def add(self, t, token):
-        """The piece that token (an int, of frame t) completes, or ''."""
-        v = self.speaker.vocab
-        if token == v.wait:
-            return ""
-        raw = self.speaker.tokenizer.decode_single_token_bytes(token)  # <asr> and <answer> too have their names there
-        piece = self.utf8.decode(raw)
-        if piece:
-            self.pieces.append({"time": round((t + 1) / FRAME_RATE, 2), "text": piece})
-        return piece
 
 
 def talk_to_file(speaker, source, target, stereo, picture, seed):
     heard = read_audio(source)
     transcript = Transcript(speaker)
-    last = [None]  # the frame of the last word: a pause begins a new line
-
-    def each(t, text):
-        piece = transcript.add(t, text.item())
-        if piece:
-            if last[0] is None or t - last[0] > 3:
-                sys.stdout.write(f"\n{(t + 1) / FRAME_RATE:7.2f} s ")
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-            last[0] = t
-
+    lines = Lines(transcript)
     begin = time.perf_counter()
-    _, said = speaker.converse(heard[None], seed, each)
+    _, said = speaker.converse(heard[None], seed, lambda t, text: lines.add(t, text.item()))
     seconds = time.perf_counter() - begin
     print()
     write_audio(target, torch.stack([heard, said[0]]) if stereo else said[0])
@@ -132,10 +105,17 @@ def draw(path, heard, said, pieces):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="out/tiny", help="folder that train.py wrote")
-    parser.add_argument("--input", required=True, help="any sound file: what the user says")
+    way = parser.add_mutually_exclusive_group(required=True)
+    way.add_argument("--input", help="any sound file: what the user says")
+    way.add_argument("--web", action="store_true", help="serve a page to talk on")
+    way.add_argument("--mic", action="store_true", help="microphone and loudspeaker of this machine")
     parser.add_argument("--output", default="reply.wav")
     parser.add_argument("--stereo", action="store_true", help="write both voices: left the user, right the model")
     parser.add_argument("--picture", help="draw the conversation into this file (.png, .svg)")
+    parser.add_argument("--host", default="127.0.0.1", help="of --web; any other than this machine itself needs a token")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--token", help="that the page's address must carry; drawn anew if --host needs one")
+    parser.add_argument("--sessions", type=int, default=4, help="conversations at once in --web")
     parser.add_argument("--temperature", type=float, default=0.0, help="of text and sound; 0: always the likeliest")
     parser.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest; 0: all")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest that sum to p")
@@ -147,7 +127,13 @@ def main():
         sound = Sampling(args.temperature, args.top_k, args.top_p)
         text = Sampling(args.temperature, args.top_k, args.top_p, args.penalty)
         speaker = Speaker(args.checkpoint, args.device, text, sound)
-        talk_to_file(speaker, args.input, args.output, args.stereo, args.picture, args.seed)
+        if args.web:
+            from web import serve  # needs an extra
+            serve(speaker, args.host, args.port, args.sessions, args.token)
+        elif args.mic:
+            talk_to_microphone(speaker, args.seed)
+        else:
+            talk_to_file(speaker, args.input, args.output, args.stereo, args.picture, args.seed)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
 

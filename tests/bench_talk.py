@@ -1,10 +1,11 @@
-"""Does it keep up? A conversation of an hour, many conversations at once, and the step beside Kyutai's.
+"""Does it keep up? A conversation of an hour, many at once, one that hears itself, and the step beside Kyutai's.
 
     python tests/bench_talk.py hour                  held-out requests for an hour, faster than real time
     python tests/bench_talk.py sessions              1, 2, 4, ... conversations, until a frame takes more than 80 ms
+    python tests/bench_talk.py echo                  held-out requests while the model hears itself, as from loudspeakers
     python tests/bench_talk.py lmgen                 the step of the `moshi` package's LMGen and ours, same shapes, in turn
 
-The first two need what `make demo` leaves (--checkpoint, --data), the last one the packages that `make slow` installs.
+The first three need what `make demo` leaves (--checkpoint, --data), the last one the packages that `make slow` installs.
 """
 import argparse
 import os
@@ -70,6 +71,37 @@ def hour(args):
               f"{name} {len(n)} requests: {sum(n)} answered right")
     print(f"{frames / sum(times) / FRAME_RATE:.1f} times real time; {heard} samples heard, {said} said; memory {held():.2f} MiB; "
           f"the process's peak {first:.0f} MiB after a minute, {peak():.0f} at the end")
+
+
+@torch.inference_mode()
+def in_a_room(speaker, heard, gain, later):
+    """Conversations (B, N) in which what is said comes back: (text tokens (B, T), what was really heard (B, N))"""
+    talk, room, texts = speaker.begin(range(len(heard))), heard.clone(), []
+    for at in range(0, heard.shape[1], FRAME):
+        text, said = speaker.frame(room[:, None, at:at + FRAME].to(speaker.device), talk)
+        texts.append(text.clone())
+        part = room[:, at + FRAME + later:at + 2 * FRAME + later]  # it is played in the next frame
+        part += gain * said[:, 0, :part.shape[1]].cpu()
+    return torch.stack(texts, 1).tolist(), room
+
+
+def written(speaker, tokens):
+    transcript = Transcript(speaker)
+    return "".join(transcript.add(t, token) for t, token in enumerate(tokens)).split()
+
+
+def echo(args):
+    """Held-out requests, all at once, each alone with a model whose voice leaks back `gain` times as loud after `delay` seconds."""
+    speaker, items = Speaker(args.checkpoint, args.device), read_manifest(os.path.join(args.data, "manifest.jsonl"))
+    items = [d for d in items if d["split"] == "seen" and d["kind"] in KINDS][:args.items]
+    heard = [read_audio(d["turns"][0]["path"]) for d in items]
+    N = -(-(max(map(len, heard)) + 5 * SAMPLE_RATE) // FRAME) * FRAME
+    heard = torch.stack([torch.nn.functional.pad(x, (0, N - len(x))) for x in heard])
+    for gain, delay in ((0, 0.1), (0.05, 0.1), (0.1, 0.1), (0.2, 0.1), (0.2, 0.3), (0.2, 0.5), (0.5, 0.3)):
+        text, room = in_a_room(speaker, heard, gain, round(delay * SAMPLE_RATE))
+        right = [written(speaker, row) == d["turns"][1]["text"].split() for row, d in zip(text, items)]
+        level = 20 * torch.log10((room - heard).square().mean().sqrt() + 1e-6)
+        print(f"gain {gain:<4} delay {delay} s: {sum(right)} of {len(right)} answered right; what leaks is heard at {level:.0f} dB")
 
 
 def sessions(args):
@@ -139,17 +171,18 @@ def lmgen(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("hour", "sessions", "lmgen"))
+    parser.add_argument("what", choices=("hour", "sessions", "echo", "lmgen"))
     parser.add_argument("--checkpoint", default="out/tiny")
-    parser.add_argument("--data", default="data/toy", help="hour: folder with the manifest of the held-out items")
+    parser.add_argument("--data", default="data/toy", help="hour, echo: folder with the manifest of the held-out items")
     parser.add_argument("--minutes", type=float, default=60, help="hour: so long, at least one")
+    parser.add_argument("--items", type=int, default=200, help="echo: requests")
     parser.add_argument("--ticks", type=int, default=250, help="sessions: frames of each size")
     parser.add_argument("--rounds", type=int, default=10, help="lmgen: of ten steps of each")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    {"hour": hour, "sessions": sessions, "lmgen": lmgen}[args.what](args)
+    {"hour": hour, "sessions": sessions, "echo": echo, "lmgen": lmgen}[args.what](args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,93 @@
+"""A headless Chromium with a sound file as its microphone, led over the DevTools protocol; nothing is downloaded."""
+import asyncio
+import base64
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import aiohttp
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+class Tab:
+    """One page."""
+
+    def __init__(self, ws):
+        self.ws, self.ids = ws, itertools.count(1)
+
+    async def call(self, method, **params):
+        n = next(self.ids)
+        await self.ws.send_json({"id": n, "method": method, "params": params})
+        while True:
+            answer = json.loads((await self.ws.receive(timeout=30)).data)
+            if answer.get("id") == n:
+                if "error" in answer:
+                    raise RuntimeError(f"{method}: {answer['error']['message']}")
+                return answer["result"]
+
+    async def value(self, script):
+        """What a JavaScript expression, or the promise that it gives, is in the page."""
+        answer = await self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True, userGesture=True)
+        if "exceptionDetails" in answer:
+            raise RuntimeError(f"{script}: {answer['exceptionDetails']}")
+        return answer["result"].get("value")
+
+    async def until(self, script, seconds=30):
+        """Waits until the expression is true; TimeoutError."""
+        for _ in range(int(seconds * 5)):
+            with contextlib.suppress(RuntimeError):  # while a page loads it has no scripts
+                if value := await self.value(script):
+                    return value
+            await asyncio.sleep(0.2)
+        raise TimeoutError(script)
+
+    async def press(self, key, code):
+        for kind in ("keyDown", "keyUp"):
+            text = {"text": "\r"} if key == "Enter" and kind == "keyDown" else {}
+            await self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **text)
+
+    async def picture(self, path, width, height, scale=1, dark=False):
+        await self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=width < 600)
+        await self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        await self.value("new Promise(done => requestAnimationFrame(() => { draw(); requestAnimationFrame(done) }))")
+        with open(path, "wb") as f:
+            f.write(base64.b64decode((await self.call("Page.captureScreenshot"))["data"]))
+
+
+class Browser:
+    def __init__(self, http, address):
+        self.http, self.address = http, address
+
+    async def open(self, url):
+        async with self.http.put(f"{self.address}/json/new?{url}") as answer:
+            at = (await answer.json(content_type=None))["webSocketDebuggerUrl"]
+        return Tab(await self.http.ws_connect(at, max_msg_size=0))
+
+
+@contextlib.asynccontextmanager
+async def chromium(folder, microphone=None, allowed=True):
+    """A Browser; `microphone` is a WAV file, heard over and over. Without it, it beeps. Unless `allowed`, pages get no microphone."""
+    command = [CHROMIUM, "--headless=new", "--remote-debugging-port=0", f"--user-data-dir={folder}", "--no-first-run", "--disable-gpu",
+               "--use-fake-device-for-media-stream", "--autoplay-policy=no-user-gesture-required", "--mute-audio",
+               f"--use-fake-ui-for-media-stream{'' if allowed else '=deny'}", "--disable-background-networking", "--disable-dev-shm-usage"]
+    if microphone:
+        command.append(f"--use-file-for-fake-audio-capture={microphone}")
+    if sys.platform == "linux" and os.geteuid() == 0:
+        command.append("--no-sandbox")
+    process = subprocess.Popen([*command, "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        port = os.path.join(folder, "DevToolsActivePort")
+        for _ in range(150):
+            if os.path.exists(port) and open(port).read().strip():
+                break
+            await asyncio.sleep(0.2)
+        async with aiohttp.ClientSession() as http:
+            yield Browser(http, f"http://127.0.0.1:{open(port).readline().strip()}")
+    finally:
+        process.terminate()
+        process.wait(20)

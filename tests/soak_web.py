@@ -1,0 +1,99 @@
+"""Eight clients who join, begin anew and drop for as long as you like: what the server holds must not grow.
+
+    python tests/soak_web.py --checkpoint out/tiny --minutes 60
+
+The server runs in this process, on this machine's own address. Each line: what it has held for the last while.
+"""
+import argparse
+import asyncio
+import os
+import random
+import resource
+import sys
+import time
+
+import aiohttp
+import numpy as np
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import web  # noqa: E402
+from engine import Speaker  # noqa: E402
+from mimi import FRAME  # noqa: E402
+
+CLIENTS, PLACES = 8, 6  # so that some find it full
+
+
+async def client(http, address, rng, count, end):
+    """Conversations of up to 20 s, one after another, until `end`."""
+    while time.monotonic() < end:
+        async with http.ws_connect(f"{address}/talk", headers={"Origin": address}, max_msg_size=0) as ws:
+            count["joined"] += 1
+            answers = asyncio.ensure_future(read(ws, count))
+            try:
+                await speak(ws, rng, count, min(end, time.monotonic() + rng.uniform(1, 20)))
+                if rng.random() < 0.5 and ws._response.connection:
+                    count["dropped"] += 1
+                    ws._response.connection.transport.abort()
+            except ConnectionError:
+                pass
+            finally:
+                answers.cancel()
+        await asyncio.sleep(rng.uniform(0, 2))
+
+
+async def speak(ws, rng, count, end):
+    n = 0
+    while time.monotonic() < end and not ws.closed:
+        sound = rng.choice([0, 0, 0.1]) * np.random.default_rng(n).standard_normal(FRAME)
+        if rng.random() > 0.02:
+            await ws.send_bytes(n.to_bytes(4, "little") + (sound * 32767).astype("<i2").tobytes())
+            count["sent"] += 1
+        n += 1
+        if rng.random() < 0.01:
+            await ws.send_str('{"type":"restart"}')
+            n = 0
+        await asyncio.sleep(0.08)
+
+
+async def read(ws, count):
+    async for message in ws:
+        count["answered"] += message.type == aiohttp.WSMsgType.BINARY
+    count["full"] += ws.close_code == 1013
+
+
+def held(server):
+    with open("/proc/self/statm") as f:
+        memory = int(f.read().split()[1]) * resource.getpagesize() / 2 ** 20
+    sessions = sum(s is not None for s in server.engine.sessions)
+    return (f"memory {memory:.0f} MiB, files {len(os.listdir('/proc/self/fd'))}, sessions {sessions}, "
+            f"connections {len(server.runner.server.connections)}, tasks {len(asyncio.all_tasks())}")
+
+
+async def soak(args):
+    server = web.Server(Speaker(args.checkpoint), web.Limits(sessions=PLACES), log=lambda line: None)
+    count = dict.fromkeys(("joined", "full", "dropped", "sent", "answered"), 0)
+    address = f"http://127.0.0.1:{await server.start('127.0.0.1', 0)}"
+    begun, end = time.monotonic(), time.monotonic() + 60 * args.minutes
+    print(f"    0 s: {held(server)}", flush=True)
+    async with aiohttp.ClientSession() as http:
+        clients = [asyncio.ensure_future(client(http, address, random.Random(i), count, end)) for i in range(CLIENTS)]
+        while time.monotonic() < end:
+            await asyncio.sleep(min(args.every, max(0.1, end - time.monotonic())))
+            print(f"{time.monotonic() - begun:5.0f} s: {held(server)}; {count}", flush=True)
+        await asyncio.gather(*clients)
+    await asyncio.sleep(3)
+    print(f"all gone: {held(server)}; {count}", flush=True)
+    assert not any(server.engine.sessions) and not server.guests and not server.runner.server.connections
+    await server.stop()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default="out/tiny")
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--every", type=float, default=60, help="seconds between two lines")
+    asyncio.run(soak(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

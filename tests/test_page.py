@@ -1,0 +1,126 @@
+"""The page in a real browser, a held-out request for its microphone.
+
+With an untrained model this sees that sound and tokens flow. A trained one's answers are checked too:
+
+    TALK_TO=out/tiny TALK_OF=data/toy python -m pytest -m slow tests/test_page.py
+"""
+import asyncio
+import contextlib
+import json
+import os
+
+import pytest
+import torch
+
+from engine import Speaker
+from live import Transcript
+from mimi import read_audio, write_audio
+from prepare import read_manifest
+
+pytest.importorskip("aiohttp", reason="needs the extra 'web'")
+import web  # noqa: E402
+from browser import CHROMIUM, chromium  # noqa: E402
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt install chromium)")]
+TRAINED = os.environ.get("TALK_TO")
+
+
+def request_of(world, path):
+    """A held-out request as a WAV file, silence around it, longer than the test; (what was asked, the right answer). Of a trained
+    model's the first one that it answers right from a file: what is tested is the page."""
+    items, second = read_manifest(os.path.join(os.environ.get("TALK_OF", str(world / "toy")), "manifest.jsonl")), torch.zeros(24_000)
+    for item in (d for d in items if d["split"] == "seen" and d["kind"] in ("next", "opposite", "count", "repeat")):
+        sound, (asked, right) = read_audio(item["turns"][0]["path"]), [turn["text"] for turn in item["turns"]]
+        sound = torch.cat([second, second, sound, *[second] * 30])
+        if not TRAINED or answer(sound[:10 * 24_000]).split() == right.split():
+            write_audio(str(path), sound)
+            return asked, right
+
+
+def answer(sound):
+    speaker = Speaker(TRAINED)
+    transcript = Transcript(speaker)
+    for t, token in enumerate(speaker.converse(sound[None])[0][0].tolist()):
+        transcript.add(t, token)
+    return "".join(piece["text"] for piece in transcript.pieces)
+
+
+async def open_page(browser, address):
+    tab = await browser.open(address)
+    await tab.until("typeof talk !== 'undefined' && document.readyState === 'complete'")
+    return tab
+
+
+@contextlib.asynccontextmanager
+async def serving(world, port=0):
+    """(server, address of the page)"""
+    server = web.Server(Speaker(TRAINED or str(world / "flm")), web.Limits(sessions=2))
+    port = await server.start("127.0.0.1", port)
+    try:
+        yield server, f"http://127.0.0.1:{port}/"
+    finally:
+        await server.stop()
+
+
+def test_a_request_is_heard_and_answered_on_two_pages_at_once_and_after_a_reload(world, tmp_path):
+    asked, right = request_of(world, tmp_path / "user.wav")
+
+    async def talk():
+        async with serving(world) as (server, address), chromium(str(tmp_path / "profile"), tmp_path / "user.wav") as browser:
+            first = await open_page(browser, address)
+            assert await first.value("document.activeElement.id") == "talk"
+            await first.press("Enter", 13)  # by the keyboard alone
+            await first.until("record.said.length > 20")
+            second = await open_page(browser, address)
+            await second.value("$('talk').click()")
+            await second.until("record.said.length > 20")
+            third = await open_page(browser, address)
+            await third.value("$('talk').click()")
+            assert "full" in await third.until("/full/.test($('floor').textContent) && $('floor').textContent")
+            await first.until("record.pieces.length && record.said.length > 120", 60)
+            heard, said, trip, shown = json.loads(await first.value("""JSON.stringify([record.heard, record.said].map(
+                frames => Math.max(...frames.map(f => Math.sqrt(f.reduce((a, x) => a + x * x, 0) / FRAME)))).concat(
+                record.trip, record.pieces.map(piece => piece.text).join("")))"""))
+            print(f"asked {asked!r}, right {right!r}, shown {shown!r}; round trip {trip:.0f} ms; loudest frames {heard:.0f}, {said:.0f}")
+            assert heard > 300 and said > 30 and 0 < trip < 5000 and shown
+            if TRAINED:
+                assert shown.split() == right.split()
+            size, left, right_ = await first.value("""(() => {
+                const view = new DataView(wav(record.heard, record.said)), at = 44 + 4 * 90 * FRAME
+                return [view.byteLength, view.getInt16(at, true) === record.heard[90][0], view.getInt16(at + 2, true) === record.said[90][0]]
+            })()""")
+            assert size % (4 * 1920) == 44 and left and right_
+            await first.value("$('restart').click()")
+            await first.until("record.said.length > 5 && record.said.length < 60")
+            await first.value("$('mute').click()")
+            await first.until("record.heard.length > 20 && record.heard.at(-1).every(x => x === 0)")
+            await first.call("Page.reload")
+            await first.until("typeof talk !== 'undefined' && talk === null && record.heard.length === 0")
+            await first.value("$('talk').click()")
+            await first.until("record.said.length > 20")
+            assert len(server.guests) == 2
+    asyncio.run(talk())
+
+
+def test_a_refused_microphone_is_said_plainly(world, tmp_path):
+    async def talk():
+        async with serving(world) as (server, address), chromium(str(tmp_path / "profile"), allowed=False) as browser:
+            tab = await open_page(browser, address)
+            await tab.value("$('talk').click()")
+            assert await tab.until("$('floor').textContent.startsWith('The microphone was refused')")
+            assert not server.guests
+    asyncio.run(talk())
+
+
+def test_a_server_that_ends_is_said_plainly_and_the_next_one_answers(world, tmp_path):
+    async def talk():
+        async with chromium(str(tmp_path / "profile")) as browser:
+            async with serving(world) as (_, address):
+                tab = await open_page(browser, address)
+                await tab.value("$('talk').click()")
+                await tab.until("record.said.length > 5")
+            assert "the server ends" in await tab.until("!talk && $('floor').textContent")
+            async with serving(world, int(address[:-1].rsplit(":", 1)[1])):
+                await tab.value("$('talk').click()")
+                await tab.until("talk && record.said.length > 5 && record.said.length < 100")
+    asyncio.run(talk())

@@ -1,0 +1,430 @@
+"""The page's server: its protocol, its limits, and clients who keep to neither."""
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from conftest import ROOT, run
+from engine import Speaker
+from mimi import FRAME
+
+aiohttp = pytest.importorskip("aiohttp", reason="needs the extra 'web'")
+import web  # noqa: E402
+
+LIMITS = web.Limits(sessions=2, total=30.0, idle=10.0, request=0.5, send=1.0, connections=12)
+
+
+@pytest.fixture(scope="module")
+def speaker(world):
+    return Speaker(str(world / "flm"))
+
+
+@contextlib.asynccontextmanager
+async def serving(speaker, token=None, **limits):
+    """(address, log, server, client)"""
+    log = []
+    server = web.Server(speaker, replace(LIMITS, **limits), token, log.append)
+    port = await server.start("127.0.0.1", 0)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        async with aiohttp.ClientSession() as client:
+            yield address, log, server, client
+    finally:
+        await server.stop()
+        assert not server.guests and not any(server.engine.sessions) and not server.thread.is_alive()
+
+
+def binary(n, level=0.1):
+    samples = level * np.random.default_rng(n).standard_normal(FRAME)
+    return n.to_bytes(4, "little") + (samples * 32767).astype("<i2").tobytes()
+
+
+def join(client, address, **more):
+    return client.ws_connect(f"{address}/talk", headers={"Origin": address, **more.pop("headers", {})}, max_msg_size=0, **more)
+
+
+async def begun(client, address, **more):
+    ws = await join(client, address, **more)
+    assert await ws.receive_json(timeout=10) == {"type": "begin"}
+    return ws
+
+
+async def answers(ws, count):
+    """The next `count` binary messages, and the texts before them: ([(number, samples), ...], [{...}, ...])"""
+    frames, texts = [], []
+    while len(frames) < count:
+        message = await ws.receive(timeout=20)
+        if message.type == aiohttp.WSMsgType.BINARY:
+            frames.append((int.from_bytes(message.data[:4], "little"), np.frombuffer(message.data, "<i2", offset=4)))
+        elif message.type == aiohttp.WSMsgType.TEXT:
+            texts.append(json.loads(message.data))
+        else:
+            raise AssertionError((ws.close_code, message))
+    return frames, texts
+
+
+async def ending(ws):
+    """(close code, reason) once the server has closed"""
+    while True:
+        message = await ws.receive(timeout=20)
+        if message.type == aiohttp.WSMsgType.CLOSE:
+            return message.data, message.extra
+        if message.type in (aiohttp.WSMsgType.CLOSED, aiohttp.WSMsgType.ERROR):
+            return ws.close_code, ""
+
+
+async def talks(ws, begin, count=3):
+    """Whether a conversation goes on: each frame is answered under its number."""
+    for n in range(begin, begin + count):
+        await ws.send_bytes(binary(n))
+    frames, _ = await answers(ws, count)
+    return [n for n, _ in frames] == list(range(begin, begin + count))
+
+
+def live(test):
+    """An async test in a loop of its own."""
+    def run_it(speaker):
+        asyncio.run(asyncio.wait_for(test(speaker), 60))
+    run_it.__name__ = test.__name__
+    return run_it
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the protocol
+
+
+@live
+async def test_each_frame_is_answered_as_the_engine_alone_would(speaker):
+    async with serving(speaker) as (address, log, server, client):
+        ws = await begun(client, address)
+        seed = server.engine.sessions[0].seed
+        for n in range(6):
+            await ws.send_bytes(binary(n))
+        frames, texts = await answers(ws, 6)
+        heard = np.concatenate([np.frombuffer(binary(n), "<i2", offset=4) for n in range(6)]).astype(np.float32) / 32768
+        import torch
+        _, said = speaker.converse(torch.cat([torch.from_numpy(heard), torch.zeros(FRAME)])[None], seed)
+        assert [n for n, _ in frames] == list(range(6))
+        assert np.abs(np.concatenate([x for _, x in frames]) - said[0, FRAME:].clamp(-1, 1).numpy() * 32767).max() <= 1
+        assert all(t["type"] == "text" and t["text"] and 0.08 <= t["time"] <= 0.48 for t in texts)
+        await ws.close()
+    assert log[0] == "127.0.0.1 talks: 1 of 2" and "left" in log[1] and len(log) == 2
+
+
+@live
+async def test_what_is_missing_is_concealed_and_what_is_late_is_dropped(speaker):
+    async with serving(speaker) as (address, _, server, client):
+        ws = await begun(client, address)
+        for n in (0, 1, 3, 2, 3, 4):
+            await ws.send_bytes(binary(n))
+        frames, _ = await answers(ws, 4)
+        assert [n for n, _ in frames] == [0, 1, 3, 4]
+        await ws.send_bytes(binary(2 ** 32 - 1))  # as far ahead as can be
+        assert (await answers(ws, 1))[0][0][0] == 2 ** 32 - 1
+        await ws.close()
+
+
+@live
+async def test_restart_begins_a_conversation_that_equals_the_first(speaker):
+    async with serving(speaker) as (address, _, _, client):
+        ws, sounds = await begun(client, address), []
+        for _ in range(2):
+            for n in range(4):
+                await ws.send_bytes(binary(n))
+            sounds.append((await answers(ws, 4))[0])
+            await ws.send_str('{"type":"restart"}')
+            assert await ws.receive_json(timeout=10) == {"type": "begin"}
+        assert all(a[0] == b[0] and np.array_equal(a[1], b[1]) for a, b in zip(*sounds))
+        await ws.close()
+
+
+@live
+async def test_a_bad_link_leaves_the_conversation_intact(speaker):
+    """Bursts of 200 ms and a loss of 2% on the way there, at twice the speed."""
+    from test_live import link
+    async with serving(speaker) as (address, _, server, client):
+        ws, arrivals = await begun(client, address), link(60, seed=2)
+        begin, sent = time.monotonic(), [n for _, n in arrivals]
+        next(iter(server.guests.values())).allowance = 1000
+        for at, n in arrivals:
+            await asyncio.sleep(max(0, begin + at / 2 - time.monotonic()))
+            await ws.send_bytes(binary(n))
+        frames, _ = await answers(ws, 0.9 * len(sent))
+        numbers = [n for n, _ in frames]
+        assert numbers == sorted(set(numbers)) and set(numbers) <= set(sent)
+        await ws.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# places and times
+
+
+@live
+async def test_full_is_said_plainly_and_a_place_left_is_free(speaker):
+    async with serving(speaker) as (address, log, _, client):
+        a, b = await begun(client, address), await begun(client, address)
+        assert await ending(await join(client, address)) == (1013, "full: all 2 places are taken")
+        assert "full" in log[-1] and await talks(a, 0)
+        await a.close()
+        c = await begun(client, address)
+        assert await talks(b, 0) and await talks(c, 0)
+
+
+@live
+async def test_a_page_loaded_anew_in_the_middle_takes_no_second_place(speaker):
+    async with serving(speaker, sessions=1) as (address, _, server, client):
+        for _ in range(4):
+            ws = await begun(client, address)
+            await ws.send_bytes(binary(0))
+            ws._response.connection.transport.abort()  # as a browser that goes away, without a word
+            for _ in range(100):
+                if not server.guests:
+                    break
+                await asyncio.sleep(0.02)
+        assert await talks(await begun(client, address), 0)
+
+
+@live
+async def test_idle_and_endless_conversations_end(speaker):
+    async with serving(speaker, idle=0.3) as (address, log, _, client):
+        ws = await begun(client, address)
+        assert await ending(ws) == (1000, "nothing was heard for 0.3 seconds")
+    async with serving(speaker, total=0.6, idle=0.4) as (address, log, _, client):
+        ws = await begun(client, address)
+        for n in range(3):
+            await asyncio.sleep(0.15)
+            await ws.send_bytes(binary(n))
+        assert await ending(ws) == (1000, "a conversation lasts 0.01 minutes") and "lasts" in log[-1]
+
+
+@live
+async def test_pings_do_not_keep_a_place(speaker):
+    async with serving(speaker, idle=0.4) as (address, _, _, client):
+        ws = await begun(client, address)
+        with contextlib.suppress(ConnectionError):
+            for _ in range(10):
+                await asyncio.sleep(0.1)
+                await ws.ping()
+        assert await ending(ws) == (1000, "nothing was heard for 0.4 seconds")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# clients who keep to no rule
+
+
+async def short(ws):
+    await ws.send_bytes(binary(0)[:-2])
+
+
+async def too_long(ws):
+    await ws.send_bytes(bytes(200_000))
+
+
+async def empty(ws):
+    await ws.send_bytes(b"")
+
+
+async def text_for_binary(ws):
+    await ws.send_str("hello" * 100)
+
+
+async def no_utf8(ws):
+    await ws._writer.send_frame(b"\xff\xfe\xfd", 1)
+
+
+async def hasty(ws):
+    with contextlib.suppress(ConnectionError):
+        for n in range(web.BURST + 40):
+            await ws.send_bytes(binary(n))
+
+
+async def restless(ws):
+    with contextlib.suppress(ConnectionError):
+        for _ in range(12):
+            await ws.send_str('{"type":"restart"}')
+
+
+@pytest.mark.parametrize("misbehave, code", [
+    (short, 1008), (too_long, 1009), (empty, 1008), (text_for_binary, 1008), (no_utf8, 1007), (hasty, 1008), (restless, 1008)])
+def test_who_breaks_a_rule_is_refused_in_one_line_and_nobody_else_notices(speaker, misbehave, code):
+    @live
+    async def test(speaker):
+        async with serving(speaker) as (address, log, server, client):
+            good, bad = await begun(client, address), await begun(client, address)
+            assert await talks(good, 0)
+            before = len(log)
+            await misbehave(bad)
+            with contextlib.suppress(ConnectionError):
+                assert (await ending(bad))[0] in (code, 1006)
+            assert await talks(good, 3)
+            for _ in range(100):
+                if len(log) > before:
+                    break
+                await asyncio.sleep(0.02)
+            assert len(log) == before + 1 and len(log[-1]) < 200 and len(server.guests) == 1, log
+    test(speaker)
+
+
+@live
+async def test_a_foreign_page_a_foreign_name_and_a_missing_token_get_nothing(speaker):
+    async def status(client, url, **headers):
+        async with client.get(url, headers=headers) as answer:
+            return answer.status
+    upgrade = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13",
+               "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="}
+    async with serving(speaker) as (address, log, server, client):
+        for origin in ("http://evil.example", "null", "", address.replace("127.0.0.1", "localhost"), address + ".evil.example"):
+            assert await status(client, f"{address}/talk", Origin=origin, **upgrade) == 403, origin
+        assert len(log) == 5 and "wrong origin 'http://evil.example'" in log[0] and not server.guests
+        assert await status(client, address, Host="evil.example") == 403
+        assert await status(client, f"{address}/talk", Host="evil.example", Origin="http://evil.example", **upgrade) == 403
+        assert await status(client, address) == 200
+    async with serving(speaker, token="secret") as (address, log, _, client):
+        for query in ("", "?token=", "?token=Secret", "?token=secret2", "?token=%ff"):
+            assert await status(client, f"{address}/{query}") == 403
+            assert await status(client, f"{address}/talk{query}", Origin=address, **upgrade) == 403
+        assert await status(client, f"{address}/?token=secret", Host="a.name") == 200
+        assert "secret" not in "".join(log).replace("Secret", "")
+        ws = await client.ws_connect(f"{address}/talk?token=secret", headers={"Origin": address})
+        assert (await ws.receive_json(timeout=10))["type"] == "begin"
+
+
+@live
+async def test_no_file_but_the_page_is_served(speaker):
+    async with serving(speaker) as (address, log, _, client):
+        async with client.get(address) as answer:
+            page = await answer.text()
+            assert answer.status == 200 and "<title>nanoFLM</title>" in page
+            assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+        for path in ("/web.html", "/web.py", "/../web.py", "/%2e%2e/web.py", "//etc/passwd", "/out/tiny/checkpoint.pt", "/favicon.ico"):
+            async with client.get(aiohttp.client.URL(address + path, encoded=True)) as answer:
+                assert answer.status == 404, path
+        async with client.post(address, data=b"x" * 2000) as answer:
+            assert answer.status == 405
+        assert len(log) == 8 and all(len(line) < 200 for line in log)
+    for foreign in ("src=\"http", "href=\"http", "@import", "url(http", "fetch("):
+        assert foreign not in page, "the page asks nobody but its server"
+
+
+def raw(address, data=b""):
+    s = socket.create_connection(("127.0.0.1", int(address.rsplit(":", 1)[1])), timeout=10)
+    s.sendall(data)
+    return s
+
+
+def is_cut(s):
+    """Whether the server ends the connection within ten seconds."""
+    try:
+        while s.recv(65536):
+            pass
+    except ConnectionError:
+        pass
+    except TimeoutError:
+        return False
+    return True
+
+
+@live
+async def test_slow_and_garbled_connections_are_cut_off(speaker):
+    async with serving(speaker) as (address, log, server, client):
+        good = await begun(client, address)
+        slow = [raw(address), raw(address, b"GET / HT"), raw(address, b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX-A: b\r\n")]
+        garbled = raw(address, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n")
+        for s in (*slow, garbled):
+            assert await asyncio.to_thread(is_cut, s)
+        assert [line for line in log if "nothing in time" in line][2:] and await talks(good, 0)
+        many = [raw(address) for _ in range(2 * LIMITS.connections)]
+        await asyncio.sleep(0.1)
+        assert len(server.runner.server.connections) <= LIMITS.connections and "127.0.0.1 is one too many" in log
+        assert await talks(good, 3)
+        for s in many:
+            s.close()
+
+
+@live
+async def test_who_does_not_read_is_cut_off(speaker):
+    async with serving(speaker) as (address, log, server, client):
+        good, deaf = await begun(client, address), await begun(client, address)
+        next(iter(list(server.guests.values())[1:])).allowance = 1e9
+        deaf._response.connection.transport.pause_reading()
+        guest = list(server.guests.values())[1]
+        for n in range(web.BEHIND + 600):  # more than the sockets between them hold
+            guest.out.put_nowait(binary(0) * 20)
+        for _ in range(200):
+            if len(server.guests) == 1:
+                break
+            await asyncio.sleep(0.05)
+        assert "reads too slowly" in log[-1] and await talks(good, 0)
+
+
+@live
+async def test_a_model_that_breaks_ends_its_conversations_and_says_so(speaker):
+    async with serving(speaker) as (address, log, server, client):
+        ws = await begun(client, address)
+        tick = server.engine.tick
+        server.engine.tick = lambda: dict.fromkeys(tick())
+        await ws.send_bytes(binary(0))
+        assert await ending(ws) == (1011, "the model's logits are not numbers")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command
+
+
+def command(world, *more):
+    """chat.py --web in a process: (process, address)"""
+    process = subprocess.Popen([sys.executable, "chat.py", "--checkpoint", str(world / "flm"), "--web", *more], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    line = process.stdout.readline()
+    assert "Talk to it at " in line, process.communicate()
+    return process, line.split("Talk to it at ")[1].split(" ")[0]
+
+
+@live
+async def once(process_address):
+    _, address = process_address
+    async with aiohttp.ClientSession() as client:
+        ws = await begun(client, address.rstrip("/"))
+        assert await talks(ws, 0)
+
+
+def test_killed_and_started_again_on_the_same_port_and_ended_by_ctrl_c(world):
+    first = command(world, "--port", "0")
+    once(first)
+    first[0].kill()
+    first[0].communicate()
+    port = first[1].rstrip("/").rsplit(":", 1)[1]
+    second = command(world, "--port", port)
+    assert second[1] == first[1]
+    once(second)
+    code, _, err = run("chat.py", "--checkpoint", world / "flm", "--web", "--port", port)
+    assert code == 1 and len(err.strip().splitlines()) == 1 and port in err, "a port that is taken is one line"
+    second[0].send_signal(signal.SIGINT)
+    out, err = second[0].communicate(timeout=20)
+    assert second[0].returncode == 0 and "Ended." in out and "Traceback" not in err
+
+
+def test_another_host_gets_a_token(world, monkeypatch):
+    async def quick(server, host, port):
+        assert len(server.token) >= 16 and host == "0.0.0.0"
+    monkeypatch.setattr(web, "run", quick)
+    assert run("chat.py", "--checkpoint", world / "flm", "--web", "--host", "0.0.0.0")[0] == 0
+
+
+@pytest.mark.parametrize("flags", [("--sessions", 0), ("--port", 70_000), ("--port", -1)])
+def test_bad_flags_are_one_line(world, flags):
+    code, _, err = run("chat.py", "--checkpoint", world / "flm", "--web", *flags)
+    assert code == 1 and len(err.strip().splitlines()) == 1 and flags[0] in err
+
+
+def test_the_page_is_beside_its_server():
+    assert os.path.dirname(web.PAGE) == ROOT and os.path.getsize(web.PAGE) < 40_000
