@@ -48,8 +48,9 @@ from tqdm import tqdm
 import mimi
 import prepare
 import train
-from chat import Transcript, speech
+from chat import speech
 from engine import Speaker
+from live import Transcript
 from mimi import (FRAME, SAMPLE_RATE, LogMel, Mimi, load_weights, log_spectral_distance, mel_filters, read_audio,
                   replace_when_done, write_audio)
 from prepare import LANGUAGES, SHARES, cut_in_two, make_request, make_story, read_manifest

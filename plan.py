@@ -100,7 +100,7 @@ def plan(config, stage, gpus, bf16=True, eight_bit=False):
         flm = model.FLM(config)
     rows = stage.rows or stage.batch // gpus or 1
     share = 0.5 * (stage.depth[0] + stage.depth[1])  # about half of the frames is speech
-    each = measure(config, stage.frames > 1024, rows, stage.frames, share, bf16)
+    each = measure(config, stage.recompute, rows, stage.frames, share, bf16)
     P, size = sum(p.numel() for p in flm.parameters()), 2 if bf16 else 4
     block = sum(p.numel() for p in flm.blocks[0].parameters())
     rest = P - block * len(flm.blocks)

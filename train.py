@@ -61,6 +61,11 @@ class Stage:
     depth: tuple = (1.0, 1.0)  # shares of the frames of speech and of silence that the depth transformer learns from
     sources: tuple = (1.0, 1.0)  # how often a recording that a machine wrote down is used, and one that a person did
 
+    @property
+    def recompute(self):
+        """Whether rows are so long that of each layer only its input is kept."""
+        return self.frames > 1024
+
 
 LANGUAGE = {"language": (1, 1)}  # instead of the language model that the paper starts from
 POST = {"tts": (1, 1), "asr": (1, 1)}
@@ -262,7 +267,7 @@ class ModelJob:
         return torch.from_numpy(np.stack(rows))
 
     def loss(self, stage, progress, split, rng):
-        self.model.recompute = stage.frames > 1024  # of long rows, keep little
+        self.model.recompute = stage.recompute
         generator = torch.Generator().manual_seed(rng.getrandbits(60))
         grid = self.batch(stage, progress, split, rng)
         if split == "train" and stage.blot:
@@ -432,6 +437,11 @@ def make_optimizer(groups, eight_bit):
     return AdamW8bit(groups, lr=torch.tensor(0.0), betas=(0.9, 0.98), bf16_stochastic_round=True)
 
 
+def copy(source, target):
+    with mimi.replace_when_done(target) as temporary:
+        shutil.copyfile(source, temporary)
+
+
 class Run:
     """A job on its way through the stages, kept in the folder `out`: checkpoint.pt, log.jsonl, and what else chat.py needs."""
 
@@ -461,8 +471,7 @@ class Run:
             for name, source in job.files.items():
                 if not os.path.exists(source):
                     raise FileNotFoundError(f"{source}: not there; the data in use was encoded with it")
-                with mimi.replace_when_done(os.path.join(out, name)) as temporary:
-                    shutil.copyfile(source, temporary)
+                copy(source, os.path.join(out, name))
 
     def restore(self):
         if parallel.together():
@@ -538,15 +547,15 @@ class Run:
         n = max(min(self.at["slices"], stage.batch), stage.batch // (stage.rows or stage.batch))
         if n % parallel.world():
             raise ValueError(f"a batch in {n} slices cannot be shared by {parallel.world()} processes")
-        kept = (self.side_by_side if self.threads else self.one_by_one)(stage, progress, n)
-        losses, kept = zip(*kept)
+        part, mine = dataclasses.replace(stage, batch=stage.batch // n), range(parallel.rank(), n, parallel.world())
+        losses, kept = zip(*(self.side_by_side if self.threads else self.one_by_one)(part, progress, mine))
         means = {name: sum(x[name] for x in losses) / len(losses) for name in losses[0]}
         numbers = parallel.mean(torch.stack([*means.values(), torch.tensor(float(self.stopped), device=means["loss"].device)]).float())
         parts = dict(zip([*means, "stopped"], numbers))
         self.stopped = parts.pop("stopped") > 0
         loss = parts.pop("loss")
         if not torch.isfinite(loss):
-            self.explain(loss.item(), losses, stage, progress, n)
+            self.explain(loss.item(), losses, part, progress, mine)
         nn.utils.clip_grad_norm_(self.params, 1.0)
         self.optimizer.step()
         if kept[0] is not None:
@@ -556,44 +565,44 @@ class Run:
         self.at["total"] += 1
         return loss, parts, lr
 
-    def side_by_side(self, stage, progress, n):
-        """All slices at the same time, in threads; p.grad becomes their mean. Returns [(losses, what job.after wants), ...]"""
+    def side_by_side(self, part, progress, mine):
+        """All slices at the same time, in threads; p.grad becomes their mean. part: the stage, with a batch of one slice; mine: the
+        slices' numbers. Returns [(losses, what job.after wants), ...]"""
         def one(i):
-            losses, kept = self.slice(stage, progress, n, i)
+            losses, kept = self.slice(part, progress, i)
             return torch.autograd.grad(losses["loss"], self.params, materialize_grads=True), losses, kept
-        grads, losses, kept = zip(*self.threads.map(one, range(n)))
+        grads, losses, kept = zip(*self.threads.map(one, mine))
         for p, *slopes in zip(self.params, *grads):
-            p.grad = sum(slopes) / n
+            p.grad = sum(slopes) / len(mine)
         return [({name: x.detach() for name, x in some.items()}, k) for some, k in zip(losses, kept)]
 
-    def one_by_one(self, stage, progress, n):
-        """This process's slices in turn; p.grad becomes the mean over all slices of all processes."""
+    def one_by_one(self, part, progress, mine):
+        """The same in turn, for this process's slices; p.grad becomes the mean over all slices of all processes."""
         self.optimizer.zero_grad()
-        mine, out = range(parallel.rank(), n, parallel.world()), []
+        out = []
         for i in mine:
             if parallel.together():
                 self.job.modules.set_requires_gradient_sync(i == mine[-1])
-            losses, kept = self.slice(stage, progress, n, i)
+            losses, kept = self.slice(part, progress, i)
             (losses["loss"] / len(mine)).backward()
             out.append(({name: x.detach() for name, x in losses.items()}, kept))
         return out
 
-    def slice(self, stage, progress, n, i):
-        """The i-th of n slices of a batch: its loss and the parts of it, and what job.after wants of it (None: nothing)."""
+    def slice(self, part, progress, i):
+        """The i-th slice of a batch: its loss and the parts of it, and what job.after wants of it (None: nothing)."""
         with self.autocast():
-            loss, parts, kept = self.job.loss(dataclasses.replace(stage, batch=stage.batch // n), progress, "train", self.rng(i))
+            loss, parts, kept = self.job.loss(part, progress, "train", self.rng(i))
         return {"loss": loss, **parts}, kept
 
     def rng(self, i):
         return random.Random(f"{self.seed} {self.at['stage']} {self.at['step']} {i}")
 
-    def explain(self, loss, losses, stage, progress, n):
+    def explain(self, loss, losses, part, progress, mine):
         """Stop for a loss that is not a number; the last checkpoint stays as it is."""
-        mine = range(parallel.rank(), n, parallel.world())
         bad = [i for i, some in zip(mine, losses) if not torch.isfinite(some["loss"])]
         names = getattr(self.job, "names", lambda *args: [])
-        where = [name for i in bad for name in names(dataclasses.replace(stage, batch=stage.batch // n), progress, self.rng(i))]
-        raise ValueError(f"the loss is {loss} at step {self.at['step']} of {stage.name}; the last good state is in {self.out}; "
+        where = [name for i in bad for name in names(part, progress, self.rng(i))]
+        raise ValueError(f"the loss is {loss} at step {self.at['step']} of {part.name}; the last good state is in {self.out}; "
                          f"learned from: {', '.join(where[:8]) or 'another process knows'}{', ...' if where[8:] else ''}")
 
     @torch.no_grad()
@@ -718,8 +727,7 @@ def export(out, folder):
     flm, vocab, _ = FLM.load(os.path.join(out, "checkpoint.pt"))
     os.makedirs(folder, exist_ok=True)
     model.export_release(flm, vocab, folder)
-    with mimi.replace_when_done(os.path.join(folder, "tokenizer.json")) as temporary:
-        shutil.copyfile(os.path.join(out, "tokenizer.json"), temporary)
+    copy(os.path.join(out, "tokenizer.json"), os.path.join(folder, "tokenizer.json"))
     return folder
 
 

@@ -17,10 +17,10 @@ import time
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from chat import Transcript  # noqa: E402
 from engine import Engine, Speaker  # noqa: E402
-from eval import KINDS  # noqa: E402
+from eval import KINDS, words_of, written  # noqa: E402
 from kernels.sampling import Sampling, sample  # noqa: E402
+from live import Transcript  # noqa: E402
 from mimi import FRAME, SAMPLE_RATE, read_audio, tensors  # noqa: E402
 from model import FLM, FLMConfig  # noqa: E402
 from prepare import read_manifest  # noqa: E402
@@ -34,10 +34,14 @@ def quantile(times, q):
     return sorted(times)[min(len(times) - 1, int(q * len(times)))]
 
 
+def held_out(data):
+    """The dialogues of held-out requests."""
+    return [d for d in read_manifest(os.path.join(data, "manifest.jsonl")) if d["split"] == "seen" and d["kind"] in KINDS]
+
+
 def requests(data, frames):
     """Held-out requests, each with time for its answer, until there are so many frames: (frames of sound, right answer)"""
-    items = read_manifest(os.path.join(data, "manifest.jsonl"))
-    items, rng, t = [d for d in items if d["split"] == "seen" and d["kind"] in KINDS], random.Random(1), 0
+    items, rng, t = held_out(data), random.Random(1), 0
     while t < frames:
         d = rng.choice(items)
         user, reply = (read_audio(turn["path"]) for turn in d["turns"])
@@ -55,17 +59,17 @@ def hour(args):
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10
     print(f"{frames} frames, {frames / speaker.model.config.context:.1f} times the context; the conversation's memory {held():.2f} MiB")
     for sounds, right in requests(args.data, frames):
-        written = []
+        answer = []
         for x in sounds:
             session.hear(x)
             begun = time.perf_counter()
             token, sound = engine.tick()[session]
             times.append(time.perf_counter() - begun)
             heard, said = heard + len(x), said + len(sound)
-            written.append(transcript.add(len(times) - 1, token))
+            answer.append(transcript.add(len(times) - 1, token))
             if len(times) == MINUTE:
                 first = peak()
-        answers.append("".join(written).split() == right.split())
+        answers.append("".join(answer).split() == right.split())
     for name, some, n in (("first", times[:MINUTE], answers[:50]), ("last", times[-MINUTE:], answers[-50:])):
         print(f"{name:5} minute: {1000 * quantile(some, 0.5):6.2f} ms a frame (p99 {1000 * quantile(some, 0.99):.2f})   "
               f"{name} {len(n)} requests: {sum(n)} answered right")
@@ -82,24 +86,18 @@ def in_a_room(speaker, heard, gain, later):
         texts.append(text.clone())
         part = room[:, at + FRAME + later:at + 2 * FRAME + later]  # it is played in the next frame
         part += gain * said[:, 0, :part.shape[1]].cpu()
-    return torch.stack(texts, 1).tolist(), room
-
-
-def written(speaker, tokens):
-    transcript = Transcript(speaker)
-    return "".join(transcript.add(t, token) for t, token in enumerate(tokens)).split()
+    return torch.stack(texts, 1), room
 
 
 def echo(args):
     """Held-out requests, all at once, each alone with a model whose voice leaks back `gain` times as loud after `delay` seconds."""
-    speaker, items = Speaker(args.checkpoint, args.device), read_manifest(os.path.join(args.data, "manifest.jsonl"))
-    items = [d for d in items if d["split"] == "seen" and d["kind"] in KINDS][:args.items]
+    speaker, items = Speaker(args.checkpoint, args.device), held_out(args.data)[:args.items]
     heard = [read_audio(d["turns"][0]["path"]) for d in items]
     N = -(-(max(map(len, heard)) + 5 * SAMPLE_RATE) // FRAME) * FRAME
     heard = torch.stack([torch.nn.functional.pad(x, (0, N - len(x))) for x in heard])
     for gain, delay in ((0, 0.1), (0.05, 0.1), (0.1, 0.1), (0.2, 0.1), (0.2, 0.3), (0.2, 0.5), (0.5, 0.3)):
         text, room = in_a_room(speaker, heard, gain, round(delay * SAMPLE_RATE))
-        right = [written(speaker, row) == d["turns"][1]["text"].split() for row, d in zip(text, items)]
+        right = [words_of(written(speaker, row)) == d["turns"][1]["text"].split() for row, d in zip(text, items)]
         level = 20 * torch.log10((room - heard).square().mean().sqrt() + 1e-6)
         print(f"gain {gain:<4} delay {delay} s: {sum(right)} of {len(right)} answered right; what leaks is heard at {level:.0f} dB")
 

@@ -6,9 +6,10 @@ import pytest
 import soundfile
 import torch
 
-from chat import Transcript, draw, yields
+from chat import draw, yields
 from conftest import run
 from engine import Speaker
+from live import Transcript
 from mimi import read_audio
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from engine import Speaker
-from live import Transcript
+from eval import words_of, written
 from mimi import read_audio, write_audio
 from prepare import read_manifest
 
@@ -32,17 +32,14 @@ def request_of(world, path):
     for item in (d for d in items if d["split"] == "seen" and d["kind"] in ("next", "opposite", "count", "repeat")):
         sound, (asked, right) = read_audio(item["turns"][0]["path"]), [turn["text"] for turn in item["turns"]]
         sound = torch.cat([second, second, sound, *[second] * 30])
-        if not TRAINED or answer(sound[:10 * 24_000]).split() == right.split():
+        if not TRAINED or answer(sound[:10 * 24_000]) == right.split():
             write_audio(str(path), sound)
             return asked, right
 
 
 def answer(sound):
     speaker = Speaker(TRAINED)
-    transcript = Transcript(speaker)
-    for t, token in enumerate(speaker.converse(sound[None])[0][0].tolist()):
-        transcript.add(t, token)
-    return "".join(piece["text"] for piece in transcript.pieces)
+    return words_of(written(speaker, speaker.converse(sound[None])[0][0]))
 
 
 async def open_page(browser, address):

@@ -2,15 +2,18 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
 import model
+import test_train
 import train
 from conftest import FLM, ROOT, run
 from mimi import load_checkpoint
@@ -40,6 +43,13 @@ def start(processes, data, out, save_every=0):
 
 def wait(process, out):
     assert process.wait(240) == 0, open(str(out) + ".log").read()[-3000:]
+
+
+def wait_until(happened, process):
+    """Two minutes at most, and no longer than the process lives."""
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None and not happened():
+        time.sleep(0.01)
 
 
 def losses(out):
@@ -78,11 +88,9 @@ def test_processes_that_are_killed_go_on_to_the_same_weights(world, tmp_path):
     wait(whole, tmp_path / "whole")
     rng = random.Random(3)
     for kill in range(5):
-        before = sorted(os.listdir(out)) if out.exists() else []
-        process = start(2, data, out)
-        deadline = time.time() + 120
-        while time.time() < deadline and process.poll() is None and (sorted(os.listdir(out)) if out.exists() else []) == before:
-            time.sleep(0.01)
+        files = lambda: sorted(os.listdir(out)) if out.exists() else []
+        before, process = files(), start(2, data, out)
+        wait_until(lambda: files() != before, process)
         time.sleep(rng.random() * 0.5)
         workers = subprocess.run(["pgrep", "-g", str(process.pid), "-f", "killed.py"], capture_output=True, text=True).stdout.split()
         workers = [int(w) for w in workers if int(w) != process.pid]
@@ -105,9 +113,7 @@ def test_two_one_two(world, tmp_path):
     for processes in (2, 1, 2):
         process = start(processes, data, out)
         at = len(losses(out)) if (out / "log.jsonl").exists() else 0
-        deadline = time.time() + 120
-        while time.time() < deadline and process.poll() is None and not ((out / "log.jsonl").exists() and len(losses(out)) > at):
-            time.sleep(0.01)
+        wait_until(lambda: (out / "log.jsonl").exists() and len(losses(out)) > at, process)
         os.killpg(process.pid, signal.SIGTERM)  # saves and stops
         process.wait(120)
     wait(start(1, data, out), out)
@@ -123,8 +129,7 @@ def test_the_codec_trains_alone(world, tmp_path):
 
 def test_sigterm_saves(world, tmp_path):
     process = start(0, world / "toy/encoded", tmp_path / "o", 999)
-    while process.poll() is None and not (tmp_path / "o/log.jsonl").exists():
-        time.sleep(0.01)
+    wait_until((tmp_path / "o/log.jsonl").exists, process)
     process.terminate()
     process.wait(60)
     assert "stopped and saved" in open(str(tmp_path / "o") + ".log").read()
@@ -133,7 +138,6 @@ def test_sigterm_saves(world, tmp_path):
 
 def test_a_loss_that_is_no_number_names_what_it_learned_from(world, tmp_path):
     job = train.ModelJob(FLM, str(world / "toy/encoded"), "cpu")
-    import test_train
     r = train.Run(job, test_train.SHORT, str(tmp_path / "o"))
     r.save()
     before = (tmp_path / "o/checkpoint.pt").read_bytes()
@@ -145,13 +149,10 @@ def test_a_loss_that_is_no_number_names_what_it_learned_from(world, tmp_path):
 
 
 def test_a_damaged_shard_names_itself(world, tmp_path):
-    import shutil
     shutil.copytree(world / "toy/encoded", tmp_path / "encoded")
-    import numpy as np
     codes = np.load(tmp_path / "encoded/00000.npy")
     codes[:] = 99
     np.save(tmp_path / "encoded/00000.npy", codes)
     job = train.ModelJob(FLM, str(tmp_path / "encoded"), "cpu")
-    import test_train
     with pytest.raises(ValueError, match=r"00000.npy from frame \d+: damaged"):
         job.batch(test_train.SHORT[0], 0.5, "train", random.Random(0))
