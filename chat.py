@@ -18,7 +18,8 @@ import torch
 from engine import RECENT, Speaker
 from kernels.sampling import Sampling
 from live import Lines, Transcript, talk_to_microphone
-from mimi import FRAME, SAMPLE_RATE, read_audio, replace_when_done, write_audio
+from files import SAMPLE_RATE, read_audio, replace_when_done, write_audio
+from mimi import FRAME
 from streams import FRAME_RATE
 
 

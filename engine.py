@@ -29,7 +29,8 @@ import torch
 from kernels.sampling import Sampling, sample
 from mimi import FRAME, Mimi, restore, tensors
 from model import FLM, State
-from streams import K, LATE, LISTEN, ROWS, SPEAK, TEXT, load_tokenizer
+from streams import K, LATE, LISTEN, ROWS, SPEAK, TEXT
+from tokenizer import load_tokenizer
 
 RECENT = 32  # text tokens that the repetition penalty looks back on
 QUEUE = 6  # frames of a session that may wait: about half a second

@@ -46,14 +46,15 @@ from torch import nn
 from tqdm import tqdm
 
 import mimi
-import prepare
+import toy
 import train
 from chat import speech
 from engine import Speaker
 from live import Transcript
-from mimi import (FRAME, SAMPLE_RATE, LogMel, Mimi, load_weights, log_spectral_distance, mel_filters, read_audio,
-                  replace_when_done, write_audio)
-from prepare import LANGUAGES, SHARES, cut_in_two, make_request, make_story, read_manifest
+from files import SAMPLE_RATE, load_weights, read_audio, replace_when_done, write_audio
+from mimi import FRAME, LogMel, Mimi, log_spectral_distance, mel_filters
+from manifest import read_manifest
+from toy import LANGUAGES, SHARES, cut_in_two, make_request, make_story
 from streams import LATE, LISTEN, ROWS, SPEAK, TEXT
 from train import Clips, Stage, letters_loss
 
@@ -115,7 +116,7 @@ class Recogniser(nn.Module):
 
 class RecogniserJob:
     kind = "recogniser"
-    files = {}
+    files, from_nothing = {}, True
 
     def __init__(self, config, data, device):
         self.clips = Clips(data)
@@ -139,7 +140,7 @@ class RecogniserJob:
 RECOGNISER = (Stage("recogniser", 700, 16, 2e-3, 0),)
 
 
-class Command:
+class OtherRecogniser:
     """Any recogniser: a command with {wav} that prints the words it hears."""
 
     def __init__(self, template):
@@ -159,8 +160,7 @@ class Command:
 
 def get_recogniser(command, data, out, minutes, device):
     if command:
-        return Command(command)
-    path = os.path.join(out, "checkpoint.pt")
+        return OtherRecogniser(command)
     job = RecogniserJob(RecogniserConfig(), data, device)
     train.train(job, RECOGNISER, out, minutes, resume=True)
     return job.model.eval().to("cpu")
@@ -386,7 +386,7 @@ class World:
                 self.voices.setdefault(d["lang"], set()).add(d["turns"][0]["voice"])
         if not self.voices:
             raise ValueError("the scenarios need the toy world's manifest: --data")
-        self.rng, self.synthesiser = random.Random(seed), prepare.get_synthesiser(tts)
+        self.rng, self.synthesiser = random.Random(seed), toy.get_synthesiser(tts)
         self.count = Counter()
 
     def someone(self):
@@ -396,7 +396,7 @@ class World:
 
     def item(self, scenario, voice, parts, pauses=(), **facts):
         """The user says the parts with pauses between them."""
-        sound, ends = prepare.speak(self.synthesiser, parts, pauses, voice, 165, 50)
+        sound, ends = toy.speak(self.synthesiser, parts, pauses, voice, 165, 50)
         self.count[scenario] += 1
         return Item(f"{scenario.replace(' ', '-')}-{self.count[scenario]:03d}", scenario,
                     torch.cat([seconds(LEAD), torch.from_numpy(sound), seconds(TAIL)]), LEAD + ends[-1], **facts), \

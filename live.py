@@ -16,7 +16,8 @@ import sys
 import numpy as np
 
 from engine import Engine
-from mimi import FRAME, SAMPLE_RATE
+from files import SAMPLE_RATE
+from mimi import FRAME
 from streams import FRAME_RATE
 
 DEPTH = 12  # frames that may wait to be played: about a second; more, and the oldest are dropped

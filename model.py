@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mimi import from_fields, load_checkpoint, load_weights, replace_when_done
+from files import from_fields, load_checkpoint, load_weights, replace_when_done
 from parallel import fill
 from streams import K, SPEAK, TEXT, Vocab
 

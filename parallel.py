@@ -15,7 +15,7 @@ import shutil
 import torch
 import torch.distributed as dist  # its parts are imported where they are used: they take a second, also of who has one process
 
-from mimi import load_checkpoint, replace_when_done
+from files import load_checkpoint, replace_when_done
 
 
 def begin(device):
@@ -75,14 +75,23 @@ def is_slice(x):
     return hasattr(x, "placements")
 
 
+def gather(x):
+    """The whole of a tensor, of which this process may hold a slice."""
+    return x.full_tensor() if is_slice(x) else x
+
+
+def cut_like(x, values):
+    """Of the whole, `values`, the slice that x is."""
+    if not is_slice(x):
+        return values
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(values.to(x.device, x.dtype), x.device_mesh, x.placements, src_data_rank=None)
+
+
 @torch.no_grad()
 def fill(parameter, values):
     """Set a parameter, or the slice of it that is here, from all of its values."""
-    if is_slice(parameter):
-        from torch.distributed.tensor import distribute_tensor
-        values = distribute_tensor(values.to(parameter.device, parameter.dtype), parameter.device_mesh, parameter.placements,
-                                   src_data_rank=None)
-    parameter.copy_(values)
+    parameter.copy_(cut_like(parameter, values))
 
 
 def mean(values):

@@ -16,13 +16,10 @@ all that distinguishes hearing, speaking, answering and being interrupted, and a
 
 K = 8 codebooks, T frames. Layouts work on undelayed rows; the delays are applied by `delay` and undone by `undelay`.
 """
-import base64
 import dataclasses
-import json
 from dataclasses import dataclass
 
 import numpy as np
-import tiktoken
 import torch
 
 K = 8  # codes for each frame of sound
@@ -222,30 +219,6 @@ def dialogue(turns, gaps, v, monologue, barge_in=None, murmurs=None):
 def pack(grids, T, v):
     """Grids one after another, cut to T frames, delayed: what the model trains on, (17, T)."""
     return delay(np.concatenate(grids, 1)[:, :T], v.empty)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# text
-
-
-def load_tokenizer(path):
-    """The tokenizer.json that prepare.py wrote, as a tiktoken.Encoding with the three special tokens of the monologue."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            saved = json.load(f)
-        ranks = {base64.b64decode(b, validate=True): r for b, r in saved["ranks"].items()}
-        if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)):
-            raise ValueError("its ranks are not 0, 1, 2, ... with every byte among them")
-        return make_tokenizer(ranks, saved["pattern"], saved["specials"])
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise ValueError(f"{path}: not a tokeniser that prepare.py wrote ({e})") from None
-
-
-def make_tokenizer(ranks, pattern, specials=()):
-    """A byte-level BPE of ranks {bytes: rank}. Its specials, in order, follow its words, and after them come ours."""
-    names = [*specials, "<wait>", "<asr>", "<answer>"]
-    return tiktoken.Encoding("nanoflm", pat_str=pattern, mergeable_ranks=ranks,
-                             special_tokens={name: len(ranks) + i for i, name in enumerate(names)})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

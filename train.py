@@ -36,10 +36,13 @@ import parallel
 import plan
 import prepare
 import streams
-from mimi import FRAME, Mimi, load_checkpoint, load_weights, mel_filters, save_checkpoint
+from files import SAMPLE_RATE, load_checkpoint, load_weights, read_audio, replace_when_done, save_checkpoint
+from manifest import read_manifest, seconds_of, spoken_parts, where_is
+from mimi import FRAME, Mimi, mel_filters
 from model import FLM, loss_parts
-from prepare import read_manifest, where_is
+from muon import Muon, is_matrix
 from streams import K, LISTEN, Utterance, Vocab, blank, pack
+from tokenizer import load_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the stages
@@ -127,7 +130,7 @@ def read_encoded(folders):
                 raise ValueError(f"{folder}: is of version {meta['version']}, not {prepare.VERSION}; run `python prepare.py encode` again")
             meta["tokenizer"] = os.path.join(folder, "tokenizer.json")
             metas.append(meta)
-            meta["text_size"] = streams.load_tokenizer(meta["tokenizer"]).n_vocab
+            meta["text_size"] = load_tokenizer(meta["tokenizer"]).n_vocab
             for number in range(len(meta["shards"])):
                 with open(os.path.join(folder, f"{number:05}.jsonl"), encoding="utf-8") as f:
                     some = [json.loads(line) for line in f]
@@ -150,7 +153,7 @@ def read_encoded(folders):
 def places(line):
     if "turns" not in line:
         return [line["listen"], line["speak"]]
-    return [c for t in prepare.spoken_parts(line) for c in t["copies"]]
+    return [c for t in spoken_parts(line) for c in t["copies"]]
 
 
 def by_annotation(turns, roles):
@@ -176,7 +179,7 @@ class ModelJob:
         if self.config.vocab_size < self.vocab.text_size:
             raise ValueError(f"{init}: has {self.config.vocab_size} words, fewer than the {self.vocab.text_size} of the data's "
                              "tokeniser; encode with --tokenizer and this folder")
-        self.modules = self.model
+        self.modules, self.from_nothing = self.model, not init
         self.model.init_audio(Mimi.load(meta["codec"], device).codebooks(), seed=seed)
         self.device = device
         # split -> what the layouts are made of: turns for hearing and for speaking, dialogues, recorded conversations
@@ -206,7 +209,7 @@ class ModelJob:
 
     def utterance(self, turn, rng):
         copy = rng.choice(turn["copies"])
-        said = [(-(-(round(t["at"] * mimi.SAMPLE_RATE) + copy["late"]) // FRAME), self.utterance(t, rng)) for t in turn.get("interjections", ())]
+        said = [(-(-(round(t["at"] * SAMPLE_RATE) + copy["late"]) // FRAME), self.utterance(t, rng)) for t in turn.get("interjections", ())]
         return Utterance(turn["tokens"], self.sound(copy), copy["speech"], turn.get("starts"), said)
 
     def sound(self, place):
@@ -312,8 +315,8 @@ class Clips:
             if d["split"] in self.clips:
                 self.clips[d["split"]] |= {(where_is(t), t["text"]) for t in d.get("turns", ())}
         self.letters = "".join(sorted({c for _, text in self.clips["train"] for c in text.lower()}))
-        self.frames = {place: round(prepare.seconds_of(*place) * mimi.SAMPLE_RATE) for clips in self.clips.values() for place, _ in clips}
-        self.clips = {split: sorted((c for c in clips if self.frames[c[0]] <= 6 * mimi.SAMPLE_RATE), key=str)
+        self.frames = {place: round(seconds_of(*place) * SAMPLE_RATE) for clips in self.clips.values() for place, _ in clips}
+        self.clips = {split: sorted((c for c in clips if self.frames[c[0]] <= 6 * SAMPLE_RATE), key=str)
                       for split, clips in self.clips.items()}
         self.fingerprint = f"{sum(map(len, self.clips.values()))} clips"
         self.sounds = {}  # where -> int16 samples, once read
@@ -329,7 +332,7 @@ class Clips:
         for row, lead, (place, _) in zip(wav, leads, pool):
             if place not in self.sounds:
                 path, start, end = place
-                self.sounds[place] = (mimi.read_audio(path, start=start, end=end) * 32767).short()
+                self.sounds[place] = (read_audio(path, start=start, end=end) * 32767).short()
             x = self.sounds[place].float() / 32767
             row[0, lead:lead + len(x)] = x * 10 ** (rng.uniform(-6, 6) / 20)
         return wav, [[1 + self.letters.index(c) for c in text.lower() if c in self.letters] for _, text in pool]
@@ -339,7 +342,7 @@ class CodecJob:
     """Loss: spectra, waveform, commitment, and letters: a CTC head reads the words off the first codebook, a cheap stand-in
     for Mimi's distillation that makes its codes tell what is said and not who says it."""
     kind = "codec"
-    files = {}
+    files, from_nothing = {}, True
 
     def __init__(self, config, data, device):
         self.config, self.device = config, device
@@ -425,11 +428,15 @@ def slices_of_a_batch(device):
     return 1 << min(2, (os.cpu_count() or 1).bit_length() - 1) if device == "cpu" else 1
 
 
-def make_optimizer(groups, eight_bit):
-    """AdamW; with eight_bit its states have eight bits a number, and the weights are bfloat16, to which each update is rounded up
-    or down by chance: 6 bytes a parameter with its gradient, instead of 16."""
-    if not eight_bit:
-        return torch.optim.AdamW(groups, lr=0, betas=(0.9, 0.98), fused=True)
+def make_optimizer(modules, muon):
+    """AdamW, and with muon Muon for what is inside the layers. For weights in bfloat16 AdamW with states of eight bits, each update
+    rounded up or down by chance: 6 bytes a parameter with its gradient, instead of 16."""
+    named = [(name, p) for name, p in modules.named_parameters() if p.requires_grad]
+    kinds = [(muon and is_matrix(name, p), p.ndim > 1) for name, p in named]
+    groups = [{"params": [p for (_, p), k in zip(named, kinds) if k == kind], "muon": kind[0], "weight_decay": 0.05 * kind[1]}
+              for kind in sorted(set(kinds))]
+    if named[0][1].dtype != torch.bfloat16:
+        return Muon(groups, lr=0, betas=(0.9, 0.98), fused=True)
     try:
         from torchao.optim import AdamW8bit
     except ImportError:
@@ -438,7 +445,7 @@ def make_optimizer(groups, eight_bit):
 
 
 def copy(source, target):
-    with mimi.replace_when_done(target) as temporary:
+    with replace_when_done(target) as temporary:
         shutil.copyfile(source, temporary)
 
 
@@ -449,9 +456,7 @@ class Run:
         self.job, self.stages, self.out, self.minutes, self.seed = job, stages, out, minutes, seed
         self.path = os.path.join(out, "checkpoint.pt")
         self.params = [p for p in job.modules.parameters() if p.requires_grad]
-        groups = [{"params": [p for p in self.params if p.ndim > 1], "weight_decay": 0.05},
-                  {"params": [p for p in self.params if p.ndim <= 1], "weight_decay": 0.0}]
-        self.optimizer = make_optimizer(groups, self.params[0].dtype == torch.bfloat16)
+        self.optimizer = make_optimizer(job.modules, job.from_nothing)
         # where it stands: steps of each stage (None: not known yet), the stage, the step in it, the step of all
         self.at = {"plan": [None if minutes else s.steps for s in stages], "stage": 0, "step": 0, "total": 0,
                    "bf16": bf16_is_faster(job.device), "slices": max(slices_of_a_batch(job.device), parallel.world())}
@@ -465,6 +470,7 @@ class Run:
         if job.device == "cpu" and not parallel.together():
             self.threads = ThreadPoolExecutor(n, initializer=torch.set_num_threads if n > 1 else None,
                                               initargs=(max(1, os.cpu_count() // n),))
+            self.optimizer.each = self.threads.map
         self.stopped = False
         if parallel.rank() == 0:
             os.makedirs(out, exist_ok=True)
@@ -501,7 +507,9 @@ class Run:
         for name, p in self.job.modules.named_parameters():
             state = self.optimizer.state[p]
             if not state:
-                state |= {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                state |= {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p)}
+                if not (self.job.from_nothing and is_matrix(name, p)):
+                    state["exp_avg_sq"] = torch.zeros_like(p)
             out |= {f"model {name}": p, **{f"{k} {name}": x for k, x in state.items()}}
         return out
 
@@ -717,7 +725,7 @@ def plot(folder):
         shares.set_ylim(0, 1.02)
         shares.legend(fontsize=8, loc="upper right")
     path = os.path.join(folder, "log.png")
-    with mimi.replace_when_done(path) as temporary:
+    with replace_when_done(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
     return path
 

@@ -21,9 +21,10 @@ from engine import Engine, Speaker  # noqa: E402
 from eval import KINDS, words_of, written  # noqa: E402
 from kernels.sampling import Sampling, sample  # noqa: E402
 from live import Transcript  # noqa: E402
-from mimi import FRAME, SAMPLE_RATE, read_audio, tensors  # noqa: E402
+from files import SAMPLE_RATE, read_audio  # noqa: E402
+from mimi import FRAME, tensors  # noqa: E402
 from model import FLM, FLMConfig  # noqa: E402
-from prepare import read_manifest  # noqa: E402
+from manifest import read_manifest  # noqa: E402
 from streams import FRAME_RATE, K, LATE, LISTEN, ROWS, SPEAK, TEXT  # noqa: E402
 
 PAUSE = 1.5  # seconds after each answer

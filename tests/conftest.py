@@ -5,14 +5,17 @@ import io
 import os
 import sys
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 
-import mimi
 import model
 import prepare
 import train
-from mimi import Mimi, MimiConfig, save_checkpoint
+from files import save_checkpoint
+from mimi import Mimi, MimiConfig
+from toy import make_toy
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CODEC = MimiConfig("spectral", 24, (240, 4), 1, dim=32, encoder_layers=0, decoder_layers=1, heads=4, mlp=64, context=9,
@@ -42,7 +45,7 @@ def world(tmp_path_factory):
     """A folder with toy/ (24 + 8 + 8 dialogues, encoded), codec.pt and flm/, a folder for chat.py."""
     folder = tmp_path_factory.mktemp("world")
     toy = str(folder / "toy")
-    prepare.make_toy(toy, "en", items=24, tests=8, sentences=40, voices=6, seed=1, tts=None)
+    make_toy(toy, "en", items=24, tests=8, sentences=40, voices=6, seed=1, tts=None)
     torch.manual_seed(0)
     codec = Mimi(CODEC)
     with torch.no_grad():
@@ -54,3 +57,13 @@ def world(tmp_path_factory):
     stage = train.Stage("once", 2, 2, 1e-3, 0, 48, {"response_tts": (1, 1)})
     train.train(job, [stage], str(folder / "flm"))
     return folder
+
+
+def encode(folder, world, processes=1, name="bpe", **kwargs):
+    prepare.encode(str(folder), str(world / "codec.pt"), name, 300, 1, False, processes, "cpu", **kwargs)
+    return {f.name: f.read_bytes() for f in (folder / "encoded").iterdir()}
+
+
+def noise(path, seconds, rate, channels=1):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, np.random.default_rng(0).normal(size=(int(seconds * rate), channels)) * 0.1, rate)

@@ -11,6 +11,8 @@ so that a run takes minutes; then it holds the same held-out conversations. Prin
     ASR only           post-training: speech is only heard
     no fine-tuning 1   answers without <asr> from the start                          (RQ2)
     word-aligned       the same, and each word is written when it is spoken (Moshi)  (RQ1; compare with the row above)
+    AdamW              the recipe with the paper's optimiser for everything
+    no language        the recipe without the stage of text alone, its steps given to the others
 """
 import argparse
 import dataclasses
@@ -28,9 +30,12 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import eval as evaluation  # noqa: E402
 import prepare  # noqa: E402
+import toy  # noqa: E402
 import streams  # noqa: E402
 import train  # noqa: E402
 from engine import Speaker  # noqa: E402
+from files import read_json, replace_when_done  # noqa: E402
+from manifest import read_manifest  # noqa: E402
 from eval import KINDS  # noqa: E402
 from model import CONFIGS, FLM  # noqa: E402
 from streams import ROWS  # noqa: E402
@@ -41,11 +46,12 @@ FADE = {"asr_response_tts": (0.7, -0.7), "response_tts": (1, 1)}
 ANSWER, ALIGNED = {"response_tts": (1, 1)}, {"word_aligned": (1, 1)}
 
 
-def stages(post=BOTH, fine_1=train.FINE_1, fine_2=FADE, wait=0.3):
+def stages(post=BOTH, fine_1=train.FINE_1, fine_2=FADE, wait=0.3, language=250):
     stage = lambda name, steps, layouts, end=1.5e-3: train.Stage(name, steps, 8, 1.5e-3, end, 96, layouts, wait=wait, blot=0.15,
                                                                  depth=(0.25, 0.05))
-    return (train.Stage("language", 400, 8, 1.5e-3, 1.5e-3, 96, train.LANGUAGE, wait=1.0), stage("post-training", 200, post),
-            stage("fine-tuning 1", 400, fine_1), stage("fine-tuning 2", 600, fine_2, 0))
+    begin = train.Stage("language", language, 8, 1.5e-3, 1.5e-3, 96, train.LANGUAGE, wait=1.0)
+    return (*([begin] if language else []), stage("post-training", 150, post),
+            stage("fine-tuning 1", 250 + (250 - language) // 2, fine_1), stage("fine-tuning 2", 400 + (250 - language) // 2, fine_2, 0))
 
 
 VARIANTS = {
@@ -55,6 +61,8 @@ VARIANTS = {
     "ASR only": stages(post={"asr": (1, 1)}),
     "no fine-tuning 1": stages(fine_1=ANSWER, fine_2=ANSWER),
     "word-aligned": stages(fine_1=ALIGNED, fine_2=ALIGNED),
+    "AdamW": stages(),
+    "no language": stages(language=0),
 }
 MEASURES = {"text": "text right", "repeat": "- repeat", "count": "- count", "spoken words": "spoken words", "in time": "in time",
             "early": "early"}
@@ -79,18 +87,19 @@ def answer(job):
     out = os.path.join(OUT, f"{name.replace(' ', '-')}-{seed}")
     path = os.path.join(out, "scores.json")
     if os.path.exists(path):
-        return name, prepare.read_json(path)
+        return name, read_json(path)
     random.seed(seed)
     torch.manual_seed(seed)
     model_job = train.ModelJob(CONFIGS["tiny"], os.path.join(DATA, "encoded"), "cpu")
+    model_job.from_nothing = name != "AdamW"  # as if it had started from published weights
     train.train(model_job, VARIANTS[name], out, resume=True, seed=seed)
     recogniser = evaluation.get_recogniser(None, DATA, "out/questions/recogniser", 1.5, "cpu")
-    held_out = [d for d in prepare.read_manifest(os.path.join(DATA, "manifest.jsonl")) if d["split"] == "seen" and d["kind"] in KINDS]
+    held_out = [d for d in read_manifest(os.path.join(DATA, "manifest.jsonl")) if d["split"] == "seen" and d["kind"] in KINDS]
     shares = evaluation.Shares()
     evaluation.answers(Speaker(out, "cpu"), recogniser, held_out[:items], 7, shares, "seen")
     scores = {key: shares.share("seen text" + (f", {key}" if key in ("repeat", "count") else "") if key in ("text", "repeat", "count")
                                 else f"seen {key}") for key in MEASURES}
-    with prepare.replace_when_done(path) as temporary, open(temporary, "w") as f:
+    with replace_when_done(path) as temporary, open(temporary, "w") as f:
         json.dump(scores, f)
     return name, scores
 
@@ -98,7 +107,7 @@ def answer(job):
 def multiplexing(seconds=10):
     """Figure 1: native duplex has one column a frame, time-division multiplexing one position for each token."""
     frames = round(seconds * streams.FRAME_RATE)
-    print(f"\nTen seconds of conversation in the temporal transformer of `tiny`, forward and backward, one row:")
+    print("\nTen seconds of conversation in the temporal transformer of `tiny`, forward and backward, one row:")
     for name, T in (("native, one position a frame", frames), (f"multiplexed, {ROWS} positions a frame", ROWS * frames)):
         model = FLM(dataclasses.replace(CONFIGS["tiny"], context=T))
         grid, times = torch.randint(0, 256, (1, ROWS, T)), []
@@ -115,9 +124,9 @@ def main():
     parser.add_argument("--items", type=int, default=200, help="held-out conversations for each run")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     args = parser.parse_args()
-    prepare.SHARES = {kind: prepare.SHARES[kind] for kind in KINDS}
+    toy.SHARES = {kind: toy.SHARES[kind] for kind in KINDS}
     if not os.path.exists(DATA):
-        prepare.make_toy(DATA, "en", items=4000, tests=240, sentences=2000, voices=6, seed=2, tts=None)
+        toy.make_toy(DATA, "en", items=4000, tests=240, sentences=2000, voices=6, seed=2, tts=None)
     if not os.path.exists(os.path.join(DATA, "encoded")):
         prepare.encode(DATA, "out/codec/checkpoint.pt", "bpe", 512, 1, False, args.processes, "cpu")
     evaluation.get_recogniser(None, DATA, "out/questions/recogniser", 1.5, "cpu")
@@ -134,7 +143,7 @@ def main():
     print("\n" + "\n".join(lines))
     multiplexing()
     path = os.path.join(OUT, "table.md")
-    with prepare.replace_when_done(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
+    with replace_when_done(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
         f.write("\n".join(lines) + "\n")
     print(f"\nWrote {path}")
 

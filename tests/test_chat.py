@@ -10,7 +10,7 @@ from chat import draw, yields
 from conftest import run
 from engine import Speaker
 from live import Transcript
-from mimi import read_audio
+from files import read_audio
 
 
 def tone(path, seconds, rate=24_000, channels=1, **kwargs):
@@ -85,7 +85,7 @@ def test_a_picture_draws_what_it_is_given(tmp_path):
 
 @pytest.mark.parametrize("kind", ["missing", "directory", "empty", "garbage", "no frames", "not finite", "cut off"])
 def test_bad_input_is_one_line_and_leaves_the_old_reply(world, tmp_path, kind):
-    from test_mimi import bad_file
+    from test_files import bad_file
     target = tmp_path / "reply.wav"
     target.write_text("old")
     code, _, err = chat(world, bad_file(tmp_path, kind), target)

@@ -11,7 +11,8 @@ import eval as evaluation
 from conftest import run
 from chat import speech
 from eval import Shares, answers, wilson, word_errors
-from mimi import FRAME, SAMPLE_RATE, Mimi, read_audio
+from files import SAMPLE_RATE, read_audio
+from mimi import FRAME, Mimi
 
 
 def noise(seconds, level=0.1):

@@ -105,7 +105,7 @@ def node(script):
 
 
 def test_the_page_plays_as_python_does():
-    events, rng, now = [], random.Random(3), 0  # numbers put, -1: pop
+    events, rng = [], random.Random(3)  # numbers put, -1: pop
     arrivals = link(900, loss=0.05, burst=0.5, seed=3)
     for t in range(900):
         while arrivals and arrivals[0][0] <= 0.08 * t:

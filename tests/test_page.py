@@ -14,8 +14,8 @@ import torch
 
 from engine import Speaker
 from eval import words_of, written
-from mimi import read_audio, write_audio
-from prepare import read_manifest
+from files import read_audio, write_audio
+from manifest import read_manifest
 
 pytest.importorskip("aiohttp", reason="needs the extra 'web'")
 import web  # noqa: E402

@@ -15,8 +15,8 @@ import torch
 import model
 import test_train
 import train
-from conftest import FLM, ROOT, run
-from mimi import load_checkpoint
+from conftest import FLM, ROOT
+from files import load_checkpoint
 
 SCRIPT = """
 import sys; sys.path[:0] = [{root!r}, {tests!r}]

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 from conftest import ROOT, run
-from prepare import LANGUAGES
+from toy import LANGUAGES
 from train import STAGES
 
 README = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()

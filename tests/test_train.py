@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-import mimi
 import model
 import train
-from conftest import CODEC, FLM, ROOT, run
-from mimi import load_checkpoint
-from streams import LISTEN, SPEAK, TEXT, Utterance, load_tokenizer
+from conftest import FLM, ROOT, run
+from files import load_checkpoint
+from streams import LISTEN, SPEAK, TEXT, Utterance
+from tokenizer import load_tokenizer
 from train import STAGES, ModelJob, Stage
 
 SHORT = [Stage("one", 14, 2, 1e-3, 1e-3, 48, {"tts": (1, 0), "asr": (0, 1)}, wait=0.3, blot=0.1, depth=(0.5, 0.2)),
@@ -126,7 +126,7 @@ def test_the_variants_of_the_papers_questions(world, monkeypatch):
     """tests/questions.py: the same steps for each; word-aligned text stands where the words are spoken."""
     import questions
     job = ModelJob(FLM, str(world / "toy/encoded"), "cpu")
-    assert len({tuple((s.steps, s.batch, s.frames, s.lr) for s in stages) for stages in questions.VARIANTS.values()}) == 1
+    assert len({(sum(s.steps for s in stages), *{(s.batch, s.frames, s.lr) for s in stages}) for stages in questions.VARIANTS.values()}) == 1
     for stages in questions.VARIANTS.values():
         for s in stages:
             assert job.batch(dataclasses.replace(s, batch=2), 0.5, "train", random.Random(0)).shape == (2, 17, s.frames)
@@ -157,8 +157,8 @@ def test_stories_and_murmurs_reach_the_batches(world):
     v, rng, tokenizer = job.vocab, random.Random(0), load_tokenizer(str(data / "tokenizer.json"))
     stories = [turns for turns in job.free["train"] if turns[0][0]["interjections"]]
     assert stories and not any(a["interjections"] for turns in job.dialogues["train"] for a, _ in turns)
-    for ((user, model),) in stories:
-        heard, answer = job.utterance(user, rng), job.utterance(model, rng)
+    for ((user, reply),) in stories:
+        heard, answer = job.utterance(user, rng), job.utterance(reply, rng)
         grid = train.streams.response_tts([(heard, answer)], [3], v)
         for (frame, said), told in zip(heard.interjections, user["interjections"], strict=True):
             assert abs(frame / 12.5 - told["at"]) < 0.25
@@ -252,10 +252,10 @@ def test_nothing_in_a_checkpoint_is_run(tmp_path):
 def test_a_full_disk_is_one_clear_error_and_keeps_the_old_checkpoint(world, tmp_path):
     """The system refuses files over 20 kB, as it refuses all on a full disk."""
     script = ("import sys, resource, signal; sys.path[:0] = [{root!r}, {tests!r}]\n"
-              "import torch, mimi, conftest\n"
+              "import torch, files, conftest\n"
               "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
               "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-              "try:\n    mimi.save_checkpoint(sys.argv[1], 'codec', conftest.CODEC, x=torch.zeros(100_000))\n"
+              "try:\n    files.save_checkpoint(sys.argv[1], 'codec', conftest.CODEC, x=torch.zeros(100_000))\n"
               "except (ValueError, OSError) as e:\n    sys.exit(f'error: {{e}}')\n").format(
         root=ROOT, tests=os.path.join(ROOT, "tests"))
     path = tmp_path / "checkpoint.pt"

@@ -10,7 +10,7 @@ from chat import speech
 from conftest import run
 from engine import Speaker
 from eval import Item, Reply, World, break_in, hold, jensen_shannon, keep_talk, read_talks, score_all
-from mimi import SAMPLE_RATE, write_audio
+from files import SAMPLE_RATE, write_audio
 
 
 def bursts(total, spans, level=0.1):

@@ -1,0 +1,86 @@
+"""Files: any rate, and what is not what it says."""
+import math
+import struct
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from files import SAMPLE_RATE, read_audio, replace_when_done, resample, write_audio
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 16000, 22050, 44100, 48000])
+def test_resampling_keeps_a_tone(rate):
+    f = 1000.0
+    x = torch.sin(2 * math.pi * f * torch.arange(rate) / rate)[None]
+    y = resample(x, rate)[0]
+    assert len(y) == SAMPLE_RATE
+    right = torch.sin(2 * math.pi * f * torch.arange(SAMPLE_RATE) / SAMPLE_RATE)
+    assert (y - right)[3000:-3000].abs().max() < 1e-3
+
+
+def test_audio_round_trip_stereo_and_mono(tmp_path):
+    x = np.random.default_rng(0).uniform(-1, 1, (2, 1920))
+    write_audio(str(tmp_path / "x.flac"), x)
+    assert np.allclose(read_audio(str(tmp_path / "x.flac"), mono=False), x, atol=1e-4)
+    assert np.allclose(read_audio(str(tmp_path / "x.flac")), x.mean(0), atol=1e-4)
+
+
+def bad_file(folder, kind):
+    path = folder / "bad.wav"
+    if kind == "missing":
+        return path
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "garbage":
+        path.write_bytes(b"this is not sound" * 100)
+    elif kind == "no frames":
+        soundfile.write(path, np.zeros((0, 1)), 24000)
+    elif kind == "not finite":
+        soundfile.write(path, np.array([0.0, np.nan, 1.0]), 24000, subtype="FLOAT")
+    elif kind == "cut off":
+        soundfile.write(path, np.zeros(24000), 24000)
+        path.write_bytes(path.read_bytes()[:20000])
+    elif kind == "cut off in the header":
+        soundfile.write(path, np.zeros(24000), 24000)
+        path.write_bytes(path.read_bytes()[:30])
+    return path
+
+
+@pytest.mark.parametrize("kind", ["missing", "directory", "empty", "garbage", "no frames", "not finite", "cut off",
+                                  "cut off in the header"])
+def test_bad_sound_files_are_one_clear_error(tmp_path, kind):
+    path = bad_file(tmp_path, kind)
+    with pytest.raises((ValueError, OSError), match="bad.wav") as error:
+        read_audio(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = str(tmp_path / "x.wav")
+    write_audio(path, np.zeros(100))
+    before = open(path, "rb").read()
+    with pytest.raises(RuntimeError):
+        with replace_when_done(path) as temporary:
+            open(temporary, "w").write("half")
+            raise RuntimeError("no")
+    assert open(path, "rb").read() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["x.wav"]
+
+
+def test_an_unknown_sound_format_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="x.xyz"):
+        write_audio(str(tmp_path / "x.xyz"), np.zeros(10))
+
+
+def test_wav_headers_of_odd_sizes_are_read(tmp_path):
+    """A chunk of odd length before the data, as phones write them."""
+    data = (np.sin(np.arange(800) / 10) * 8000).astype("<i2").tobytes()
+    fmt = struct.pack("<HHIIHH", 1, 1, 8000, 16000, 2, 16)
+    body = b"WAVE" + b"LIST" + struct.pack("<I", 3) + b"abc\0" + b"fmt " + struct.pack("<I", 16) + fmt
+    body += b"data" + struct.pack("<I", len(data)) + data
+    (tmp_path / "x.wav").write_bytes(b"RIFF" + struct.pack("<I", len(body)) + body)
+    assert len(read_audio(str(tmp_path / "x.wav"))) == 2400

@@ -1,0 +1,114 @@
+"""Text <-> tokens: byte-level BPE as a tiktoken.Encoding, learned here or as published with Qwen2.5.
+
+An encoded folder holds its tokeniser as tokenizer.json: {"pattern", "ranks", "specials"}.
+"""
+import base64
+import json
+import os
+from collections import Counter
+
+import tiktoken
+
+from files import read_json
+
+def load_tokenizer(path):
+    """The tokenizer.json that prepare.py wrote, as a tiktoken.Encoding with the three special tokens of the monologue."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            saved = json.load(f)
+        ranks = {base64.b64decode(b, validate=True): r for b, r in saved["ranks"].items()}
+        if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)):
+            raise ValueError("its ranks are not 0, 1, 2, ... with every byte among them")
+        return make_tokenizer(ranks, saved["pattern"], saved["specials"])
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise ValueError(f"{path}: not a tokeniser that prepare.py wrote ({e})") from None
+
+
+def make_tokenizer(ranks, pattern, specials=()):
+    """A byte-level BPE of ranks {bytes: rank}. Its specials, in order, follow its words, and after them come ours."""
+    names = [*specials, "<wait>", "<asr>", "<answer>"]
+    return tiktoken.Encoding("nanoflm", pat_str=pattern, mergeable_ranks=ranks,
+                             special_tokens={name: len(ranks) + i for i, name in enumerate(names)})
+
+
+PATTERN = r" ?[^\s]+|\s+"  # BPE merges within these: a word with the space before it
+
+
+def get_tokenizer(name, words, vocab_size):
+    """What the tokenizer.json of an encoded folder holds: {"pattern", "ranks", "specials"}. name is "bytes", "bpe" (learned
+    from words {word: how often}), or a folder with a published vocabulary."""
+    if name == "bytes":
+        return {"pattern": PATTERN, "ranks": train_bpe({}, 256), "specials": []}
+    if name == "bpe":
+        return {"pattern": PATTERN, "ranks": train_bpe(words, vocab_size), "specials": []}
+    path = os.path.join(name, "tokenizer.json")
+    if os.path.isfile(path) and "ranks" in (saved := read_json(path)):  # of another encoded folder
+        load_tokenizer(path)
+        return {**saved, "ranks": {base64.b64decode(b): r for b, r in saved["ranks"].items()}}
+    return read_published_bpe(name)
+
+
+def read_published_bpe(folder):
+    """Qwen2.5's tokeniser, or any byte-level BPE in the same files: tokenizer.json, or vocab.json with merges.txt (and
+    tokenizer_config.json, which names the special tokens). Raises ValueError or OSError with the file's name."""
+    def read(name):
+        with open(os.path.join(folder, name), encoding="utf-8") as f:
+            return json.load(f) if name.endswith(".json") else f.read().split("\n")
+    have = [n for n in ("tokenizer.json", "vocab.json") if os.path.isfile(os.path.join(folder, n))]
+    if not have:
+        raise FileNotFoundError(f"{folder}: holds neither tokenizer.json nor vocab.json; --tokenizer is bytes, bpe or a "
+                                "folder with one of them")
+    path = os.path.join(folder, have[0])
+    try:
+        if have[0] == "tokenizer.json":
+            saved = read("tokenizer.json")
+            vocab, merges = saved["model"]["vocab"], saved["model"]["merges"]
+            added = {t["id"]: t["content"] for t in saved["added_tokens"]}
+            pattern = next(p["pattern"]["Regex"] for p in saved["pre_tokenizer"]["pretokenizers"] if p["type"] == "Split")
+        else:
+            vocab, pattern = read("vocab.json"), QWEN_PATTERN
+            merges = [line for line in read("merges.txt") if line and not line.startswith("#version")]
+            known = os.path.isfile(os.path.join(folder, "tokenizer_config.json"))
+            added = {int(i): t["content"] for i, t in read("tokenizer_config.json")["added_tokens_decoder"].items()} if known else {}
+        vocab = {t: i for t, i in vocab.items() if i not in added}
+        # tiktoken merges by the rank of the result: the same as by the list of merges if results are numbered in its order
+        for i, merge in enumerate(merges):
+            if vocab["".join(merge.split(" ") if isinstance(merge, str) else merge)] != 256 + i:
+                raise ValueError(f"merge {i} does not give token {256 + i}")
+        ranks = {bytes(BYTES[c] for c in token): i for token, i in vocab.items()}
+        specials = [added[i] for i in sorted(added)]
+        if sorted(added) != list(range(len(vocab), len(vocab) + len(added))):
+            raise ValueError("its special tokens do not follow its words")
+        return {"pattern": pattern, "ranks": ranks, "specials": specials}
+    except (KeyError, TypeError, AttributeError, StopIteration, ValueError) as e:
+        raise ValueError(f"{path}: not a byte-level BPE that can be read ({type(e).__name__}: {e})") from None
+
+
+QWEN_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+                r"\s+(?!\S)|\s+")
+# Published vocabularies write a byte as a letter: those that look like one as themselves, the others from U+0100 on.
+VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTES = {chr(b): b for b in VISIBLE} | {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*VISIBLE}))}
+
+
+def train_bpe(words, vocab_size):
+    """Byte-pair encoding of words {word: how often it occurs}: {bytes: rank}. Merges the most frequent pair until the vocabulary
+    is full or each word is one token."""
+    splits = {w: [bytes([b]) for b in w.encode()] for w in words}
+    ranks = {bytes([b]): b for b in range(256)}
+    while len(ranks) < vocab_size:
+        pairs = Counter()
+        for w, parts in splits.items():
+            for pair in zip(parts, parts[1:]):
+                pairs[pair] += words[w]
+        if not pairs:
+            break
+        a, b = max(pairs, key=lambda p: (pairs[p], p))
+        ranks[a + b] = len(ranks)
+        for parts in splits.values():
+            i = 0
+            while i < len(parts) - 1:
+                if (parts[i], parts[i + 1]) == (a, b):
+                    parts[i:i + 2] = [a + b]
+                i += 1
+    return ranks
