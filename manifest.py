@@ -37,7 +37,8 @@ def read_manifest(path, skip_broken=False, begin=(0, 0), lines=None):
 
 def check_line(line, number, folder):
     """A line of a manifest, made uniform: {"split", "annotated", "turns": [{"role", "text", "path", "start", "end"}]}, perhaps with
-    "interjections": [{"text", "path", "at"}] of the model, so many seconds after the user has begun, or, of a recorded conversation, {"split", "path", "sentences": [{"role", "text", "start", "end"}]}. Raises ValueError or OSError."""
+    "interjections": [{"text", "path", "at"}]; or, of a recorded conversation, {"split", "annotated", "path", "sentences":
+    [{"role", "text", "start", "end"}]}. Raises ValueError or OSError."""
     d = json.loads(line)
     if not isinstance(d, dict):
         raise ValueError("is not an object {...}")
@@ -47,7 +48,8 @@ def check_line(line, number, folder):
     if not isinstance(parts, list) or not parts:
         raise ValueError("needs a list of turns or of sentences, or is a recording with audio and text")
     for part in parts:
-        for key, kind in {"role": str, "text": str, **({"audio": str} if "turns" in d else {"start": (int, float), "end": (int, float)})}.items():
+        needed = {"audio": str} if "turns" in d else {"start": (int, float), "end": (int, float)}
+        for key, kind in {"role": str, "text": str, **needed}.items():
             if not isinstance(part, dict) or not isinstance(part.get(key), kind):
                 raise ValueError(f"a {'turn' if 'turns' in d else 'sentence'} needs the field {key!r}")
         if part["role"] not in ("user", "model", "either"):
@@ -55,7 +57,8 @@ def check_line(line, number, folder):
         if not part.get("start", 0.0) >= 0 or not part.get("end") is None and not part["end"] > part.get("start", 0.0):
             raise ValueError(f"from {part.get('start', 0.0)} to {part['end']} s is not a stretch of time")
     said = d.get("interjections", [])
-    if not isinstance(said, list) or not all(isinstance(t, dict) and isinstance(t.get("text"), str) and t.get("at", -1) >= 0 for t in said):
+    good = lambda t: isinstance(t, dict) and isinstance(t.get("text"), str) and t.get("at", -1) >= 0
+    if not isinstance(said, list) or not all(map(good, said)):
         raise ValueError("interjections are a list of {text, audio, at}")
     if "turns" in d and len(parts) > 1 and [p["role"] for p in parts] != ["user", "model"] * (len(parts) // 2):
         raise ValueError("in a dialogue user and model take turns, the user first")

@@ -106,7 +106,8 @@ def plan(config, stage, gpus, bf16=True, eight_bit=False):
     # One block is computed while the next is fetched; embeddings, head and depth transformer stay for a whole step.
     gathered = size * (2 * block + rest) if gpus > 1 else size * (block + rest) * (bf16 and not eight_bit)
     held = 2 if eight_bit else 4
-    working = rows * stage.frames * (4 * config.mlp + 8 * config.width) * size + 3 * 4 * min(model.PIECE, rows * stage.frames * config.vocab_size)
+    losses = 3 * 4 * min(model.PIECE, rows * stage.frames * config.vocab_size)
+    working = rows * stage.frames * (4 * config.mlp + 8 * config.width) * size + losses
     slices = stage.batch / rows
     return Plan(parts_of(flm), held * P / gpus, gathered, held * P / gpus, 2 * held * P / gpus * (0.5 if eight_bit else 1),
                 each.kept + working, stage.batch * stage.frames, each.flops * slices, 3 * each.forward * slices)
@@ -129,7 +130,8 @@ def show(name, config, stages, gpus, card, utilisation, eight_bit):
             print(f"  {'all':26} {p.bytes / 1e9:10.2f}: {'fits' if p.bytes < 0.92 * room else 'does not fit'} in {room / 1e9:.0f}\n")
             print(f"  {'':26} {'a step':>12} {'':>10} {'frames/s':>10} {'days':>8}")
         seconds = p.useful / (gpus * peak * utilisation)
-        print(f"  {stage.name:26} {p.flops / 1e15:7.2f} PFLOP {seconds:8.2f} s {p.frames / seconds:10.0f} {seconds * stage.steps / 86400:8.2f}")
+        days = seconds * stage.steps / 86400
+        print(f"  {stage.name:26} {p.flops / 1e15:7.2f} PFLOP {seconds:8.2f} s {p.frames / seconds:10.0f} {days:8.2f}")
     print(f"\n  {p.useful / p.frames / 1e9:.1f} GFLOP a frame (17 tokens), {p.flops / p.useful - 1:.0%} more for what is computed twice")
 
 

@@ -167,7 +167,8 @@ def encode(data, codec_path, tokenizer_name, vocab_size, copies, skip_broken, pr
     shutil.rmtree(out, ignore_errors=True)
     os.rename(work, out)
     hours, took = frames * FRAME / SAMPLE_RATE / 3600, (time.monotonic() - begun) / 3600
-    memory = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / (1e9 if sys.platform == "darwin" else 1e6)
+    most = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    memory = most / (1e9 if sys.platform == "darwin" else 1e6)
     print(f"Wrote {frames} frames ({hours:.2f} hours of sound, {hours / took:.0f} hours an hour, at most {memory:.2f} GB a process) "
           f"of {lines} lines to {out}")
 
@@ -278,7 +279,8 @@ def main():
     toy.add_argument("--tts", help="another synthesiser: a command with {text}, {voice} and {out}")
     spoken = commands.add_parser("speak", help="dialogues as text -> dialogues with sound",
                                  description=speak_dialogues.__doc__,
-                                 epilog="example: python prepare.py speak dialogues.jsonl --out data/mine --tts 'say -v {voice} -o {out} {text}'")
+                                 epilog="example: python prepare.py speak dialogues.jsonl --out data/mine "
+                                        "--tts 'say -v {voice} -o {out} {text}'")
     spoken.add_argument("source", help="the .jsonl of the dialogues")
     spoken.add_argument("--out", required=True)
     spoken.add_argument("--voices", type=int, default=24, help="user voices")

@@ -38,6 +38,7 @@ from files import read_json, replace_when_done  # noqa: E402
 from manifest import read_manifest  # noqa: E402
 from eval import KINDS  # noqa: E402
 from model import CONFIGS, FLM  # noqa: E402
+from recogniser import get_recogniser  # noqa: E402
 from streams import ROWS  # noqa: E402
 
 DATA, OUT = "data/questions", "out/questions"
@@ -93,7 +94,7 @@ def answer(job):
     model_job = train.ModelJob(CONFIGS["tiny"], os.path.join(DATA, "encoded"), "cpu")
     model_job.from_nothing = name != "AdamW"  # as if it had started from published weights
     train.train(model_job, VARIANTS[name], out, resume=True, seed=seed)
-    recogniser = evaluation.get_recogniser(None, DATA, "out/questions/recogniser", 1.5, "cpu")
+    recogniser = get_recogniser(None, DATA, "out/questions/recogniser", 1.5, "cpu")
     held_out = [d for d in read_manifest(os.path.join(DATA, "manifest.jsonl")) if d["split"] == "seen" and d["kind"] in KINDS]
     shares = evaluation.Shares()
     evaluation.answers(Speaker(out, "cpu"), recogniser, held_out[:items], 7, shares, "seen")
@@ -129,7 +130,7 @@ def main():
         toy.make_toy(DATA, "en", items=4000, tests=240, sentences=2000, voices=6, seed=2, tts=None)
     if not os.path.exists(os.path.join(DATA, "encoded")):
         prepare.encode(DATA, "out/codec/checkpoint.pt", "bpe", 512, 1, False, args.processes, "cpu")
-    evaluation.get_recogniser(None, DATA, "out/questions/recogniser", 1.5, "cpu")
+    get_recogniser(None, DATA, "out/questions/recogniser", 1.5, "cpu")
     jobs = [(name, seed, args.items) for seed in range(1, args.seeds + 1) for name in VARIANTS]
     found = {name: [] for name in VARIANTS}
     with multiprocessing.get_context("spawn").Pool(args.processes, maxtasksperchild=1) as pool:

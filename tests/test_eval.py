@@ -8,11 +8,13 @@ import pytest
 import torch
 
 import eval as evaluation
-from conftest import run
 from chat import speech
+from conftest import run
 from eval import Shares, answers, wilson, word_errors
 from files import SAMPLE_RATE, read_audio
 from mimi import FRAME, Mimi
+from recogniser import RecogniserConfig, RecogniserJob
+from train import Stage, train
 
 
 def noise(seconds, level=0.1):
@@ -120,9 +122,9 @@ def test_the_codec_alone(world, tmp_path):
 
 def test_the_recogniser_learns_from_originals(world, tmp_path):
     """A few steps on a few clips: it becomes better at reading them, and is found again."""
-    job = evaluation.RecogniserJob(evaluation.RecogniserConfig(width=32, blocks=1), str(world / "toy"), "cpu")
-    stage = evaluation.Stage("recogniser", 60, 2, 3e-3, 0)
-    evaluation.train.train(job, [stage], str(tmp_path))
+    job = RecogniserJob(RecogniserConfig(width=32, blocks=1), str(world / "toy"), "cpu")
+    stage = Stage("recogniser", 60, 2, 3e-3, 0)
+    train(job, [stage], str(tmp_path))
     losses = [json.loads(line)["letters"] for line in open(tmp_path / "log.jsonl")]
     assert losses[-1] < 0.7 * losses[0]
 

@@ -1,6 +1,9 @@
 """What the README shows is what the code says."""
+import glob
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -49,3 +52,25 @@ def test_every_flag_shown_exists():
         _, text, _ = run(script, *command, "--help")
         for flag in re.findall(r" (--[\w-]+)", flags):
             assert flag in text, (script, flag)
+
+
+def test_the_changes_shown_can_be_made(world, tmp_path):
+    """All diffs of "Change one thing" in a copy, whose new codec then encodes and whose model learns the new layout."""
+    for name in glob.glob(os.path.join(ROOT, "*.py")) + [os.path.join(ROOT, "kernels")]:
+        (shutil.copytree if os.path.isdir(name) else shutil.copy)(name, tmp_path / os.path.basename(name))
+    for diff in re.findall(r"```diff\n(.*?)```", README, re.S):
+        done = subprocess.run(["git", "apply", "--unidiff-zero", "-"], input=diff, text=True, capture_output=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr + diff
+    shutil.copytree(world / "toy", tmp_path / "toy", ignore=shutil.ignore_patterns("encoded"))
+    done = subprocess.run([sys.executable, "-c", """if True:
+        import dataclasses, json, torch, mimi, model, prepare, train
+        codec = train.CodecJob(mimi.CONFIGS["tiny"], "toy", "cpu")
+        train.train(codec, [train.Stage("codec", 1, 1, 1e-3, 0)], "codec")
+        prepare.encode("toy", "codec/checkpoint.pt", "bpe", 300, 1, False, 1, "cpu")
+        job = train.ModelJob(model.CONFIGS["tiny"], "toy/encoded", "cpu")
+        stage = next(s for s in train.STAGES["tiny"] if s.name == "fine-tuning 1")
+        train.train(job, [dataclasses.replace(stage, steps=3)], "tiny")
+        print(json.dumps([*stage.layouts, train.ALPHA_1, len(job.model.blocks), len(job.model.listen), codec.config.codebooks]))
+        """], cwd=tmp_path, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == ["written_first", 100.0, 6, 4, 4]

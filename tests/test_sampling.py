@@ -70,7 +70,8 @@ def test_a_row_draws_the_same_among_others():
     assert together.tolist() == alone
 
 
-@pytest.mark.parametrize("fields", [dict(temperature=-1), dict(temperature=float("nan")), dict(top_k=-1), dict(top_p=0), dict(top_p=1.1), dict(penalty=0)])
+@pytest.mark.parametrize("fields", [dict(temperature=-1), dict(temperature=float("nan")), dict(top_k=-1), dict(top_p=0), dict(top_p=1.1),
+                                    dict(penalty=0)])
 def test_parameters_that_mean_nothing_are_an_error(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         Sampling(**fields)

@@ -4,7 +4,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from streams import K, LISTEN, ROWS, SPEAK, TEXT, Utterance, Vocab, asr, asr_response_tts, delay, free_response_tts, language, pack, recorded, response_tts, tts, undelay, word_aligned
+from streams import (K, LISTEN, ROWS, SPEAK, TEXT, Utterance, Vocab, asr, asr_response_tts, delay, free_response_tts, language, pack,
+                     recorded, response_tts, tts, undelay, word_aligned)
 from tokenizer import load_tokenizer, make_tokenizer
 
 # words 0..9, <wait> W, <asr> A, <answer> R; sounds 0..63, empty E; silence begins with 1, then is 0 for ever

@@ -1,0 +1,120 @@
+"""The judge of spoken replies: a small network that learns letters, or any command that recognises speech.
+
+    waveform  ->  log-mel frames (100 Hz)  ->  convolutions that see both sides  ->  letters (50 Hz)  ->  words
+
+It learns from the original recordings only, never from the codec or the model. It knows nothing but the toy world, so it
+flatters; eval.py prints what it makes of the originals and of their codec reconstructions as the ceiling.
+"""
+import dataclasses
+import os
+import shlex
+import subprocess
+import tempfile
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from files import load_weights, write_audio
+from mimi import MELS, LogMel
+from train import Clips, Stage, letters_loss, train
+
+
+@dataclass(frozen=True)
+class RecogniserConfig:
+    width: int = 192
+    blocks: int = 5
+    kernel: int = 9
+    letters: str = ""  # those of the data
+
+
+class Recogniser(nn.Module):
+    """log-mel frames at 100 Hz -> letters at 50 Hz, by convolutions that see both sides."""
+
+    def __init__(self, c: RecogniserConfig):
+        super().__init__()
+        self.mel = LogMel(240)
+        self.begin = nn.Conv1d(MELS, c.width, 5, stride=2, padding=2)
+        self.blocks = nn.ModuleList(nn.Sequential(
+            nn.GroupNorm(1, c.width), nn.Conv1d(c.width, c.width, c.kernel, padding=c.kernel // 2), nn.GELU(),
+            nn.Conv1d(c.width, c.width, 1)) for _ in range(c.blocks))
+        self.end = nn.Conv1d(c.width, len(c.letters) + 1, 1)
+        self.letters = c.letters
+
+    def forward(self, wav, rng=None):  # (B, 1, N) -> (B, T, letters)
+        x = self.mel(wav, self.mel.init_state(len(wav)))
+        x = self.begin(x if rng is None else self.worsen(x, rng))
+        for block in self.blocks:
+            x = x + block(x)
+        return self.end(x).mT.float()
+
+    def worsen(self, x, rng):
+        """Training only: log-mel frames (B, 80, T) smeared, noisy and with bands left out, so that the network learns
+        words rather than this synthesiser's details."""
+        smear = rng.choice([1, 1, 3, 5]), rng.choice([1, 1, 3, 5])
+        x = F.avg_pool2d(x[:, None], smear, 1, (smear[0] // 2, smear[1] // 2), count_include_pad=False)[:, 0]
+        generator = torch.Generator().manual_seed(rng.getrandbits(60))
+        normal = lambda *shape: torch.randn(*shape, generator=generator).to(x.device)
+        x = x + normal(*x.shape) * rng.uniform(0, 0.4) + normal(len(x), MELS, 1) * 0.1
+        low = rng.randrange(MELS)
+        x[:, low:low + rng.randrange(12)] = 0
+        return x
+
+    @torch.no_grad()
+    def hear(self, wav):
+        """(N,) samples -> the words, best letter by best letter (CTC)."""
+        best = self(F.pad(wav, (0, -len(wav) % 240))[None, None])[0].argmax(-1).unique_consecutive()
+        return "".join(self.letters[i - 1] for i in best.tolist() if i).split()
+
+
+class RecogniserJob:
+    kind = "recogniser"
+    files, from_nothing = {}, True
+
+    def __init__(self, config, data, device):
+        self.clips = Clips(data)
+        self.config, self.device = dataclasses.replace(config, letters=self.clips.letters), device
+        self.model = self.modules = Recogniser(self.config).to(device)
+        self.fingerprint = self.clips.fingerprint
+
+    def loss(self, stage, progress, split, rng):
+        wav, words = self.clips.batch(stage, split, rng)
+        logits = self.model(wav.to(self.device), rng if split == "train" else None)
+        loss = letters_loss(logits, words)
+        return loss, {"letters": loss}, None
+
+    def state(self):
+        return {"model": self.model.state_dict()}
+
+    def load(self, saved, where):
+        load_weights(self.model, saved["model"], where)
+
+
+RECOGNISER = (Stage("recogniser", 700, 16, 2e-3, 0),)
+
+
+class OtherRecogniser:
+    """Any recogniser: a command with {wav} that prints the words it hears."""
+
+    def __init__(self, template):
+        self.words = shlex.split(template)
+        if not any("{wav}" in w for w in self.words):
+            raise ValueError(f"--asr {template!r}: {{wav}} does not occur in it")
+
+    def hear(self, wav):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "speech.wav")
+            write_audio(path, wav)
+            done = subprocess.run([w.replace("{wav}", path) for w in self.words], capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(f"--asr {shlex.join(self.words)} failed: {done.stderr.strip()[-300:]}")
+        return "".join(c if c.isalnum() or c == "'" else " " for c in done.stdout.lower()).split()
+
+
+def get_recogniser(command, data, out, minutes, device):
+    if command:
+        return OtherRecogniser(command)
+    job = RecogniserJob(RecogniserConfig(), data, device)
+    train(job, RECOGNISER, out, minutes, resume=True)
+    return job.model.eval().to("cpu")
