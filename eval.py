@@ -13,7 +13,7 @@ Answers, to requests that were never trained on (FLM-Audio, section 4):
     spoken      the reply, as the recogniser hears it: share of right words (1 - word error rate), and all words right;
                 against the right answer, and against what the model itself has written
     in time     the reply begins at most 0.4 s after the user's end; early: before it
-    kept on     an answer of six words or more is spoken to the last word that was written
+    kept on     of an answer of six words or more, the last word that was written is the last that is heard
     hearing     ASR style: the clip is heard, the text channel writes down what was said
 
 Turns (FLEXI, with definitions that leave no holes): what a system does is judged by where there is sound on its channel. A
@@ -149,7 +149,7 @@ def answers(speaker, recogniser, items, seed, shares, name):
     users, replies = ([read_audio(d["turns"][i]["path"]) for d in items] for i in (0, 1))
     sounds = [torch.cat([seconds(LEAD), u, seconds(len(r) / SAMPLE_RATE + LISTEN_ON)]) for u, r in zip(users, replies)]
     talks = converse_all(speaker, sounds, seed, name)
-    languages, lasting = len({d.get("lang") for d in items}), word_seconds(items)
+    languages = len({d.get("lang") for d in items})
     for d, user, reply, (text, said) in zip(items, users, replies, talks):
         right, end = d["turns"][1]["text"].split(), LEAD + len(user) / SAMPLE_RATE
         wrote, heard, spans = words_of(written(speaker, text)), recogniser.hear(said), speech(said)
@@ -164,8 +164,7 @@ def answers(speaker, recogniser, items, seed, shares, name):
         shares.add(f"{name} in time", onset is not None and end <= onset <= end + 0.4)
         shares.add(f"{name} early", onset is not None and onset < end)
         if len(right) >= 6:
-            begun = [s for s in spans if s[0] >= end - 0.2]
-            shares.add(f"{name} kept on", bool(begun) and begun[0][1] - begun[0][0] >= sum(lasting.get(w, 0) for w in wrote) - 0.5)
+            shares.add(f"{name} kept on", bool(heard) and heard[-1:] == wrote[-1:])
     return list(zip(items, sounds, talks))
 
 
@@ -203,16 +202,6 @@ def understood(recogniser, sound, text, shares, label):
     heard, right = recogniser.hear(sound), text.split()
     shares.add_right(f"{label} words", heard, right)
     shares.add(f"{label} exactly", heard == right)
-
-
-def word_seconds(items):
-    """How long the model's voice takes for each word."""
-    out = {}
-    for d in items:
-        turn = d["turns"][1]
-        ends = turn["starts"][1:] + [len(read_audio(turn["path"])) / SAMPLE_RATE]
-        out |= {w: end - start for w, start, end in zip(turn["text"].split(), turn["starts"], ends)}
-    return out
 
 
 def reconstruct(codec, x):
@@ -314,7 +303,7 @@ class World:
         lang, voice = self.someone()
         parts = make_story(lang, 11, None, self.rng)  # 48 words in English
         item, ends = self.item(scenario, voice, parts, [0.4] * (len(parts) - 1))
-        item.clauses = tuple(ends[:-1])
+        item.clauses = tuple(ends[1:-1])
         return item
 
     def hazard(self):
@@ -440,7 +429,7 @@ def score_model_interrupt(item, reply, control):
 
 def score_model_backchannel(item, reply, control):
     onsets = [s[0] for s in reply.spans if s[0] < item.end and reply.is_backchannel(s)]
-    return {"TOR": any(a < item.end for a, _ in reply.takes()), "BCR": len(onsets) / item.end,
+    return {"TOR": any(a < item.clauses[-1] for a, _ in reply.takes()), "BCR": len(onsets) / item.end,
             "JSD": jensen_shannon(onsets, item.clauses, item.end)}
 
 

@@ -288,7 +288,7 @@ def interject(story, ends, hazard):
         if i == hazard:
             out.append({**model_turn(story.warning), "at": end + 0.3})
         elif not out or out[-1]["text"] == story.murmur or end > out[-1]["at"] + 3:  # not while it warns
-            out.append({**model_turn(story.murmur), "at": end + 0.08})
+            out.append({**model_turn(story.murmur), "at": end})
     return out
 
 
