@@ -34,12 +34,19 @@ class Muon(torch.optim.AdamW):
         for p, grad, _ in matrices:
             p.grad = grad
 
+    def memory(self, p, is_matrix):
+        """What is kept of a parameter from step to step, zeros at first. AdamW wants a count of steps in all of them."""
+        state = self.state[p]
+        if not state:
+            state |= {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p)}
+            if not is_matrix:
+                state["exp_avg_sq"] = torch.zeros_like(p)
+        return state
+
     @torch.no_grad()
     def turn(self, matrix):
         p, grad, group = matrix
-        state = self.state[p]
-        if not state:
-            state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p)}  # AdamW wants both
+        state = self.memory(p, True)
         state["exp_avg"].lerp_(grad, 1 - MOMENTUM)
         step = orthogonal(gather(grad.lerp(state["exp_avg"], MOMENTUM)))  # Nesterov's
         p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -53,11 +60,11 @@ def orthogonal(x, rounds=5):
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    gram, product = x @ x.mT, None
+    gram = x @ x.mT
     for i in range(rounds):
+        gram = q @ gram @ q if i else gram
         q = B * gram + C * (gram @ gram)
         q.diagonal(dim1=-2, dim2=-1).add_(A)
-        product = q if product is None else q @ product
-        gram = q @ gram @ q
+        product = q @ product if i else q
     x = product @ x
     return x.mT if tall else x

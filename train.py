@@ -505,11 +505,7 @@ class Run:
         out = {}
         parallel.in_slices(self.job.modules)
         for name, p in self.job.modules.named_parameters():
-            state = self.optimizer.state[p]
-            if not state:
-                state |= {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p)}
-                if not (self.job.from_nothing and is_matrix(name, p)):
-                    state["exp_avg_sq"] = torch.zeros_like(p)
+            state = self.optimizer.memory(p, self.job.from_nothing and is_matrix(name, p))
             out |= {f"model {name}": p, **{f"{k} {name}": x for k, x in state.items()}}
         return out
 
