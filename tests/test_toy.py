@@ -63,6 +63,8 @@ def test_answers_are_right_and_tests_are_held_out(lang, kind):
 def test_sentences_hold_nothing_that_is_held_out(lang):
     rng = random.Random(0)
     assert len(HELD_OUT_PAIRS) == 12 and all(sum(i in p for p in HELD_OUT_PAIRS) == 2 for i in range(12))
+    for n in range(1, 12):  # a count of n + 1 words: some of them are for training
+        assert not {frozenset((i, i + n)) for i in range(12 - n)} <= HELD_OUT_PAIRS
     for _ in range(500):
         words = make_sentence(lang, lang.words, rng).split()
         assert not any(held_out_triple(words[i:i + 3]) for i in range(len(words) - 2))
