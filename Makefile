@@ -9,7 +9,7 @@ BEGUN := $(shell date +%s)
 left = $$(awk "BEGIN { left = $(MINUTES) - ($$(date +%s) - $(BEGUN)) / 60; m = left * $(1) - $(2); print (m > 0.5 ? m : 0.5) }")
 
 demo: .venv/ready
-	test -f data/toy/manifest.jsonl || $(PY) prepare.py toy --items $$((2000 + 250 * $(MINUTES))) --sentences $$((100 * $(MINUTES))) --voices $$((8 + $(MINUTES) * 2 / 5))
+	test -f data/toy/manifest.jsonl || $(PY) prepare.py toy --items $$((200 * $(MINUTES))) --sentences $$((75 * $(MINUTES))) --voices $$((8 + $(MINUTES) * 2 / 5))
 	$(PY) train.py --config codec --minutes $(call left,0.25,0) --resume
 	test data/toy/encoded/meta.json -nt out/codec/checkpoint.pt || $(PY) prepare.py encode
 	$(PY) train.py --config tiny --minutes $(call left,1,5) --resume

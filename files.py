@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import os
+import shutil
 
 import numpy as np
 import soundfile
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 SAMPLE_RATE = 24_000  # of all sound in this house
+
 
 def read_audio(path, mono=True, start=0.0, end=None):
     """Any file that soundfile reads, or its seconds from start to end, -> float32 samples at 24 kHz: (N,), or (channels, N)
@@ -109,6 +111,11 @@ class replace_when_done:
             os.remove(self.temporary)
 
 
+def copy(source, target):
+    with replace_when_done(target) as temporary:
+        shutil.copyfile(source, temporary)
+
+
 def save_checkpoint(path, kind, config, **parts):
     with replace_when_done(path) as temporary:
         try:
@@ -146,6 +153,14 @@ def load_weights(module, weights, where):
         module.load_state_dict(weights)
     except RuntimeError as e:
         raise ValueError(f"{where}: its tensors are not those of its config: {' '.join(str(e).split())[:300]}") from None
+
+
+def is_safetensors(path):
+    """By its beginning: eight bytes of length and a brace."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as f:
+        return f.read(9)[8:] == b"{"
 
 
 def read_safetensors(path):

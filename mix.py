@@ -17,6 +17,7 @@ from manifest import must_be_new, read_manifest
 from mimi import FRAME
 from streams import REACTION, TEXT_LEAD
 
+
 def decibels(x):
     """Of a sound's root mean square (footnote 9)."""
     return 20 * math.log10(x.square().mean().sqrt().item() + 1e-6)

@@ -60,7 +60,7 @@ def orthogonal(x, rounds=5):
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    gram = x @ x.mT
+    gram, q, product = x @ x.mT, None, None
     for i in range(rounds):
         gram = q @ gram @ q if i else gram
         q = B * gram + C * (gram @ gram)

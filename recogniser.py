@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from files import load_weights, write_audio
+from jobs import Clips, letters_loss
 from mimi import MELS, LogMel
-from train import Clips, Stage, letters_loss, train
+from train import Stage, train
 
 
 @dataclass(frozen=True)

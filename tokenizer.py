@@ -11,6 +11,7 @@ import tiktoken
 
 from files import read_json
 
+
 def load_tokenizer(path):
     """The tokenizer.json that prepare.py wrote, as a tiktoken.Encoding with the three special tokens of the monologue."""
     try:

@@ -20,6 +20,7 @@ from torch import nn
 from torch.profiler import profile
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import jobs  # noqa: E402
 import train  # noqa: E402
 from model import CONFIGS  # noqa: E402
 from streams import K, ROWS, SPEAK, TEXT  # noqa: E402
@@ -75,7 +76,7 @@ class Plain(nn.Module):
         x = self.norm(x)
         for k in range(K):
             ce = F.cross_entropy(self.heads[k](x[:, k]).float(), codes[:, k], reduction="none", ignore_index=v.empty)
-            loss = loss + (train.ALPHA_1 if k == 0 else train.ALPHA_2 / (K - 1)) * ce.sum() / (codes[:, k] != v.empty).sum().clamp(min=1)
+            loss = loss + (jobs.ALPHA_1 if k == 0 else jobs.ALPHA_2 / (K - 1)) * ce.sum() / (codes[:, k] != v.empty).sum().clamp(min=1)
         return loss
 
 
@@ -86,7 +87,7 @@ def main():
     args = parser.parse_args()
     stage = train.STAGES["tiny"][-1]
     torch.manual_seed(1)
-    job = train.ModelJob(CONFIGS["tiny"], "data/toy/encoded", args.device)
+    job = jobs.ModelJob(CONFIGS["tiny"], "data/toy/encoded", args.device)
     with tempfile.TemporaryDirectory() as folder:
         ours = train.Run(job, [stage], folder)
     plain = Plain(job.config).to(args.device)

@@ -10,6 +10,7 @@ import pytest
 import soundfile
 import torch
 
+import jobs
 import model
 import prepare
 import train
@@ -53,7 +54,7 @@ def world(tmp_path_factory):
             p.mul_(1.5)
     save_checkpoint(str(folder / "codec.pt"), "codec", CODEC, model=codec.state_dict())
     prepare.encode(toy, str(folder / "codec.pt"), "bpe", 300, 2, False, 1, "cpu")
-    job = train.ModelJob(FLM, os.path.join(toy, "encoded"), "cpu")
+    job = jobs.ModelJob(FLM, os.path.join(toy, "encoded"), "cpu")
     stage = train.Stage("once", 2, 2, 1e-3, 0, 48, {"response_tts": (1, 1)})
     train.train(job, [stage], str(folder / "flm"))
     return folder

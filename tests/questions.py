@@ -32,6 +32,7 @@ import eval as evaluation  # noqa: E402
 import prepare  # noqa: E402
 import toy  # noqa: E402
 import streams  # noqa: E402
+import jobs  # noqa: E402
 import train  # noqa: E402
 from engine import Speaker  # noqa: E402
 from files import read_json, replace_when_done  # noqa: E402
@@ -91,7 +92,7 @@ def answer(job):
         return name, read_json(path)
     random.seed(seed)
     torch.manual_seed(seed)
-    model_job = train.ModelJob(CONFIGS["tiny"], os.path.join(DATA, "encoded"), "cpu")
+    model_job = jobs.ModelJob(CONFIGS["tiny"], os.path.join(DATA, "encoded"), "cpu")
     model_job.from_nothing = name != "AdamW"  # as if it had started from published weights
     train.train(model_job, VARIANTS[name], out, resume=True, seed=seed)
     recogniser = get_recogniser(None, DATA, "out/questions/recogniser", 1.5, "cpu")
@@ -131,10 +132,10 @@ def main():
     if not os.path.exists(os.path.join(DATA, "encoded")):
         prepare.encode(DATA, "out/codec/checkpoint.pt", "bpe", 512, 1, False, args.processes, "cpu")
     get_recogniser(None, DATA, "out/questions/recogniser", 1.5, "cpu")
-    jobs = [(name, seed, args.items) for seed in range(1, args.seeds + 1) for name in VARIANTS]
+    wanted = [(name, seed, args.items) for seed in range(1, args.seeds + 1) for name in VARIANTS]
     found = {name: [] for name in VARIANTS}
     with multiprocessing.get_context("spawn").Pool(args.processes, maxtasksperchild=1) as pool:
-        for name, scores in tqdm(pool.imap_unordered(answer, jobs), "questions", len(jobs), unit="run"):
+        for name, scores in tqdm(pool.imap_unordered(answer, wanted), "questions", len(wanted), unit="run"):
             found[name].append(scores)
     steps = sum(s.steps for s in VARIANTS["recipe"])
     lines = [f"| {args.seeds} seeds, {steps} steps, {args.items} conversations each | {' | '.join(MEASURES.values())} |", "|---" * 7 + "|"]

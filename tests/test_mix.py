@@ -7,6 +7,7 @@ import pytest
 import soundfile
 import torch
 
+import jobs
 import mix
 import prepare
 import train
@@ -89,7 +90,7 @@ def test_mixing_a_world(world, tmp_path):
     assert code == 0 and "Wrote 4 conversations" in said, err
     encoded = [json.loads(line) for line in encode(out, world)["00000.jsonl"].splitlines()]
     assert [d["split"] for d in encoded] == ["seen", "train", "train", "train"]
-    job = train.ModelJob(FLM, str(out / "encoded"), "cpu")
+    job = jobs.ModelJob(FLM, str(out / "encoded"), "cpu")
     loss, _, _ = job.loss(train.Stage("one", 1, 2, 1e-3, 0, 48, {"recorded": (1, 1)}), 0.0, "train", random.Random(0))
     assert torch.isfinite(loss)
     again = tmp_path / "again"

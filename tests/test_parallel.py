@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import jobs
 import model
 import test_train
 import train
@@ -20,12 +21,12 @@ from files import load_checkpoint
 
 SCRIPT = """
 import sys; sys.path[:0] = [{root!r}, {tests!r}]
-import conftest, parallel, test_train, torch, train
+import conftest, jobs, parallel, test_train, torch, train
 torch.set_num_threads(1)
 train.slices_of_a_batch = lambda device: 2
 data, out, save_every = sys.argv[1:]
 device = parallel.begin("cpu")
-job = train.ModelJob(conftest.FLM, data, device)
+job = jobs.ModelJob(conftest.FLM, data, device)
 train.train(job, test_train.SHORT, out, resume=True, save_every=float(save_every))
 parallel.end()
 """
@@ -137,7 +138,7 @@ def test_sigterm_saves(world, tmp_path):
 
 
 def test_a_loss_that_is_no_number_names_what_it_learned_from(world, tmp_path):
-    job = train.ModelJob(FLM, str(world / "toy/encoded"), "cpu")
+    job = jobs.ModelJob(FLM, str(world / "toy/encoded"), "cpu")
     r = train.Run(job, test_train.SHORT, str(tmp_path / "o"))
     r.save()
     before = (tmp_path / "o/checkpoint.pt").read_bytes()
@@ -153,6 +154,6 @@ def test_a_damaged_shard_names_itself(world, tmp_path):
     codes = np.load(tmp_path / "encoded/00000.npy")
     codes[:] = 99
     np.save(tmp_path / "encoded/00000.npy", codes)
-    job = train.ModelJob(FLM, str(tmp_path / "encoded"), "cpu")
+    job = jobs.ModelJob(FLM, str(tmp_path / "encoded"), "cpu")
     with pytest.raises(ValueError, match=r"00000.npy from frame \d+: damaged"):
         job.batch(test_train.SHORT[0], 0.5, "train", random.Random(0))

@@ -8,6 +8,7 @@ import pytest
 import soundfile
 import torch
 
+import jobs
 import prepare
 import train
 from conftest import FLM, encode, noise, run
@@ -143,7 +144,7 @@ def test_two_processes_write_what_one_writes(world, tmp_path):
 def test_the_tokeniser_of_another_encoding(world, tmp_path):
     folder = small_world(world, tmp_path)
     assert encode(folder, world, name=str(world / "toy/encoded"))["tokenizer.json"] == (world / "toy/encoded/tokenizer.json").read_bytes()
-    assert len(train.read_encoded(f"{world}/toy/encoded,{folder}/encoded")[1]) > 10
+    assert len(jobs.read_encoded(f"{world}/toy/encoded,{folder}/encoded")[1]) > 10
 
 
 def corpus(folder, kind):
@@ -182,7 +183,7 @@ def test_a_corpus_as_it_is_downloaded(kind, world, tmp_path):
     assert [t.decode(p["tokens"]) for p in parts] == texts
     if kind == "conversations":
         assert [p["frame"] for p in parts] == [6, 13, 30] and lines[0]["speak"]["frames"] == lines[0]["listen"]["frames"] == 38
-    job = train.ModelJob(FLM, str(out / "encoded"), "cpu")
+    job = jobs.ModelJob(FLM, str(out / "encoded"), "cpu")
     layout = {"recorded": (1, 1)} if kind == "conversations" else {"tts": (1, 1), "asr": (1, 1)}
     loss, parts, _ = job.loss(train.Stage("one", 1, 2, 1e-3, 0, 48, layout), 0.0, "train", random.Random(0))
     loss.backward()
@@ -199,7 +200,7 @@ def test_a_recording_may_be_a_part_of_a_file(world, tmp_path):
     lines = [json.loads(line) for line in encode(tmp_path, world)["00000.jsonl"].splitlines()]
     assert [d["turns"][0]["copies"][0]["speech"] for d in lines] == [15, 10]
     assert [(d["annotated"], d["lang"]) for d in lines] == [(False, "de"), (True, "de")]
-    job = train.ModelJob(FLM, str(tmp_path / "encoded"), "cpu")
+    job = jobs.ModelJob(FLM, str(tmp_path / "encoded"), "cpu")
     assert [len(s) for s in job.heard["train"]] == [len(s) for s in job.said["train"]] == [1, 1]
 
 
@@ -236,14 +237,14 @@ def test_training_refuses_codes_of_another_codec_or_tokeniser(world, tmp_path):
     folder = small_world(world, tmp_path)
     prepare.encode(str(folder), str(codec), "bpe", 300, 1, False, 1, "cpu")
     where = str(folder / "encoded")
-    assert len(train.read_encoded(where + "," + where)[1]) == 20
+    assert len(jobs.read_encoded(where + "," + where)[1]) == 20
     with pytest.raises(ValueError, match="another tokenizer than .*toy/encoded"):
-        train.read_encoded(str(world / "toy/encoded") + "," + where)
+        jobs.read_encoded(str(world / "toy/encoded") + "," + where)
     codec.write_bytes(codec.read_bytes() + b" ")
     with pytest.raises(ValueError, match="another codec than .*codec.pt now is"):
-        train.read_encoded(where)
+        jobs.read_encoded(where)
     meta = json.loads((folder / "encoded/meta.json").read_text())
     for changed, says in (({**meta, "version": 1}, "is of version 1"), ({"version": prepare.VERSION}, "KeyError"), ([], "is not what")):
         (folder / "encoded/meta.json").write_text(json.dumps(changed))
         with pytest.raises(ValueError, match=says):
-            train.read_encoded(where)
+            jobs.read_encoded(where)

@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
+import jobs
 import prepare
-import train
 from chat import speech
 from conftest import FLM, run
 from files import SAMPLE_RATE, read_audio
@@ -113,12 +113,12 @@ def test_two_languages_from_words_to_a_batch(world, tmp_path):
             assert ("cmn" in t.get("voice", "")) == (d["lang"] == "zh") or t["role"] == "model"
             assert t["text"].isascii() == (d["lang"] == "en")
     prepare.encode(str(tmp_path / "toy"), str(world / "codec.pt"), "bpe", 400, 1, False, 1, "cpu")
-    job = train.ModelJob(FLM, str(tmp_path / "toy/encoded"), "cpu")
+    job = jobs.ModelJob(FLM, str(tmp_path / "toy/encoded"), "cpu")
     tokenizer = load_tokenizer(str(tmp_path / "toy/encoded/tokenizer.json"))
     heard = {tokenizer.decode(t["tokens"]).strip() for part in job.heard["train"] for t in part}
     assert heard == {t["text"] for d in lines for t in d["turns"] if d["split"] == "train" and t["role"] == "user" and d["kind"] != "backchannel"}
     job.batch(STAGES["tiny"][-1], 0.0, "train", random.Random(0))
-    clips = train.Clips(str(tmp_path / "toy"))
+    clips = jobs.Clips(str(tmp_path / "toy"))
     assert set("三猫cat ") <= set(clips.letters)
 
 

@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 import torch
 
+import jobs
 import model
+import streams
 import train
 from conftest import FLM, ROOT, run
 from files import load_checkpoint
 from streams import LISTEN, SPEAK, TEXT, Utterance
 from tokenizer import load_tokenizer
-from train import STAGES, ModelJob, Stage
+from train import STAGES, Stage
 
 SHORT = [Stage("one", 14, 2, 1e-3, 1e-3, 48, {"tts": (1, 0), "asr": (0, 1)}, wait=0.3, blot=0.1, depth=(0.5, 0.2)),
          Stage("two", 26, 2, 1e-3, 0, 48, {"asr_response_tts": (1, 1), "free_response_tts": (1, 1)}, wait=0.3, blot=0.1, depth=(0.5, 0.2))]
@@ -27,13 +29,13 @@ SHORT = [Stage("one", 14, 2, 1e-3, 1e-3, 48, {"tts": (1, 0), "asr": (0, 1)}, wai
 # a run of the model and of the codec, saving after every step
 SCRIPT = """
 import sys; sys.path[:0] = [{root!r}, {tests!r}]
-import train, test_train, conftest, torch
+import jobs, train, test_train, conftest, torch
 torch.set_num_threads(1); torch.manual_seed(1)
 kind, data, out = sys.argv[1:]
 if kind == "model":
-    job, stages = train.ModelJob(conftest.FLM, data + "/encoded", "cpu"), test_train.SHORT
+    job, stages = jobs.ModelJob(conftest.FLM, data + "/encoded", "cpu"), test_train.SHORT
 else:
-    job, stages = train.CodecJob(conftest.CODEC, data, "cpu"), [train.Stage("codec", 25, 1, 1e-3, 0)]
+    job, stages = jobs.CodecJob(conftest.CODEC, data, "cpu"), [train.Stage("codec", 25, 1, 1e-3, 0)]
 train.train(job, stages, out, resume=True, save_every=0)
 """
 
@@ -74,7 +76,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(world, tmp_path, kind):
 
 def test_training_lowers_the_loss(world, tmp_path):
     torch.manual_seed(0)
-    job = ModelJob(FLM, str(world / "toy/encoded"), "cpu")
+    job = jobs.ModelJob(FLM, str(world / "toy/encoded"), "cpu")
     train.train(job, [Stage("s", 150, 4, 3e-3, 0, 64, {"response_tts": (1, 1)}, wait=0.3)], str(tmp_path / "o"))
     log = [json.loads(line) for line in open(tmp_path / "o/log.jsonl")]
     first, last = log[0], [e for e in log if "loss" in e][-1]
@@ -85,7 +87,7 @@ def test_training_lowers_the_loss(world, tmp_path):
 def test_a_step_is_the_mean_of_its_slices(world, tmp_path):
     """Two threads with half the rows each, and the same in sequence."""
     torch.manual_seed(0)
-    run_ = train.Run(ModelJob(FLM, str(world / "toy/encoded"), "cpu"), SHORT, str(tmp_path / "o"))
+    run_ = train.Run(jobs.ModelJob(FLM, str(world / "toy/encoded"), "cpu"), SHORT, str(tmp_path / "o"))
     run_.at["slices"], run_.at["bf16"] = 2, False
     losses, grads = [], []
     for i in range(2):
@@ -107,13 +109,13 @@ def test_a_step_is_the_mean_of_its_slices(world, tmp_path):
 
 
 def test_every_batch_is_a_function_of_its_step(world):
-    job = ModelJob(FLM, str(world / "toy/encoded"), "cpu")
+    job = jobs.ModelJob(FLM, str(world / "toy/encoded"), "cpu")
     a, b, c = (job.batch(SHORT[1], 0.5, "train", random.Random(s)) for s in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
 def test_batches_hold_what_their_layout_says(world):
-    job = ModelJob(FLM, str(world / "toy/encoded"), "cpu")
+    job = jobs.ModelJob(FLM, str(world / "toy/encoded"), "cpu")
     v = job.vocab
     of = lambda layout: job.batch(Stage("s", 1, 8, 0, 0, 96, {layout: (1, 1)}), 0, "train", random.Random(0))
     assert (of("tts")[:, LISTEN] == v.empty).all() and (of("asr")[:, SPEAK] == v.empty).all()
@@ -125,7 +127,7 @@ def test_batches_hold_what_their_layout_says(world):
 def test_the_variants_of_the_papers_questions(world, monkeypatch):
     """tests/questions.py: the same steps for each; word-aligned text stands where the words are spoken."""
     import questions
-    job = ModelJob(FLM, str(world / "toy/encoded"), "cpu")
+    job = jobs.ModelJob(FLM, str(world / "toy/encoded"), "cpu")
     assert len({(sum(s.steps for s in stages), *{(s.batch, s.frames, s.lr) for s in stages}) for stages in questions.VARIANTS.values()}) == 1
     for stages in questions.VARIANTS.values():
         for s in stages:
@@ -137,15 +139,15 @@ def test_the_variants_of_the_papers_questions(world, monkeypatch):
 
 
 def test_interruptions_come_with_probability_0_7(world):
-    job = ModelJob(FLM, str(world / "toy/encoded"), "cpu")
-    calls, original = [], train.streams.free_response_tts
-    train.streams.free_response_tts = lambda turns, gaps, barge, *rest: calls.extend(barge[:-1]) or original(turns, gaps, barge, *rest)
+    job = jobs.ModelJob(FLM, str(world / "toy/encoded"), "cpu")
+    calls, original = [], streams.free_response_tts
+    streams.free_response_tts = lambda turns, gaps, barge, *rest: calls.extend(barge[:-1]) or original(turns, gaps, barge, *rest)
     try:
         rng = random.Random(0)
         for _ in range(1500):
             job.grid("free_response_tts", STAGES["tiny"][-1], "train", rng)
     finally:
-        train.streams.free_response_tts = original
+        streams.free_response_tts = original
     assert abs(sum(b is not None for b in calls) / len(calls) - 0.7) < 0.04
 
 
@@ -153,13 +155,13 @@ def test_stories_and_murmurs_reach_the_batches(world):
     """What the model says while a user tells a story stands in the grids of fine-tuning 2 where the manifest says; in fine-tuning 1
     there are no stories. Users' backchannels are only ever heard while the model speaks."""
     data = world / "toy/encoded"
-    job = ModelJob(FLM, str(data), "cpu")
+    job = jobs.ModelJob(FLM, str(data), "cpu")
     v, rng, tokenizer = job.vocab, random.Random(0), load_tokenizer(str(data / "tokenizer.json"))
     stories = [turns for turns in job.free["train"] if turns[0][0]["interjections"]]
     assert stories and not any(a["interjections"] for turns in job.dialogues["train"] for a, _ in turns)
     for ((user, reply),) in stories:
         heard, answer = job.utterance(user, rng), job.utterance(reply, rng)
-        grid = train.streams.response_tts([(heard, answer)], [3], v)
+        grid = streams.response_tts([(heard, answer)], [3], v)
         for (frame, said), told in zip(heard.interjections, user["interjections"], strict=True):
             assert abs(frame / 12.5 - told["at"]) < 0.25
             text = [t for t in grid[TEXT, 3 + frame - 2:][:len(said.tokens)].tolist()]
@@ -174,20 +176,20 @@ def test_the_paper_is_in_the_tables():
     rows = STAGES["7b"]
     assert [(s.lr, s.lr_end, s.batch, s.frames) for s in rows] == [
         (2e-4, 1e-5, 256, 8192), (1e-5, 8e-6, 256, 8192), (1e-5, 8e-6, 256, 8192), (8e-6, 7e-6, 256, 8192)]
-    assert (train.ALPHA_1, train.ALPHA_2, train.BETA, rows[0].wait) == (1, 0.5, 1, 0.01)
+    assert (jobs.ALPHA_1, jobs.ALPHA_2, jobs.BETA, rows[0].wait) == (1, 0.5, 1, 0.01)
     for config in ("tiny", "small", "0.5b", "7b"):
         with torch.device("meta"):
             model.FLM(model.CONFIGS[config])
         names = [s.name for s in STAGES[config]]
         assert names[-4:] == [s.name for s in rows] and names[:-4] == ["language"] * (config in ("tiny", "small"))
         for stage in STAGES[config]:
-            assert all(hasattr(train.streams, name) for name in stage.layouts)
+            assert all(hasattr(streams, name) for name in stage.layouts)
 
 
 def test_a_finished_run_is_not_repeated(world, tmp_path):
     path = world / "flm/checkpoint.pt"
     before = path.read_bytes()
-    job = ModelJob(FLM, str(world / "toy/encoded"), "cpu")
+    job = jobs.ModelJob(FLM, str(world / "toy/encoded"), "cpu")
     stage = Stage("once", 2, 2, 1e-3, 0, 48, {"response_tts": (1, 1)})
     with pytest.raises(ValueError, match="--resume"):
         train.train(job, [stage], str(world / "flm"))
@@ -196,13 +198,13 @@ def test_a_finished_run_is_not_repeated(world, tmp_path):
 
 
 def test_a_checkpoint_of_another_config_is_refused(world):
-    job = ModelJob(dataclasses.replace(FLM, layers=2), str(world / "toy/encoded"), "cpu")
+    job = jobs.ModelJob(dataclasses.replace(FLM, layers=2), str(world / "toy/encoded"), "cpu")
     with pytest.raises(ValueError, match="another config"):
         train.train(job, SHORT, str(world / "flm"), resume=True)
 
 
 def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(world, tmp_path):
-    job = ModelJob(FLM, str(world / "toy/encoded"), "cpu")
+    job = jobs.ModelJob(FLM, str(world / "toy/encoded"), "cpu")
     good = job.loss
     job.loss = lambda stage, *a: good(stage, *a) if stage.name == "one" else (math.nan * sum(p.sum() for p in job.modules.parameters()), {}, None)
     with pytest.raises(ValueError, match="step 0 of two"):
@@ -275,30 +277,30 @@ def test_wrong_flags_are_a_clear_error(tmp_path, args, message):
 
 def test_a_picture_of_a_run(world):
     pytest.importorskip("matplotlib")
-    code, out, err = run("train.py", "--plot", world / "flm")
+    code, out, err = run("plot.py", world / "flm")
     assert code == 0 and out == f"Wrote {world / 'flm'}/log.png\n", err
     assert (world / "flm/log.png").read_bytes()[:4] == b"\x89PNG"
-    code, _, err = run("train.py", "--plot", world / "nowhere")
+    code, _, err = run("plot.py", world / "nowhere")
     assert code == 1 and "no such log" in err
 
 
 def test_training_may_start_from_a_language_model(world, tmp_path):
-    from test_model import as_qwen
+    from test_published import as_qwen
     start = model.FLM(dataclasses.replace(FLM, vocab_size=400))
     as_qwen(start, tmp_path, "model.", "qwen2")
-    job = ModelJob(dataclasses.replace(FLM, layers=5, width=16), str(world / "toy/encoded"), "cpu", str(tmp_path))
+    job = jobs.ModelJob(dataclasses.replace(FLM, layers=5, width=16), str(world / "toy/encoded"), "cpu", str(tmp_path))
     assert torch.equal(job.model.text.weight, start.text.weight) and job.config.layers == FLM.layers
     loss, _, _ = job.loss(SHORT[0], 0.0, "train", random.Random(0))
     assert torch.isfinite(loss)
     small = model.FLM(dataclasses.replace(FLM, vocab_size=200))
     as_qwen(small, tmp_path, "model.", "qwen2")
     with pytest.raises(ValueError, match="has 200 words, fewer than"):
-        ModelJob(FLM, str(world / "toy/encoded"), "cpu", str(tmp_path))
+        jobs.ModelJob(FLM, str(world / "toy/encoded"), "cpu", str(tmp_path))
 
 
 def test_a_trained_model_is_exported_as_the_release_is_laid_out(world, tmp_path):
     pytest.importorskip("safetensors")
-    code, out, err = run("train.py", "--out", world / "flm", "--export", tmp_path / "x")
+    code, out, err = run("published.py", world / "flm", tmp_path / "x")
     assert code == 0 and f"Wrote {tmp_path}/x" in out, err
     ours, theirs = model.FLM.load(str(world / "flm/checkpoint.pt"))[0], model.FLM.from_pretrained(str(tmp_path / "x"))[0]
     a, b = ours.state_dict(), theirs.state_dict()
@@ -317,7 +319,7 @@ def test_eight_bits_learn_and_go_on(world, tmp_path):
     """bfloat16 weights and 8-bit states: the loss falls, and a run goes on from its checkpoint."""
     pytest.importorskip("torchao")
     stage = Stage("one", 30, 2, 3e-3, 3e-3, 48, {"tts": (1, 1)}, wait=0.3)
-    job = lambda: ModelJob(FLM, str(world / "toy/encoded"), "cpu", eight_bit=True)
+    job = lambda: jobs.ModelJob(FLM, str(world / "toy/encoded"), "cpu", eight_bit=True)
     train.train(job(), [stage], str(tmp_path / "o"))
     lines = [json.loads(line) for line in open(tmp_path / "o/log.jsonl")]
     first, *_, last = [e["loss"] for e in lines if e.get("split") is None]
