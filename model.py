@@ -61,32 +61,33 @@ CONFIGS = {
 
 
 def attend(q, k, v, mask=None):
-    """Scaled dot-product attention. q (B, H, T, E), k and v (B, G, S, E), mask (..., T, S): True where it may look; without one,
-    at itself and what is before it; if T is 1, at all."""
+    """Scaled dot-product attention. q (B, H, T, E), k and v (B, G, S, E). A single query (T = 1) looks at all, or where the mask
+    (B, 1, 1, S) is True; several look at themselves and what is before them."""
     B, H, T, E = q.shape
+    G = k.shape[1]
     if T == 1:  # the heads that share keys are as many queries, which see the same
-        return F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, E), k, v, attn_mask=mask).reshape(B, H, T, E)
+        return F.scaled_dot_product_attention(q.reshape(B, G, -1, E), k, v, attn_mask=mask).reshape(B, H, T, E)
     if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=H != k.shape[1])
-    # On a CPU and for short sequences the plain formula is twice as fast.
-    mask = torch.ones(T, T, dtype=torch.bool).tril() if mask is None else mask
-    q = q.reshape(B, k.shape[1], H // k.shape[1] * T, E)  # the heads that share keys stand above one another: (B, G, H/G * T, E)
-    scores = (q @ k.mT).view(B, H, T, k.shape[2]) * E ** -0.5
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=q.dtype)
-    return (weights.view(*q.shape[:3], k.shape[2]) @ v).view(B, H, T, E)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != G)
+    # On a CPU and for short sequences the plain formula is twice as fast. The heads that share keys stand above one another.
+    q, k, v = q.reshape(B * G, H // G * T, E), k.reshape(B * G, T, E), v.reshape(B * G, T, E)
+    later = torch.full((T, T), float("-inf"), dtype=q.dtype).triu(1).repeat(H // G, 1)
+    weights = torch.baddbmm(later, q, k.mT, alpha=E ** -0.5).softmax(-1, dtype=q.dtype)
+    return (weights @ v).view(B, H, T, E)
 
 
 def rotary(position, E, base):
     """cos and sin, (*position.shape, E), by which queries and keys are turned. The angles are float64: an hour of conversation is
     45,000 frames, where float32 would be off by up to 0.002, and ever more."""
     rate = base ** (-torch.arange(0, E, 2, device=position.device, dtype=torch.float32) / E)
-    angle = (position[..., None].double() * rate).repeat(*[1] * position.ndim, 2)
-    return angle.cos().float(), angle.sin().float()
+    angle = position[..., None].double() * rate
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], -1).float(), torch.cat([-sin, sin], -1).float()
 
 
 def rotate(x, cos, sin):
     a, b = x.chunk(2, -1)
-    return (x * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)
+    return (x * cos + torch.cat([b, a], -1) * sin).to(x.dtype)
 
 
 class SwiGLU(nn.Module):
