@@ -285,12 +285,13 @@ class FLM(nn.Module):
         B, C = len(column), self.config.context
         slot, members = state.position % C, torch.arange(B, device=column.device)
         cos, sin = (y[:, None, None] for y in rotary(state.position, self.blocks[0].E, self.config.rope_base))
-        mask = (torch.arange(C, device=column.device) <= state.position[:, None])[:, None, None]  # (B, 1, 1, C)
+        used = min(C, int(state.position.max()) + 1) if column.device.type == "cpu" else C  # what is captured has one shape
+        mask = (torch.arange(used, device=column.device) <= state.position[:, None])[:, None, None]  # (B, 1, 1, used)
         x = self.embed(column[..., None])
         for block, keys, values in zip(self.blocks, state.keys, state.values):
             def remember(k, v, keys=keys, values=values):
                 keys[members, :, slot], values[members, :, slot] = k[:, :, 0], v[:, :, 0]
-                return keys, values
+                return keys[:, :, :used], values[:, :, :used]
             x = block(x, cos, sin, mask, remember)
         state.position += 1
         return self.norm(x[:, 0])
