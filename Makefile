@@ -12,7 +12,7 @@ demo: .venv/ready
 	test -f data/toy/manifest.jsonl || $(PY) prepare.py toy --items $$((200 * $(MINUTES))) --sentences $$((75 * $(MINUTES))) --voices $$((8 + $(MINUTES) * 2 / 5))
 	$(PY) train.py --config codec --minutes $(call left,0.25,0) --resume
 	test data/toy/encoded/meta.json -nt out/codec/checkpoint.pt || $(PY) prepare.py encode
-	$(PY) train.py --config tiny --minutes $(call left,1,5) --resume
+	$(PY) train.py --config tiny --minutes $(call left,1,5.5) --resume
 	$(PY) eval.py --checkpoint out/tiny --smoke --asr-minutes 1.5
 
 test: .venv/ready

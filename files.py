@@ -163,18 +163,17 @@ def is_safetensors(path):
         return f.read(9)[8:] == b"{"
 
 
-def read_safetensors(path):
-    """{name: tensor}. Raises ValueError or OSError with the file's name."""
+def open_safetensors(path):
+    """The file with its tensors still on the disk: keys(), get_tensor(name). Raises ValueError or OSError with the file's name."""
     try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open
     except ImportError:
         raise ValueError(f"{path}: published weights need the extra 'weights': pip install '.[weights]'") from None
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        return load_file(path)
-    except (SafetensorError, OSError, KeyError) as e:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as e:
         raise ValueError(f"{path}: not a safetensors file, or cut off ({e})") from None
 
 

@@ -34,12 +34,12 @@ class Muon(torch.optim.AdamW):
         for p, grad, _ in matrices:
             p.grad = grad
 
-    def memory(self, p, is_matrix):
+    def memory(self, p, muon):
         """What is kept of a parameter from step to step, zeros at first. AdamW wants a count of steps in all of them."""
         state = self.state[p]
         if not state:
             state |= {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p)}
-            if not is_matrix:
+            if not muon:
                 state["exp_avg_sq"] = torch.zeros_like(p)
         return state
 

@@ -18,7 +18,7 @@ import sys
 
 import torch
 
-from files import copy, read_safetensors, replace_when_done
+from files import copy, open_safetensors, replace_when_done
 from mimi import ConvTranspose, Mimi
 from model import FLM, FLMConfig, build
 from parallel import fill
@@ -71,7 +71,7 @@ def load_tensors(model, folder, table, ignore=()):
     """Fill the parameters that the table names from the *.safetensors files of a folder, one tensor at a time. Every
     tensor there is accounted for, but those whose names begin with `ignore`: ValueError for an unknown, missing or misshaped
     one."""
-    files = open_safetensors(folder)
+    files = open_all(folder)
     params, used = dict(model.named_parameters()), set()
 
     def read(names):
@@ -98,22 +98,12 @@ def load_tensors(model, folder, table, ignore=()):
         raise ValueError(f"{folder}: unknown tensor {unknown[0]}" + (f" and {len(unknown) - 1} more" if unknown[1:] else ""))
 
 
-def open_safetensors(folder):
-    """{name of a tensor: the open file that holds it}"""
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError:
-        raise ValueError(f"{folder}: published weights need the extra 'weights': pip install '.[weights]'") from None
-    out = {}
-    for path in sorted(glob.glob(os.path.join(folder, "*.safetensors"))):
-        try:
-            f = safe_open(path, "pt")
-        except (SafetensorError, OSError) as e:
-            raise ValueError(f"{path}: not a safetensors file, or cut off ({e})") from None
-        out |= dict.fromkeys(f.keys(), f)
-    if not out:
+def open_all(folder):
+    """{name of a tensor: the open file that holds it}, of a folder's *.safetensors files"""
+    files = [open_safetensors(path) for path in sorted(glob.glob(os.path.join(folder, "*.safetensors")))]
+    if not files:
         raise FileNotFoundError(f"{folder}: holds no *.safetensors file")
-    return out
+    return {name: f for f in files for name in f.keys()}
 
 
 def read_config(folder, kinds):
@@ -148,7 +138,7 @@ def from_qwen(folder, config: FLMConfig, place=None):
     transformer, and with config's depth transformer, codec and context, which are new. place: see build."""
     c = read_config(folder, ("qwen2", "qwen2_5_vl", "qwen2_5_vl_text"))
     model = build(dataclasses.replace(config, **qwen_fields(c, folder)), place)
-    names = open_safetensors(folder)
+    names = open_all(folder)
     prefix = next((p for p in ("model.language_model.", "model.") if p + "norm.weight" in names), "model.")
     load_tensors(model, folder, qwen_tensors(model.config, prefix, prefix + "embed_tokens.weight"),
                    ignore=("visual.", "model.visual.", *(["lm_head."] if model.config.tied else [])))
@@ -236,7 +226,8 @@ MIMI_NAMES = [  # what a tensor is called in Kyutai's or in the transformers lib
 
 def load_mimi(path, num_codebooks, config):
     """See Mimi.from_pretrained."""
-    weights = read_safetensors(path)
+    file = open_safetensors(path)
+    weights = {name: file.get_tensor(name) for name in file.keys()}
     most = 1 + sum(name.endswith("cluster_usage") and ("rvq_rest" in name or "acoustic" in name) for name in weights)
     if not 1 <= num_codebooks <= most:
         raise ValueError(f"{path}: has 1 to {most} codebooks to offer, not {num_codebooks}")
@@ -247,6 +238,7 @@ def load_mimi(path, num_codebooks, config):
 
 
 def fill_mimi(module, weights, heads, where):
+    """Put tensors under their published names into module."""
     ours, origin = {}, {}
     for published, tensor in weights.items():
         name = published

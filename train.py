@@ -200,9 +200,11 @@ class Run:
         """All that several processes hold in slices: {name: parameter or state of the optimiser}."""
         out = {}
         parallel.in_slices(self.job.modules)
-        for name, p in self.job.modules.named_parameters():
-            state = self.optimizer.memory(p, self.job.from_nothing and is_matrix(name, p))
-            out |= {f"model {name}": p, **{f"{k} {name}": x for k, x in state.items()}}
+        names = {p: name for name, p in self.job.modules.named_parameters()}
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                state = self.optimizer.memory(p, group["muon"])
+                out |= {f"model {names[p]}": p, **{f"{k} {names[p]}": x for k, x in state.items()}}
         return out
 
     def facts(self):

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from model import FLM, FLMConfig
+from model import FLM
 from published import export_release, from_qwen, qwen_tensors
+from test_model import C
 
-C = FLMConfig(layers=2, width=32, heads=4, kv_heads=2, mlp=48, depth_layers=2, depth_width=16, depth_heads=2,
-              vocab_size=40, empty=20, context=32)
 RELEASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden", "flm_release_tiny")
 
 
