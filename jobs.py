@@ -4,8 +4,9 @@ sounds after it.
     data/toy/encoded --utterances--> a layout's grids (17, T) --packed--> a batch (B, 17, T) --model--> Eq. 3
     data/toy         --clips-------> waveforms (B, 1, N) ---------------------codec-----> spectra, waveform, letters
 
-To train.py both are the same: a job has a model, loss(stage, progress, split, rng), and the state that a checkpoint keeps. Every
-batch is a function of its rng. A stage is a row of train.py's table; progress (0 to 1) is how far it has gone.
+To train.py both are the same: a job has a model, batch(stage, progress, split, rng), which is made on the CPU, loss(stage, batch,
+split, rng) of it, and the state that a checkpoint keeps. Both are functions of the rng. A stage is a row of train.py's table;
+progress (0 to 1) is how far it has gone.
 
 B rows in a batch, T frames in a row, K codebooks.
 """
@@ -187,10 +188,9 @@ class ModelJob:
             rows.append(pack(grids, stage.frames, self.vocab))
         return torch.from_numpy(np.stack(rows))
 
-    def loss(self, stage, progress, split, rng):
+    def loss(self, stage, grid, split, rng):
         self.model.recompute = stage.recompute
         generator = torch.Generator().manual_seed(rng.getrandbits(60))
-        grid = self.batch(stage, progress, split, rng)
         if split == "train" and stage.blot:
             grid = blot_out(grid, stage.blot, self.vocab.empty, generator)
         grid = grid.to(self.device)
@@ -271,8 +271,11 @@ class CodecJob:
         self.spectra = [Spectrum(n).to(device) for n in (256, 512, 1024, 2048)]
         self.fingerprint = self.clips.fingerprint
 
-    def loss(self, stage, progress, split, rng):
-        wav, words = self.clips.batch(stage, split, rng)
+    def batch(self, stage, progress, split, rng):
+        return self.clips.batch(stage, split, rng)
+
+    def loss(self, stage, batch, split, rng):
+        wav, words = batch
         wav = wav.to(self.device)
         training = split == "train"
         K = self.config.codebooks

@@ -79,8 +79,11 @@ class RecogniserJob:
         self.model = self.modules = Recogniser(self.config).to(device)
         self.fingerprint = self.clips.fingerprint
 
-    def loss(self, stage, progress, split, rng):
-        wav, words = self.clips.batch(stage, split, rng)
+    def batch(self, stage, progress, split, rng):
+        return self.clips.batch(stage, split, rng)
+
+    def loss(self, stage, batch, split, rng):
+        wav, words = batch
         logits = self.model(wav.to(self.device), rng if split == "train" else None)
         loss = letters_loss(logits, words)
         return loss, {"letters": loss}, None

@@ -153,8 +153,8 @@ class Run:
         self.path = os.path.join(out, "checkpoint.pt")
         self.params = [p for p in job.modules.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(job.modules, job.from_nothing)
-        # where it stands: steps of each stage (None: not known yet), the stage, the step in it, the step of all
-        self.at = {"plan": [None if minutes else s.steps for s in stages], "stage": 0, "step": 0, "total": 0,
+        # where it stands: steps of each stage (None: not known yet), the stage, the step in it
+        self.at = {"plan": [None if minutes else s.steps for s in stages], "stage": 0, "step": 0,
                    "bf16": bf16_is_faster(job.device), "slices": max(slices_of_a_batch(job.device), parallel.world())}
         if os.path.exists(self.path) or parallel.together() and parallel.newest(out):
             if not resume:
@@ -167,7 +167,7 @@ class Run:
             self.threads = ThreadPoolExecutor(n, initializer=torch.set_num_threads if n > 1 else None,
                                               initargs=(max(1, os.cpu_count() // n),))
             self.optimizer.each = self.threads.map
-        self.stopped = False
+        self.stopped, self.ahead = False, {}
         if parallel.rank() == 0:
             os.makedirs(out, exist_ok=True)
             for name, source in job.files.items():
@@ -213,7 +213,7 @@ class Run:
 
     def save(self):
         if parallel.together():
-            parallel.save(self.out, self.at["total"], self.tensors(), {"config": dataclasses.asdict(self.job.config), **self.facts()})
+            parallel.save(self.out, self.steps(), self.tensors(), {"config": dataclasses.asdict(self.job.config), **self.facts()})
         else:
             save_checkpoint(self.path, self.job.kind, self.job.config, **self.job.state(), **self.facts(),
                             optimizer=self.optimizer.state_dict())
@@ -239,8 +239,18 @@ class Run:
         kind = torch.device(self.job.device).type
         return torch.autocast(kind, torch.bfloat16, enabled=self.at["bf16"] and not parallel.together())  # which do it themselves
 
-    def step(self, stage, progress):
+    def steps(self):
+        """Of all stages so far."""
+        return sum(self.at["plan"][:self.at["stage"]]) + self.at["step"]
+
+    def progress(self, later=0):
+        """How far the stage will have gone so many steps later, 0 to 1."""
+        plan = self.at["plan"][self.at["stage"]]
+        return (self.at["step"] + later) / plan if plan else 0.0
+
+    def step(self):
         """One step of the optimiser. Returns the loss, its parts and the learning rate."""
+        stage, progress = self.stages[self.at["stage"]], self.progress()
         lr = stage.lr_end + (stage.lr - stage.lr_end) * (0.5 + 0.5 * math.cos(math.pi * progress))
         if self.at["stage"] == 0:
             lr *= min(1, (self.at["step"] + 1) / WARMUP)
@@ -250,60 +260,68 @@ class Run:
         if n % parallel.world():
             raise ValueError(f"a batch in {n} slices cannot be shared by {parallel.world()} processes")
         part, mine = dataclasses.replace(stage, batch=stage.batch // n), range(parallel.rank(), n, parallel.world())
-        losses, kept = zip(*(self.side_by_side if self.threads else self.one_by_one)(part, progress, mine))
+        losses, kept = zip(*(self.side_by_side if self.threads else self.one_by_one)(part, mine))
         means = {name: sum(x[name] for x in losses) / len(losses) for name in losses[0]}
         numbers = parallel.mean(torch.stack([*means.values(), torch.tensor(float(self.stopped), device=means["loss"].device)]).float())
         parts = dict(zip([*means, "stopped"], numbers))
         self.stopped = parts.pop("stopped") > 0
         loss = parts.pop("loss")
         if not torch.isfinite(loss):
-            self.explain(loss.item(), losses, part, progress, mine)
+            self.explain(loss.item(), losses, part, mine)
         nn.utils.clip_grad_norm_(self.params, 1.0)
         self.optimizer.step()
         if kept[0] is not None:
             torch.manual_seed(self.at["step"])  # for codebooks that restart
             self.job.after(kept)
         self.at["step"] += 1
-        self.at["total"] += 1
         return loss, parts, lr
 
-    def side_by_side(self, part, progress, mine):
+    def side_by_side(self, part, mine):
         """All slices at the same time, in threads; p.grad becomes their mean. part: the stage, with a batch of one slice; mine: the
         slices' numbers. Returns [(losses, what job.after wants), ...]"""
         def one(i):
-            losses, kept = self.slice(part, progress, i)
+            losses, kept = self.slice(part, i)
             return torch.autograd.grad(losses["loss"], self.params, materialize_grads=True), losses, kept
         grads, losses, kept = zip(*self.threads.map(one, mine))
         for p, *slopes in zip(self.params, *grads):
             p.grad = sum(slopes) / len(mine)
         return [({name: x.detach() for name, x in some.items()}, k) for some, k in zip(losses, kept)]
 
-    def one_by_one(self, part, progress, mine):
-        """The same in turn, for this process's slices; p.grad becomes the mean over all slices of all processes."""
+    def one_by_one(self, part, mine):
+        """The same in turn, for this process's slices; p.grad becomes the mean over all slices of all processes. A GPU is told what
+        to do and is still busy with it afterwards: time to make the next step's first slice."""
         self.optimizer.zero_grad()
         out = []
         for i in mine:
             if parallel.together():
                 self.job.modules.set_requires_gradient_sync(i == mine[-1])
-            losses, kept = self.slice(part, progress, i)
+            losses, kept = self.slice(part, i)
             (losses["loss"] / len(mine)).backward()
             out.append(({name: x.detach() for name, x in losses.items()}, kept))
+        if self.progress(1) < 1:
+            self.ahead = {(self.at["stage"], self.at["step"] + 1, mine[0]): self.make(part, mine[0], 1)}
         return out
 
-    def slice(self, part, progress, i):
+    def slice(self, part, i):
         """The i-th slice of a batch: its loss and the parts of it, and what job.after wants of it (None: nothing)."""
+        batch, rng = self.ahead.pop((self.at["stage"], self.at["step"], i), None) or self.make(part, i)
         with self.autocast():
-            loss, parts, kept = self.job.loss(part, progress, "train", self.rng(i))
+            loss, parts, kept = self.job.loss(part, batch, "train", rng)
         return {"loss": loss, **parts}, kept
 
-    def rng(self, i):
-        return random.Random(f"{self.seed} {self.at['stage']} {self.at['step']} {i}")
+    def make(self, part, i, later=0):
+        """(the i-th slice of the batch, the rng for its loss) of this step or of a later one."""
+        rng = self.rng(i, later)
+        return self.job.batch(part, self.progress(later), "train", rng), rng
 
-    def explain(self, loss, losses, part, progress, mine):
+    def rng(self, i, later=0):
+        return random.Random(f"{self.seed} {self.at['stage']} {self.at['step'] + later} {i}")
+
+    def explain(self, loss, losses, part, mine):
         """Stop for a loss that is not a number; the last checkpoint stays as it is."""
         bad = [i for i, some in zip(mine, losses) if not torch.isfinite(some["loss"])]
         names = getattr(self.job, "names", lambda *args: [])
-        where = [name for i in bad for name in names(part, progress, self.rng(i))]
+        where = [name for i in bad for name in names(part, self.progress(), self.rng(i))]
         raise ValueError(f"the loss is {loss} at step {self.at['step']} of {part.name}; the last good state is in {self.out}; "
                          f"learned from: {', '.join(where[:8]) or 'another process knows'}{', ...' if where[8:] else ''}")
 
@@ -313,8 +331,10 @@ class Run:
         self.job.modules.eval()
         sums = {}
         for i in range(batches):
+            rng = random.Random(i)
+            batch = self.job.batch(stage, 1.0, "seen", rng)
             with self.autocast():
-                _, parts, _ = self.job.loss(stage, 1.0, "seen", random.Random(i))
+                _, parts, _ = self.job.loss(stage, batch, "seen", rng)
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0) + value.item() / batches
         self.job.modules.train()
@@ -335,7 +355,7 @@ def train(job, stages, out, minutes=None, resume=False, seed=1, save_every=60.0)
             bar = tqdm(total=plan, initial=at["step"], desc=f"{stage.name:16}", unit="step", mininterval=1, disable=not first_rank)
             begun, first = time.monotonic(), at["step"]
             while plan is None or at["step"] < plan:
-                loss, parts, lr = run.step(stage, at["step"] / plan if plan else 0.0)
+                loss, parts, lr = run.step()
                 bar.update()
                 if minutes and at["step"] % 50 == 30 and (plan is None or not first):
                     passed = parallel.mean(torch.tensor(time.monotonic() - begun, device=loss.device)).item()

@@ -90,6 +90,7 @@ def main():
     job = jobs.ModelJob(CONFIGS["tiny"], "data/toy/encoded", args.device)
     with tempfile.TemporaryDirectory() as folder:
         ours = train.Run(job, [stage], folder)
+    ours.at["step"] = stage.steps // 2
     plain = Plain(job.config).to(args.device)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-4, betas=(0.9, 0.98))
     size = lambda m: sum(p.numel() for p in m.parameters()) / 1e6
@@ -112,7 +113,7 @@ def main():
         if args.device != "cpu":
             torch.cuda.synchronize()
         return (time.perf_counter() - begun) / 5
-    rows = [(seconds(plain_step), seconds(lambda n: ours.step(stage, 0.5))) for _ in range(args.rounds + 1)][1:]  # the first warms up
+    rows = [(seconds(plain_step), seconds(lambda n: ours.step())) for _ in range(args.rounds + 1)][1:]  # the first warms up
     frames = stage.batch * stage.frames
     for name, times in zip(("plain", "ours"), zip(*rows)):
         t = sorted(times)[len(times) // 2]
@@ -122,7 +123,7 @@ def main():
     ours.at["slices"] = 1
     with profile() as p:
         for _ in range(3):
-            ours.step(stage, 0.5)
+            ours.step()
     times = {e.key: e.self_cpu_time_total + getattr(e, "self_device_time_total", 0) for e in p.key_averages()}
     total = sum(times.values())
     print("where our time goes, in one slice:")

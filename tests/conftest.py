@@ -3,6 +3,7 @@ import contextlib
 import importlib
 import io
 import os
+import random
 import sys
 
 import numpy as np
@@ -39,6 +40,12 @@ def run(script, *args):
     finally:
         sys.argv = before
     return code, out.getvalue(), err.getvalue()
+
+
+def loss_of(job, stage):
+    """Of the first batch of a stage: (loss, its parts, None)."""
+    rng = random.Random(0)
+    return job.loss(stage, job.batch(stage, 0.0, "train", rng), "train", rng)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import jobs
 import mix
 import prepare
 import train
-from conftest import FLM, encode, noise, run
+from conftest import FLM, encode, loss_of, noise, run
 from files import SAMPLE_RATE
 from mimi import FRAME
 
@@ -91,7 +91,7 @@ def test_mixing_a_world(world, tmp_path):
     encoded = [json.loads(line) for line in encode(out, world)["00000.jsonl"].splitlines()]
     assert [d["split"] for d in encoded] == ["seen", "train", "train", "train"]
     job = jobs.ModelJob(FLM, str(out / "encoded"), "cpu")
-    loss, _, _ = job.loss(train.Stage("one", 1, 2, 1e-3, 0, 48, {"recorded": (1, 1)}), 0.0, "train", random.Random(0))
+    loss, _, _ = loss_of(job, train.Stage("one", 1, 2, 1e-3, 0, 48, {"recorded": (1, 1)}))
     assert torch.isfinite(loss)
     again = tmp_path / "again"
     prepare.mix(str(world / "toy"), str(again), 4, None, 1)

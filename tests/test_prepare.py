@@ -1,6 +1,5 @@
 """The manifest, corpora, and sound -> codes."""
 import json
-import random
 import shutil
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 import jobs
 import prepare
 import train
-from conftest import FLM, encode, noise, run
+from conftest import FLM, encode, loss_of, noise, run
 from files import read_audio
 from manifest import check_line, read_manifest
 from mimi import FRAME, Mimi
@@ -185,11 +184,11 @@ def test_a_corpus_as_it_is_downloaded(kind, world, tmp_path):
         assert [p["frame"] for p in parts] == [6, 13, 30] and lines[0]["speak"]["frames"] == lines[0]["listen"]["frames"] == 38
     job = jobs.ModelJob(FLM, str(out / "encoded"), "cpu")
     layout = {"recorded": (1, 1)} if kind == "conversations" else {"tts": (1, 1), "asr": (1, 1)}
-    loss, parts, _ = job.loss(train.Stage("one", 1, 2, 1e-3, 0, 48, layout), 0.0, "train", random.Random(0))
+    loss, parts, _ = loss_of(job, train.Stage("one", 1, 2, 1e-3, 0, 48, layout))
     loss.backward()
     assert torch.isfinite(loss) and parts["mono"] > 0
     with pytest.raises(ValueError, match="the data holds nothing for response_tts"):
-        job.loss(train.Stage("one", 1, 2, 1e-3, 0, 48, {"response_tts": (1, 1)}), 0.0, "train", random.Random(0))
+        loss_of(job, train.Stage("one", 1, 2, 1e-3, 0, 48, {"response_tts": (1, 1)}))
 
 
 def test_a_recording_may_be_a_part_of_a_file(world, tmp_path):

@@ -17,7 +17,7 @@ import jobs
 import model
 import streams
 import train
-from conftest import FLM, ROOT, run
+from conftest import FLM, ROOT, loss_of, run
 from files import load_checkpoint
 from streams import LISTEN, SPEAK, TEXT, Utterance
 from tokenizer import load_tokenizer
@@ -91,14 +91,14 @@ def test_a_step_is_the_mean_of_its_slices(world, tmp_path):
     run_.at["slices"], run_.at["bf16"] = 2, False
     losses, grads = [], []
     for i in range(2):
-        some, _ = run_.slice(dataclasses.replace(SHORT[0], batch=SHORT[0].batch // 2), 0.0, i)
+        some, _ = run_.slice(dataclasses.replace(SHORT[0], batch=SHORT[0].batch // 2), i)
         losses.append(some)
         grads.append(torch.autograd.grad(some["loss"], run_.params, materialize_grads=True))
     whole = torch.cat([((a + b) / 2).flatten() for a, b in zip(*grads)])
     before = [p.detach().clone() for p in run_.params]
     for threads in (run_.threads, None):  # side by side, one by one
         run_.threads = threads
-        loss, parts, _ = run_.step(SHORT[0], 0.0)
+        loss, parts, _ = run_.step()
         assert torch.isclose(loss, (losses[0]["loss"] + losses[1]["loss"]) / 2) and losses[0]["loss"] != losses[1]["loss"]
         assert torch.isclose(parts["mono"], (losses[0]["mono"] + losses[1]["mono"]) / 2)
         clipped = torch.cat([p.grad.flatten() for p in run_.params])
@@ -106,6 +106,32 @@ def test_a_step_is_the_mean_of_its_slices(world, tmp_path):
         run_.at["step"] = 0  # and once more from the start
         for p, old in zip(run_.params, before):
             p.data.copy_(old)
+
+
+def test_the_next_slice_is_made_while_the_gpu_works(world, tmp_path):
+    """As many batches as steps and the same losses, and none of a stage that is over."""
+    def learn(name, ahead):
+        r = train.Run(jobs.ModelJob(FLM, str(world / "toy/encoded"), "cpu"), SHORT, str(tmp_path / name))
+        r.threads, r.at["slices"], r.at["bf16"], batch, made = None, 1, False, r.job.batch, []
+        r.job.batch = lambda *args: made.append(1) or batch(*args)
+        losses = []
+        for _ in range(SHORT[0].steps):
+            if not ahead:
+                r.ahead.clear()
+            losses.append(r.step()[0].item())
+        assert not r.ahead
+        return losses, len(made)
+    (a, n), (b, twice) = learn("a", True), learn("b", False)
+    assert a == b and n == SHORT[0].steps and twice == 2 * n - 1
+
+
+def test_a_spoilt_batch_is_named(world, tmp_path):
+    """The names are those of what the step has learned from."""
+    r = train.Run(jobs.ModelJob(FLM, str(world / "toy/encoded"), "cpu"), SHORT, str(tmp_path / "o"))
+    r.job.used = []
+    r.slice(SHORT[0], 0)
+    used, r.job.used = sorted(set(r.job.used)), None
+    assert used and r.job.names(SHORT[0], r.progress(), r.rng(0)) == used
 
 
 def test_every_batch_is_a_function_of_its_step(world):
@@ -290,7 +316,7 @@ def test_training_may_start_from_a_language_model(world, tmp_path):
     as_qwen(start, tmp_path, "model.", "qwen2")
     job = jobs.ModelJob(dataclasses.replace(FLM, layers=5, width=16), str(world / "toy/encoded"), "cpu", str(tmp_path))
     assert torch.equal(job.model.text.weight, start.text.weight) and job.config.layers == FLM.layers
-    loss, _, _ = job.loss(SHORT[0], 0.0, "train", random.Random(0))
+    loss, _, _ = loss_of(job, SHORT[0])
     assert torch.isfinite(loss)
     small = model.FLM(dataclasses.replace(FLM, vocab_size=200))
     as_qwen(small, tmp_path, "model.", "qwen2")
@@ -325,6 +351,6 @@ def test_eight_bits_learn_and_go_on(world, tmp_path):
     first, *_, last = [e["loss"] for e in lines if e.get("split") is None]
     assert last < first - 0.3
     r = train.Run(job(), [dataclasses.replace(stage, steps=40)], str(tmp_path / "o"), resume=True)
-    assert r.at["total"] == 30
-    loss, _, _ = r.step(stage, 0.5)
+    assert r.steps() == 30
+    loss, _, _ = r.step()
     assert loss < first - 0.3 and next(r.job.modules.parameters()).dtype == torch.bfloat16
