@@ -227,12 +227,13 @@ class FLM(nn.Module):
         self.init_weights()
 
     @torch.no_grad()
-    def init_weights(self, seed=0):
-        """The weights at the start, the same however many processes hold them: each tensor is drawn by a generator of its own."""
+    def init_weights(self, seed=0, given=()):
+        """The weights at the start, the same however many processes hold them: each tensor is drawn by a generator of its own. The
+        names in `given` are left to others."""
         if self.config.tied:
             self.head.weight = self.text.weight
         for name, p in self.named_parameters():
-            if p.is_meta:
+            if p.is_meta or name in given:
                 continue
             value = torch.zeros(p.shape, device=p.device) if name.endswith("bias") else torch.ones(p.shape, device=p.device)
             if p.ndim > 1:
@@ -306,10 +307,10 @@ class FLM(nn.Module):
     @staticmethod
     def load(path, device="cpu"):
         """(model, its vocabulary, the whole checkpoint) from what train.py wrote. Raises ValueError if it is not that."""
-        saved = load_checkpoint(path, "flm")
-        model = FLM(from_fields(FLMConfig, saved["config"], path))
+        saved = load_checkpoint(path, "flm", mmap=True)  # the optimiser's part of it is not read
+        model = build(from_fields(FLMConfig, saved["config"], path), lambda m: m.to_empty(device=device), given=saved["model"])
         load_weights(model, saved["model"], path)
-        return model.to(device).eval(), from_fields(Vocab, saved["vocab"], path), saved
+        return model.eval(), from_fields(Vocab, saved["vocab"], path), saved
 
     @staticmethod
     def from_pretrained(folder, context=8192):
@@ -320,13 +321,13 @@ class FLM(nn.Module):
         return load_release(folder, context)
 
 
-def build(config: FLMConfig, place=None, seed=0):
+def build(config: FLMConfig, place=None, seed=0, given=()):
     """A new model. It is made without memory; place(model) gives it some (default: on the CPU), and only then is it filled, so
-    it never exists twice."""
+    it never exists twice. given: names of parameters that the caller fills."""
     with torch.device("meta"):
         model = FLM(config)
     model = place(model) if place else model.to_empty(device="cpu")
-    model.init_weights(seed)
+    model.init_weights(seed, given)
     return model
 
 

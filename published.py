@@ -18,7 +18,7 @@ import sys
 
 import torch
 
-from files import copy, open_safetensors, replace_when_done
+from files import copy, open_safetensors, read_json, replace_when_done
 from mimi import ConvTranspose, Mimi
 from model import FLM, FLMConfig, build
 from parallel import fill
@@ -68,9 +68,8 @@ def release_tensors(c: FLMConfig):
 
 @torch.no_grad()
 def load_tensors(model, folder, table, ignore=()):
-    """Fill the parameters that the table names from the *.safetensors files of a folder, one tensor at a time. Every
-    tensor there is accounted for, but those whose names begin with `ignore`: ValueError for an unknown, missing or misshaped
-    one."""
+    """Fill parameters from the *.safetensors files of a folder, one tensor at a time. table: {name here: names there}. Every tensor
+    there is accounted for, but those whose names begin with `ignore`: ValueError for an unknown, missing or misshaped one."""
     files = open_all(folder)
     params, used = dict(model.named_parameters()), set()
 
@@ -84,7 +83,7 @@ def load_tensors(model, folder, table, ignore=()):
         except RuntimeError as e:
             raise ValueError(f"{folder}: {' and '.join(names)} do not fit together ({e})") from None
 
-    for ours, theirs in table:
+    for ours, theirs in table.items():
         if isinstance(theirs[0], list):
             tensor = torch.stack([read(names).T for names in theirs])
         else:
@@ -109,16 +108,11 @@ def open_all(folder):
 def read_config(folder, kinds):
     """config.json, whose model_type must be one of these; the language model's part of it if it has one."""
     path = os.path.join(folder, "config.json")
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with open(path, encoding="utf-8") as f:
-            c = json.load(f)
-        if c["model_type"] not in kinds:
-            raise ValueError(f"{path}: is of a {c['model_type']}, not of {' or '.join(kinds)}")
-        return {**c, **c.get("text_config", {})}
-    except (KeyError, TypeError, json.JSONDecodeError) as e:
-        raise ValueError(f"{path}: not a model's config ({type(e).__name__}: {e})") from None
+    c = read_json(path)
+    part = c.get("text_config", {}) if isinstance(c, dict) else None
+    if not isinstance(part, dict) or c.get("model_type") not in kinds:
+        raise ValueError(f"{path}: is not the config of a {' or '.join(kinds)}")
+    return {**c, **part}
 
 
 def qwen_fields(c, where):
@@ -137,19 +131,21 @@ def from_qwen(folder, config: FLMConfig, place=None):
     """A model with the language model in `folder` (Qwen2.5 or the language part of Qwen2.5-VL, as published) as its temporal
     transformer, and with config's depth transformer, codec and context, which are new. place: see build."""
     c = read_config(folder, ("qwen2", "qwen2_5_vl", "qwen2_5_vl_text"))
-    model = build(dataclasses.replace(config, **qwen_fields(c, folder)), place)
+    config = dataclasses.replace(config, **qwen_fields(c, folder))
     names = open_all(folder)
     prefix = next((p for p in ("model.language_model.", "model.") if p + "norm.weight" in names), "model.")
-    load_tensors(model, folder, qwen_tensors(model.config, prefix, prefix + "embed_tokens.weight"),
-                   ignore=("visual.", "model.visual.", *(["lm_head."] if model.config.tied else [])))
+    table = dict(qwen_tensors(config, prefix, prefix + "embed_tokens.weight"))
+    model = build(config, place, given=table)
+    load_tensors(model, folder, table, ignore=("visual.", "model.visual.", *(["lm_head."] if config.tied else [])))
     return model
 
 
 def load_release(folder, context):
     """See FLM.from_pretrained."""
     config, vocab = read_release_config(folder, context)
-    model = build(config)
-    load_tensors(model, folder, release_tensors(config))
+    table = dict(release_tensors(config))
+    model = build(config, given=table)
+    load_tensors(model, folder, table)
     return model, vocab
 
 
