@@ -39,68 +39,10 @@ def talk_to_file(speaker, source, target, stereo, picture, seed):
     where = f"{torch.get_num_threads()} thread(s)" if speaker.device == "cpu" else speaker.device
     print(f"{frames} frames at {frames / seconds:.0f} a second: {frames / seconds / FRAME_RATE:.1f} times real time on {where}")
     if picture:
-        draw(picture, heard, said[0], transcript.pieces)
+        from plot import draw_talk  # needs an extra
+        draw_talk(picture, heard, said[0], transcript.pieces)
     print(f"Wrote {target} ({len(heard) / SAMPLE_RATE:.2f} s{', left heard, right said' if stereo else ''}) and {notes}"
           + (f" and {picture}" if picture else ""))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# a conversation as a picture
-
-
-def speech(x, floor=-45.0, bridge=0.3, least=0.1):
-    """Where there is sound in x (N,): [(begin, end), ...] in seconds, by the energy of 20 ms windows. Gaps shorter than
-    `bridge` are closed, then bursts shorter than `least` are dropped."""
-    n = SAMPLE_RATE // 50
-    loud = 20 * torch.log10(torch.nn.functional.pad(x, (0, -len(x) % n)).view(-1, n).square().mean(1).sqrt() + 1e-6) > floor
-    spans = []
-    for i in loud.nonzero()[:, 0].tolist():
-        if spans and i / 50 - spans[-1][1] < bridge:
-            spans[-1][1] = (i + 1) / 50
-        else:
-            spans.append([i / 50, (i + 1) / 50])
-    return [(a, b) for a, b in spans if b - a >= least]
-
-
-def yields(heard, said):
-    """When the model fell silent because the user had begun to speak at most a second before: [seconds, ...]"""
-    return [end for begin, end in speech(said) if any(begin < b < end <= b + 1.0 for b, _ in speech(heard))]
-
-
-def draw(path, heard, said, pieces):
-    """Both voices above each other, the monologue where it was written, a mark where the model yielded to the user."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("a picture needs the extra 'plot': pip install '.[plot]'") from None
-    length = len(heard) / SAMPLE_RATE
-    figure = Figure(figsize=(min(40, max(6, 1.2 * length)), 3.6), layout="constrained")
-    rows = figure.subplots(3, 1, sharex=True, height_ratios=[2, 1, 2])
-    for row, x, name, colour in ((rows[0], heard, "user", "tab:blue"), (rows[2], said, "model", "tab:orange")):
-        peak = torch.nn.functional.pad(x, (0, -len(x) % 240)).view(-1, 240).abs().amax(1)  # of each 10 ms
-        time = torch.arange(len(peak)) / 100
-        row.fill_between(time, -peak, peak, color=colour, linewidth=0)
-        row.set_ylabel(name)
-        row.set_yticks([])
-    words = []  # pieces that follow one another without a pause belong together
-    for piece in pieces:
-        if words and piece["time"] - words[-1][1] < 0.2:
-            words[-1][1:] = piece["time"], words[-1][2] + piece["text"]
-        else:
-            words.append([piece["time"], piece["time"], piece["text"]])
-    for i, (begin, _, text) in enumerate(words):
-        rows[1].text(begin, 0.65 - 0.5 * (i % 2), text.strip(), fontsize=8, clip_on=True, va="center")
-        rows[1].axvline(begin, color="0.8", linewidth=0.8, zorder=0)
-    rows[1].set_ylabel("text")
-    rows[1].set_yticks([])
-    for at in yields(heard, said):
-        for row in rows:
-            row.axvline(at, color="tab:red", linestyle="--", linewidth=1)
-        rows[2].text(at, 0.9, " yields", color="tab:red", fontsize=8, va="top", transform=rows[2].get_xaxis_transform())
-    rows[2].set_xlabel("seconds")
-    rows[2].set_xlim(0, length)
-    with replace_when_done(path) as temporary:
-        figure.savefig(temporary, dpi=110, format=os.path.splitext(path)[1][1:] or "png")
 
 
 def main():

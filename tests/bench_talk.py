@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from engine import Engine, Speaker  # noqa: E402
-from eval import KINDS, words_of, written  # noqa: E402
+from eval import KINDS, written  # noqa: E402
 from kernels.sampling import Sampling, sample  # noqa: E402
 from live import Transcript  # noqa: E402
 from files import SAMPLE_RATE, read_audio  # noqa: E402
@@ -26,6 +26,7 @@ from mimi import FRAME, tensors  # noqa: E402
 from model import FLM, FLMConfig  # noqa: E402
 from manifest import read_manifest  # noqa: E402
 from streams import FRAME_RATE, K, LATE, LISTEN, ROWS, SPEAK, TEXT  # noqa: E402
+from turns import words_of  # noqa: E402
 
 PAUSE = 1.5  # seconds after each answer
 MINUTE = round(60 * FRAME_RATE)  # frames

@@ -6,11 +6,12 @@ import pytest
 import soundfile
 import torch
 
-from chat import draw, yields
 from conftest import run
 from engine import Speaker
 from live import Transcript
 from files import read_audio
+from plot import draw_talk
+from turns import yields
 
 
 def tone(path, seconds, rate=24_000, channels=1, **kwargs):
@@ -78,7 +79,7 @@ def test_a_picture_draws_what_it_is_given(tmp_path):
     pytest.importorskip("matplotlib")
     heard, said = torch.zeros(48_000), torch.zeros(48_000)
     heard[24_000:36_000], said[:30_000] = 0.1, 0.1
-    draw(str(tmp_path / "a.svg"), heard, said, [{"time": 0.2, "text": " eins"}, {"time": 0.28, "text": " zwei"}])
+    draw_talk(str(tmp_path / "a.svg"), heard, said, [{"time": 0.2, "text": " eins"}, {"time": 0.28, "text": " zwei"}])
     svg = (tmp_path / "a.svg").read_text()
     assert "<!-- eins zwei -->" in svg and "<!--  yields -->" in svg
 

@@ -7,14 +7,16 @@ import types
 import pytest
 import torch
 
-import eval as evaluation
-from chat import speech
+import turns
 from conftest import run
-from eval import Shares, answers, wilson, word_errors
+from engine import Speaker
+from eval import Shares, answers, hearing, word_errors
 from files import SAMPLE_RATE, read_audio
+from manifest import read_manifest
 from mimi import FRAME, Mimi
 from recogniser import RecogniserConfig, RecogniserJob
 from train import Stage, train
+from turns import read_talks, score_all, speech, wilson
 
 
 def noise(seconds, level=0.1):
@@ -81,7 +83,7 @@ class Agent:
     ({}, 1, 1, 0, 1), ({"wrong": True}, 0, 1, 0, 0), ({"delay": 0.6}, 1, 0, 0, 1), ({"delay": -0.1}, 1, 0, 1, 1),
     ({"share": 0.5}, 1, 1, 0, 0), ({"share": 0}, 1, 0, 0, 0)])
 def test_answers_of_agents_with_known_scores(world, agent, text, in_time, early, kept):
-    items = [d for d in evaluation.read_manifest(str(world / "toy/manifest.jsonl")) if d["kind"] in ("repeat", "count", "next")]
+    items = [d for d in read_manifest(str(world / "toy/manifest.jsonl")) if d["kind"] in ("repeat", "count", "next")]
     shares, agent = Shares(), Agent(Mimi.load(str(world / "codec.pt")), items, **agent)
     answers(agent, types.SimpleNamespace(hear=lambda wav: agent.spoken[wav.abs().max().item()]), items, 1, shares, "seen")
     assert shares.n["seen text"] == len(items) and shares.n["seen kept on"] > 0
@@ -90,15 +92,15 @@ def test_answers_of_agents_with_known_scores(world, agent, text, in_time, early,
 
 def test_hearing_reads_only_what_is_heard(world):
     """ASR style on an untrained model: every clip counts, and what is written depends on it."""
-    items = [d for d in evaluation.read_manifest(str(world / "toy/manifest.jsonl")) if d["kind"] == "heard"][:6]
+    items = [d for d in read_manifest(str(world / "toy/manifest.jsonl")) if d["kind"] == "heard"][:6]
     shares = Shares()
-    evaluation.hearing(evaluation.Speaker(str(world / "flm")), items, shares, "seen")
+    hearing(Speaker(str(world / "flm")), items, shares, "seen")
     assert shares.n["seen words heard"] == sum(len(d["turns"][0]["text"].split()) for d in items)
     assert shares.n["seen letters heard"] == sum(len(d["turns"][0]["text"].replace(" ", "")) for d in items)
 
 
 def test_the_whole_on_an_untrained_model(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "TAIL", 0.5)
+    monkeypatch.setattr(turns, "TAIL", 0.5)
     asr = tmp_path / "asr.py"
     asr.write_text("import sys, soundfile\nassert soundfile.info(sys.argv[1]).frames\nprint('One, two!')\n")
     code, out, err = run("eval.py", "--checkpoint", world / "flm", "--data", world / "toy", "--items", 2, "--asr",
@@ -108,7 +110,7 @@ def test_the_whole_on_an_untrained_model(world, tmp_path, monkeypatch):
     result = json.load(open(world / "flm/eval.json"))
     assert result["shares"]["seen text"][1] == result["shares"]["new text"][1] == 2
     assert result["turns"]["turn-taking"]["TOR"]["n"] == result["turns"]["model interrupt"]["TOR"]["n"] == 2
-    assert result["turns"] == json.loads(json.dumps(evaluation.score_all(evaluation.read_talks(str(tmp_path / "talks")))))
+    assert result["turns"] == json.loads(json.dumps(score_all(read_talks(str(tmp_path / "talks")))))
     assert out.count("user: ") >= 2 and list((world / "flm/samples").glob("*.wav"))
 
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from engine import Speaker
-from eval import words_of, written
+from eval import written
 from files import read_audio, write_audio
 from manifest import read_manifest
+from turns import words_of
 
 pytest.importorskip("aiohttp", reason="needs the extra 'web'")
 import web  # noqa: E402

@@ -9,7 +9,6 @@ import pytest
 
 import jobs
 import prepare
-from chat import speech
 from conftest import FLM, run
 from files import SAMPLE_RATE, read_audio
 from manifest import read_manifest
@@ -18,6 +17,7 @@ from tokenizer import load_tokenizer
 from toy import (HELD_OUT_PAIRS, LANGUAGES, SHARES, Espeak, held_out_triple, interject, make_request, make_sentence, make_story,
                  make_toy, on_frames)
 from train import STAGES
+from turns import speech
 
 
 def lines_of(world):

@@ -5,12 +5,13 @@ import math
 import pytest
 import torch
 
-import eval as evaluation
-from chat import speech
+import turns
 from conftest import run
 from engine import Speaker
-from eval import Item, Reply, World, break_in, hold, jensen_shannon, keep_talk, read_talks, score_all
+from eval import converse_all
 from files import SAMPLE_RATE, write_audio
+from manifest import read_manifest
+from turns import Item, Reply, World, break_in, hold, jensen_shannon, keep_talk, read_talks, score_all, speech
 
 
 def bursts(total, spans, level=0.1):
@@ -114,7 +115,7 @@ def test_an_endpointer_takes_a_pause_for_the_end():
     short = Item("x", "pause", bursts(15, [(1, 2), (2.8, 4)]), 4.0, pause=(2.0, 2.8))
     takes = lambda words: Reply(speech(bursts(15, endpointer(short))), [(2.2, text) for text in words])
     # it fits half a second of speech into the pause: a backchannel by its length, unless it is known to be more than two words
-    row = lambda words: evaluation.score_pause(short, takes(words), None)
+    row = lambda words: turns.score_pause(short, takes(words), None)
     assert row(["one ", "two ", "three"]) == {"TOR": True, "TOR as FLEXI counts": True}
     assert not row(["mhm"])["TOR"]
 
@@ -137,7 +138,7 @@ def test_jensen_shannon():
 
 @pytest.fixture(scope="module")
 def dialogues(world):
-    return list(evaluation.read_manifest(str(world / "toy/manifest.jsonl")))
+    return list(read_manifest(str(world / "toy/manifest.jsonl")))
 
 
 def test_scenarios_as_they_are_built(dialogues):
@@ -178,7 +179,7 @@ def test_nothing_before_an_event_depends_on_it(world, dialogues):
     queries = [make.request("control", "chant") for _ in range(3)]
     fake = [Reply([(item.end + 0.4, item.end + 6)]) for item in queries]
     later = [break_in(item, reply, make.backchannel("user backchannel")) for item, reply in zip(queries, fake)]
-    (texts, sounds), (texts2, sounds2) = (zip(*evaluation.converse_all(speaker, [i.sound for i in some], 1, "")) for some in (queries, later))
+    (texts, sounds), (texts2, sounds2) = (zip(*converse_all(speaker, [i.sound for i in some], 1, "")) for some in (queries, later))
     for item, a, b, x, y in zip(later, texts, texts2, sounds, sounds2):
         n = int(item.event[0] * SAMPLE_RATE)
         assert torch.equal(a[:int(item.event[0] * 12.5)], b[:int(item.event[0] * 12.5)]) and torch.equal(x[:n], y[:n])
