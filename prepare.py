@@ -34,6 +34,7 @@ from collections import Counter
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from files import SAMPLE_RATE, read_audio, read_json, replace_when_done
@@ -121,8 +122,7 @@ def encode(data, codec_path, tokenizer_name, vocab_size, copies, skip_broken, pr
     """data/manifest.jsonl and its sound -> data/encoded. What a killed run has finished is kept by the next one with the same
     settings."""
     begun = time.monotonic()
-    manifest = os.path.join(data, "manifest.jsonl")
-    out, work = os.path.join(data, "encoded"), os.path.join(data, "encoded.partial")
+    manifest, out, work = (os.path.join(data, name) for name in ("manifest.jsonl", "encoded", "encoded.partial"))
     codec = Mimi.load(codec_path, device)
     words, lines = Counter(), 0
     for d in tqdm(read_manifest(manifest, skip_broken), "check", unit="line", leave=False):
@@ -138,23 +138,40 @@ def encode(data, codec_path, tokenizer_name, vocab_size, copies, skip_broken, pr
     meta = {"version": VERSION, "codec": os.path.abspath(codec_path), "codec_sha256": sha256(codec_path),
             "tokenizer_sha256": hashlib.sha256(tokenizer.encode()).hexdigest(), "manifest_sha256": sha256(manifest),
             "codebook_size": codec.config.codebook_size, "codebooks": codec.config.codebooks, "silence": silence,
-            "copies": copies, "shards": []}
-    with open(manifest, "rb") as f:  # where each shard begins: byte, line
-        at = 0
-        for number, line in enumerate(f):
-            if number % SHARD == 0:
-                meta["shards"].append([at, number])
-            at += len(line)
+            "copies": copies, "shards": begins_of_shards(manifest)}
     if not os.path.isfile(os.path.join(work, "meta.json")) or read_json(os.path.join(work, "meta.json")) != meta:
         shutil.rmtree(work, ignore_errors=True)
         os.makedirs(work)
         for name, text in (("tokenizer.json", tokenizer), ("meta.json", json.dumps(meta))):
             with replace_when_done(os.path.join(work, name)) as temporary, open(temporary, "w", encoding="utf-8") as f:
                 f.write(text)
-    shards = len(meta["shards"])
-    jobs = [(i, begin) for i, begin in enumerate(meta["shards"]) if not os.path.exists(os.path.join(work, f"{i:05}.jsonl"))]
-    settings = (manifest, work, codec_path, copies, skip_broken, device)
-    with tqdm(total=shards, initial=shards - len(jobs), desc="encode", unit="shard") as bar:
+    encode_shards(meta["shards"], processes, (manifest, work, codec_path, copies, skip_broken, device))
+    frames = sum(len(np.load(path, mmap_mode="r")) for path in glob.glob(os.path.join(glob.escape(work), "*.npy")))
+    shutil.rmtree(out, ignore_errors=True)
+    os.rename(work, out)
+    hours, took = frames * FRAME / SAMPLE_RATE / 3600, (time.monotonic() - begun) / 3600
+    most = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    memory = most / (1e9 if sys.platform == "darwin" else 1e6)
+    print(f"Wrote {frames} frames ({hours:.2f} hours of sound, {hours / took:.0f} hours an hour, at most {memory:.2f} GB a process) "
+          f"of {lines} lines to {out}")
+
+
+def begins_of_shards(manifest):
+    """[(byte, number of the line) at which each shard begins]"""
+    begins, at = [], 0
+    with open(manifest, "rb") as f:
+        for number, line in enumerate(f):
+            if number % SHARD == 0:
+                begins.append([at, number])
+            at += len(line)
+    return begins
+
+
+def encode_shards(begins, processes, settings):
+    """All that are not there yet. settings: see start_encoder."""
+    work = settings[1]
+    jobs = [(i, begin) for i, begin in enumerate(begins) if not os.path.exists(os.path.join(work, f"{i:05}.jsonl"))]
+    with tqdm(total=len(begins), initial=len(begins) - len(jobs), desc="encode", unit="shard") as bar:
         if min(processes, len(jobs)) < 2:
             start_encoder(*settings)
             for _ in map(encode_shard, jobs):
@@ -163,14 +180,6 @@ def encode(data, codec_path, tokenizer_name, vocab_size, copies, skip_broken, pr
             with multiprocessing.get_context("spawn").Pool(min(processes, len(jobs)), start_encoder, (*settings, 1)) as pool:
                 for _ in pool.imap_unordered(encode_shard, jobs):
                     bar.update()
-    frames = sum(len(np.load(os.path.join(work, f"{i:05}.npy"), mmap_mode="r")) for i in range(shards))
-    shutil.rmtree(out, ignore_errors=True)
-    os.rename(work, out)
-    hours, took = frames * FRAME / SAMPLE_RATE / 3600, (time.monotonic() - begun) / 3600
-    most = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    memory = most / (1e9 if sys.platform == "darwin" else 1e6)
-    print(f"Wrote {frames} frames ({hours:.2f} hours of sound, {hours / took:.0f} hours an hour, at most {memory:.2f} GB a process) "
-          f"of {lines} lines to {out}")
 
 
 def words_of(line):
@@ -202,66 +211,95 @@ def start_encoder(manifest, work, codec_path, copies, skip_broken, device, threa
     if threads:
         torch.set_num_threads(threads)
     tokenizer = load_tokenizer(os.path.join(work, "tokenizer.json"))
-    ENCODER = manifest, work, Mimi.load(codec_path, device), tokenizer, copies, skip_broken, device
+    ENCODER = manifest, work, Mimi.load(codec_path, device), tokenizer, copies, skip_broken
 
 
 def encode_shard(job):
     """Encode one shard's lines: NUMBER.npy, then NUMBER.jsonl, which says that both are whole."""
     number, begin = job
-    manifest, work, codec, tokenizer, copies, skip_broken, device = ENCODER
+    manifest, work, codec, tokenizer, copies, skip_broken = ENCODER
     with contextlib.redirect_stderr(io.StringIO()):  # what is skipped has been said
         lines = list(read_manifest(manifest, skip_broken, begin, SHARD))
-    # Every sound of this shard once. The users' begin anywhere in a frame and at another loudness each time.
-    rng = random.Random(number)
-    sounds = {}
+    codes = Codes(number, codec.config.codebooks)
+    places = encode_sounds(lines, copies, codec, codes)
+    encoded = [encode_line(d, places, tokenizer, codec, codes) for d in lines]
+    path = os.path.join(work, f"{number:05}")
+    with replace_when_done(path + ".npy") as temporary, open(temporary, "wb") as f:
+        np.save(f, np.concatenate(codes.parts))
+    with replace_when_done(path + ".jsonl") as temporary, open(temporary, "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(line) + "\n" for line in encoded)
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # glibc keeps what tensors of ever new sizes leave: more with each shard
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+class Codes:
+    """The codes of a shard, one sound after another."""
+
+    def __init__(self, number, K):
+        self.number, self.frames, self.parts = number, 0, [np.zeros((0, K), np.int16)]
+
+    def keep(self, codes):
+        """(T, K) -> where they stand."""
+        self.parts.append(codes.astype(np.int16))
+        self.frames += len(codes)
+        return {"shard": self.number, "offset": self.frames - len(codes), "frames": len(codes)}
+
+
+def encode_sounds(lines, copies, codec, codes):
+    """Every sound of these lines once, of a user to train with `copies` times: {where it is: [where each version's codes stand]}.
+    The users' begin anywhere in a frame and at another loudness each time."""
+    rng = random.Random(codes.number)
+    versions = {}  # where -> [(samples by which it begins late in a frame, gain)]
     for d in lines:
         for t in spoken_parts(d):
-            key, live = where_is(t), t.get("role") == "user"
+            live = t.get("role") == "user"
             n = copies if live and d["split"] == "train" else 1
-            sounds.setdefault(key, [(rng.randrange(FRAME) * live, 10 ** (rng.uniform(-6, 6) / 20) if live else 1.0) for _ in range(n)])
-    jobs = sorted((seconds_of(*key), key, i) for key, versions in sounds.items() for i in range(len(versions)))
-    places, codes = {}, [np.zeros((0, codec.config.codebooks), np.int16)]
-
-    def keep(c):  # (T, K)
-        codes.append(c.astype(np.int16))
-        return {"shard": number, "offset": sum(map(len, codes[:-1])), "frames": len(c)}
+            versions.setdefault(where_is(t), [(rng.randrange(FRAME) * live, 10 ** (rng.uniform(-6, 6) / 20) if live else 1.0)
+                                              for _ in range(n)])
+    jobs = sorted((seconds_of(*key), key, i) for key in versions for i in range(len(versions[key])))
+    places = {key: [None] * len(versions[key]) for key in versions}
     while jobs:
         rows = max(1, min(32, int(160 / min(10, jobs[-1][0]))))  # the longest first, as many as memory holds
         batch, jobs = jobs[-rows:], jobs[:-rows]
         wavs = []
         for _, (path, start, end), i in batch:
-            phase, gain = sounds[path, start, end][i]
-            wavs.append(torch.nn.functional.pad(read_audio(path, start=start, end=end) * gain, (LEAD * FRAME + phase, 0)))
+            late, gain = versions[path, start, end][i]
+            wavs.append(F.pad(read_audio(path, start=start, end=end) * gain, (LEAD * FRAME + late, 0)))
         T = max(-(-len(x) // FRAME) for x in wavs) + TAIL
-        wav = torch.stack([torch.nn.functional.pad(x, (0, T * FRAME - len(x))) for x in wavs])
-        for (_, key, i), x, c in zip(batch, wavs, codec.encode(wav[:, None].to(device)).cpu().numpy()):
+        all_codes = to_codes(codec, torch.stack([F.pad(x, (0, T * FRAME - len(x))) for x in wavs]))
+        for (_, key, i), x, c in zip(batch, wavs, all_codes):
             speech = -(-len(x) // FRAME) - LEAD
-            places[key, i] = {**keep(c[:, LEAD:LEAD + speech + TAIL].T), "speech": speech, "late": sounds[key][i][0]}
-    encoded = []
-    for d in lines:
-        line = {k: d[k] for k in ("id", "kind", "split", "annotated", "lang") if k in d}
-        if "turns" in d:
-            encode_part = lambda t: {"text": t["text"], **tokens_of(t, tokenizer),
-                                     "copies": [places[where_is(t), i] for i in range(len(sounds[where_is(t)]))]}
-            line["turns"] = [{"role": t["role"], **encode_part(t)} for t in d["turns"]]
-            if "interjections" in d:
-                line["interjections"] = [{"at": t["at"], **encode_part(t)} for t in d["interjections"]]
-        else:
-            wav = read_audio(d["path"], mono=False)
-            if len(wav) != 2:
-                raise ValueError(f"{d['path']}: has {len(wav)} channels; a conversation has two, the model left, the user right")
-            line["speak"], line["listen"] = (keep(c.T) for c in codec.encode(wav[:, None].to(device)).cpu().numpy())
-            frame = lambda seconds: round(seconds * SAMPLE_RATE) // FRAME
-            line["sentences"] = [{"frame": frame(s["start"]), **tokens_of(s, tokenizer), **({"cut": frame(s["cut"])} if "cut" in s else {})}
-                                 for s in d["sentences"] if s["role"] == "model"]
-        encoded.append(line)
-    path = os.path.join(work, f"{number:05}")
-    with replace_when_done(path + ".npy") as temporary, open(temporary, "wb") as f:
-        np.save(f, np.concatenate(codes))
-    with replace_when_done(path + ".jsonl") as temporary, open(temporary, "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(line) + "\n" for line in encoded)
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # glibc keeps what tensors of ever new sizes leave: more with each shard
-        ctypes.CDLL(None).malloc_trim(0)
+            places[key][i] = {**codes.keep(c[LEAD:LEAD + speech + TAIL]), "speech": speech, "late": versions[key][i][0]}
+    return places
+
+
+def to_codes(codec, wavs):
+    """(B, N) -> (B, T, K)"""
+    device = next(codec.parameters()).device
+    return codec.encode(wavs[:, None].to(device)).mT.cpu().numpy()
+
+
+def encode_line(d, places, tokenizer, codec, codes):
+    """A line of a manifest as training reads it."""
+    line = {k: d[k] for k in ("id", "kind", "split", "annotated", "lang") if k in d}
+    if "turns" in d:
+        encode_part = lambda t: {"text": t["text"], **tokens_of(t, tokenizer), "copies": places[where_is(t)]}
+        line["turns"] = [{"role": t["role"], **encode_part(t)} for t in d["turns"]]
+        if "interjections" in d:
+            line["interjections"] = [{"at": t["at"], **encode_part(t)} for t in d["interjections"]]
+        return line
+    wav = read_audio(d["path"], mono=False)
+    if len(wav) != 2:
+        raise ValueError(f"{d['path']}: has {len(wav)} channels; a conversation has two, the model left, the user right")
+    line["speak"], line["listen"] = (codes.keep(c) for c in to_codes(codec, wav))
+    frame = lambda seconds: round(seconds * SAMPLE_RATE) // FRAME
+    line["sentences"] = [{"frame": frame(s["start"]), **tokens_of(s, tokenizer), **({"cut": frame(s["cut"])} if "cut" in s else {})}
+                         for s in d["sentences"] if s["role"] == "model"]
+    return line
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the commands
 
 
 def main():
