@@ -36,7 +36,7 @@ def talk_to_file(speaker, source, target, stereo, picture, seed):
     with replace_when_done(notes) as temporary, open(temporary, "w", encoding="utf-8") as f:
         f.writelines(json.dumps(piece, ensure_ascii=False) + "\n" for piece in transcript.pieces)
     frames = -(-len(heard) // FRAME)
-    where = f"{torch.get_num_threads()} thread(s)" if speaker.device == "cpu" else speaker.device
+    where = f"{torch.get_num_threads()} thread(s)" if speaker.device.type == "cpu" else speaker.device.type
     print(f"{frames} frames at {frames / seconds:.0f} a second: {frames / seconds / FRAME_RATE:.1f} times real time on {where}")
     if picture:
         from plot import draw_talk  # needs an extra
@@ -69,7 +69,7 @@ def main():
     try:
         sound = Sampling(args.temperature, args.top_k, args.top_p)
         text = Sampling(args.temperature, args.top_k, args.top_p, args.penalty)
-        speaker = Speaker(args.checkpoint, args.device, text, sound)
+        speaker = Speaker.load(args.checkpoint, args.device, text, sound)
         if args.web:
             from web import serve  # needs an extra
             serve(speaker, args.host, args.port, args.sessions, args.token)

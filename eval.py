@@ -83,7 +83,7 @@ class Shares:
 def converse_all(speaker, sounds, seed, what, rows=50):
     """Many conversations, up to `rows` side by side, cut to the length of their sounds (N,): [(text tokens (T,), sound said (N,)), ...]
     Those of similar length should be neighbours. On a CPU each core has its own."""
-    cores = os.cpu_count() if speaker.device == "cpu" else 1
+    cores = os.cpu_count() if speaker.device.type == "cpu" else 1
     rows = max(1, min(rows, -(-len(sounds) // cores)))
     some = [sounds[i:i + rows] for i in range(0, len(sounds), rows)]
     padded = [torch.stack([F.pad(x, (0, max(map(len, part)) - len(x))) for x in part]) for part in some]
@@ -96,7 +96,7 @@ def converse_all(speaker, sounds, seed, what, rows=50):
 
 
 def one_thread(speaker):
-    if speaker.device == "cpu":
+    if speaker.device.type == "cpu":
         torch.set_num_threads(1)
 
 
@@ -243,7 +243,7 @@ def main():
         dialogues = list(read_manifest(os.path.join(args.data, "manifest.jsonl")))
         if args.codec:
             return codec_quality(Mimi.load(args.codec, args.device), recogniser, dialogues, args.items, args.seed)
-        evaluate(Speaker(args.checkpoint, args.device), recogniser, dialogues, args)
+        evaluate(Speaker.load(args.checkpoint, args.device), recogniser, dialogues, args)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
 

@@ -3,11 +3,15 @@
     python tests/bench_talk.py hour                  held-out requests for an hour, faster than real time
     python tests/bench_talk.py sessions              1, 2, 4, ... conversations, until a frame takes more than 80 ms
     python tests/bench_talk.py echo                  held-out requests while the model hears itself, as from loudspeakers
+    python tests/bench_talk.py step                  where the time of a frame goes, and what reading the weights alone would take
+    python tests/bench_talk.py step --config 7b --device cuda        the same of a size that nobody has trained, with Mimi itself
     python tests/bench_talk.py lmgen                 the step of the `moshi` package's LMGen and ours, same shapes, in turn
 
-The first three need what `make demo` leaves (--checkpoint, --data), the last one the packages that `make slow` installs.
+All but the last need what `make demo` leaves (--checkpoint, --data), or for `step` and `sessions` a --config, whose weights are then
+random; the last one needs the packages that `make slow` installs.
 """
 import argparse
+import dataclasses
 import os
 import random
 import resource
@@ -17,15 +21,15 @@ import time
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from engine import Engine, Speaker  # noqa: E402
+from engine import Engine, Speaker, capture  # noqa: E402
 from eval import KINDS, written  # noqa: E402
 from kernels.sampling import Sampling, sample  # noqa: E402
 from live import Transcript  # noqa: E402
 from files import SAMPLE_RATE, read_audio  # noqa: E402
-from mimi import FRAME, tensors  # noqa: E402
-from model import FLM, FLMConfig  # noqa: E402
+from mimi import CONFIGS as CODECS, FRAME, Mimi, tensors  # noqa: E402
+from model import CONFIGS, FLM, FLMConfig, build  # noqa: E402
 from manifest import read_manifest  # noqa: E402
-from streams import FRAME_RATE, K, LATE, LISTEN, ROWS, SPEAK, TEXT  # noqa: E402
+from streams import FRAME_RATE, K, LATE, LISTEN, ROWS, SPEAK, TEXT, Vocab  # noqa: E402
 from turns import words_of  # noqa: E402
 
 PAUSE = 1.5  # seconds after each answer
@@ -54,7 +58,7 @@ def requests(data, frames):
 
 
 def hour(args):
-    speaker, frames = Speaker(args.checkpoint, args.device), round(args.minutes * MINUTE)
+    speaker, frames = Speaker.load(args.checkpoint, args.device), round(args.minutes * MINUTE)
     engine, transcript = Engine(speaker, 1), Transcript(speaker)
     session, times, heard, said, answers = engine.join(), [], 0, 0, []
     held = lambda: sum(t.numel() * t.element_size() for t in tensors(engine.talk)) / 2 ** 20
@@ -93,7 +97,7 @@ def in_a_room(speaker, heard, gain, later):
 
 def echo(args):
     """Held-out requests, all at once, each alone with a model whose voice leaks back `gain` times as loud after `delay` seconds."""
-    speaker, items = Speaker(args.checkpoint, args.device), held_out(args.data)[:args.items]
+    speaker, items = Speaker.load(args.checkpoint, args.device), held_out(args.data)[:args.items]
     heard = [read_audio(d["turns"][0]["path"]) for d in items]
     N = -(-(max(map(len, heard)) + 5 * SAMPLE_RATE) // FRAME) * FRAME
     heard = torch.stack([torch.nn.functional.pad(x, (0, N - len(x))) for x in heard])
@@ -104,8 +108,70 @@ def echo(args):
         print(f"gain {gain:<4} delay {delay} s: {sum(right)} of {len(right)} answered right; what leaks is heard at {level:.0f} dB")
 
 
+def speaker_of(args):
+    """The trained one, or one of random weights of the size --config with Mimi as it is."""
+    if not args.config:
+        return Speaker.load(args.checkpoint, args.device)
+    c = dataclasses.replace(CONFIGS[args.config], empty=CODECS["mimi"].codebook_size)
+    model = build(c, lambda m: (m if args.device == "cpu" else m.bfloat16()).to_empty(device=args.device)).eval()
+    return Speaker(model, Vocab.own(c.vocab_size, c.empty, ((0,) * K,)), Mimi(CODECS["mimi"]).to(args.device).eval(), None,
+                   Sampling(0.7, 25), Sampling(0.8, 250))
+
+
+def clock(f, device, n):
+    """Seconds of one f(), the median of ten times n."""
+    times = []
+    for _ in range(11):
+        begun = time.perf_counter()
+        for _ in range(n):
+            f()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - begun) / n)
+    return quantile(times[1:], 0.5)
+
+
+@torch.inference_mode()
+def step(args):
+    speaker = speaker_of(args)
+    m, codec, device, n = speaker.model, speaker.codec, speaker.device, max(1, args.ticks // 10)
+    talk = speaker.begin([1])
+    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
+    rows_only = [*m.text.parameters(), *m.speak.parameters(), *m.listen.parameters(), *m.depth.codes.parameters()]  # one row of each
+    read = size({*m.parameters()} - ({*rows_only} - {m.head.weight})) + size([*talk.model.keys, *talk.model.values])
+    read += size(codec.parameters())
+    a = torch.empty(2 ** (30 if device.type == "cuda" else 27), dtype=torch.uint8, device=device)
+    b = torch.empty_like(a)
+    speed = 2 * len(a) / clock(lambda: b.copy_(a), device, 5)
+    print(f"{sum(p.numel() for p in m.parameters()) / 1e6:.1f} M parameters, {str(m.head.weight.dtype)[6:]}, and a codec of "
+          f"{sum(p.numel() for p in codec.parameters()) / 1e6:.1f} M; context {m.config.context}; {device}, {torch.get_num_threads()} threads")
+    floor = read / speed
+    print(f"a frame reads {read / 1e6:.1f} MB, memory is copied at {speed / 1e9:.1f} GB/s: {1000 * floor:.3f} ms at least\n")
+    talk.model.position += m.config.context  # the ring is full
+    wav, column = torch.zeros(1, 1, FRAME, device=device), torch.zeros(1, ROWS, dtype=torch.long, device=device)
+    h = m.hidden_step(column, talk.model)
+    text, sound = m.text_logits(h), h.new_zeros(1, m.config.empty + 1)
+
+    def draws(_):
+        speaker.draw_text(text, talk)
+        for k in range(K):
+            speaker.draw_code(sound, k, talk)
+    parts = {"codec, sound to codes": (lambda x: codec.encode_step(x, talk.codec), wav),
+             "temporal transformer": (lambda x: m.hidden_step(x, talk.model), column),
+             "text head": (lambda x: m.text_logits(x), h),
+             "depth transformer, 8 codes": (lambda x: m.depth.generate(x, lambda logits, k: logits[:, :-1].argmax(-1)), h),
+             "nine draws": (draws, h),
+             "codec, codes to sound": (lambda x: codec.decode_step(x, talk.codec), column[:, SPEAK, None])}
+    for name, (f, x) in parts.items():
+        run = capture(f, x, talk) if device.type == "cuda" else f
+        print(f"  {name:28} {1000 * clock(lambda: run(x), device, n):8.3f} ms")
+    run = speaker.stepper(talk)
+    took = clock(lambda: run(wav), device, n)
+    print(f"  {'a frame, in one':28} {1000 * took:8.3f} ms: {took / floor:.2f} times the least")
+
+
 def sessions(args):
-    speaker, B = Speaker(args.checkpoint, args.device), 1
+    speaker, B = speaker_of(args), 1
     sound = torch.randn(FRAME, generator=torch.Generator().manual_seed(0)) * 0.05
     while True:
         engine, times = Engine(speaker, B), []
@@ -171,18 +237,19 @@ def lmgen(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("hour", "sessions", "echo", "lmgen"))
+    parser.add_argument("what", choices=("hour", "sessions", "echo", "step", "lmgen"))
     parser.add_argument("--checkpoint", default="out/tiny")
+    parser.add_argument("--config", choices=CONFIGS, help="step, sessions: random weights of this size instead")
     parser.add_argument("--data", default="data/toy", help="hour, echo: folder with the manifest of the held-out items")
     parser.add_argument("--minutes", type=float, default=60, help="hour: so long, at least one")
     parser.add_argument("--items", type=int, default=200, help="echo: requests")
-    parser.add_argument("--ticks", type=int, default=250, help="sessions: frames of each size")
+    parser.add_argument("--ticks", type=int, default=250, help="sessions, step: frames of each kind")
     parser.add_argument("--rounds", type=int, default=10, help="lmgen: of ten steps of each")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    {"hour": hour, "sessions": sessions, "echo": echo, "lmgen": lmgen}[args.what](args)
+    {"hour": hour, "sessions": sessions, "echo": echo, "step": step, "lmgen": lmgen}[args.what](args)
 
 
 if __name__ == "__main__":

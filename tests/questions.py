@@ -98,7 +98,7 @@ def answer(job):
     recogniser = get_recogniser(None, DATA, "out/questions/recogniser", 1.5, "cpu")
     held_out = [d for d in read_manifest(os.path.join(DATA, "manifest.jsonl")) if d["split"] == "seen" and d["kind"] in KINDS]
     shares = evaluation.Shares()
-    evaluation.answers(Speaker(out, "cpu"), recogniser, held_out[:items], 7, shares, "seen")
+    evaluation.answers(Speaker.load(out, "cpu"), recogniser, held_out[:items], 7, shares, "seen")
     scores = {key: shares.share("seen text" + (f", {key}" if key in ("repeat", "count") else "") if key in ("text", "repeat", "count")
                                 else f"seen {key}") for key in MEASURES}
     with replace_when_done(path) as temporary, open(temporary, "w") as f:

@@ -70,7 +70,7 @@ def held(server):
 
 
 async def soak(args):
-    server = web.Server(Speaker(args.checkpoint), web.Limits(sessions=PLACES), log=lambda line: None)
+    server = web.Server(Speaker.load(args.checkpoint), web.Limits(sessions=PLACES), log=lambda line: None)
     count = dict.fromkeys(("joined", "full", "dropped", "sent", "answered"), 0)
     address = f"http://127.0.0.1:{await server.start('127.0.0.1', 0)}"
     begun, end = time.monotonic(), time.monotonic() + 60 * args.minutes

@@ -103,7 +103,7 @@ def test_bad_checkpoints_are_one_line(world, tmp_path):
 
 
 def test_the_transcript_joins_bytes_to_characters(world):
-    speaker = Speaker(str(world / "flm"))
+    speaker = Speaker.load(str(world / "flm"))
     transcript = Transcript(speaker)
     pieces = [transcript.add(t, token) for t, token in enumerate([*"é".encode(), speaker.vocab.wait, speaker.vocab.asr])]
     assert pieces == ["", "é", "", "<asr>"]

@@ -13,7 +13,7 @@ import engine
 from engine import Engine, Speaker
 from kernels.sampling import Sampling
 from mimi import FRAME, tensors
-from streams import LISTEN, SPEAK, TEXT, delay
+from streams import LISTEN, ROWS, SPEAK, TEXT, delay
 
 
 def noise(frames, seed=0):
@@ -22,7 +22,7 @@ def noise(frames, seed=0):
 
 def speaker_of(world, context=128, device="cpu"):
     """One that draws at random and remembers `context` frames."""
-    speaker = Speaker(str(world / "flm"), device, Sampling(1.0, penalty=1.2), Sampling(1.0))
+    speaker = Speaker.load(str(world / "flm"), device, Sampling(1.0, penalty=1.2), Sampling(1.0))
     speaker.model.config = replace(speaker.model.config, context=context)
     return speaker
 
@@ -43,7 +43,7 @@ def same(a, b):
 
 
 def test_what_is_heard_later_changes_nothing_before(world):
-    speaker = Speaker(str(world / "flm"))
+    speaker = Speaker.load(str(world / "flm"))
     x = torch.randn(1, 10 * FRAME, generator=torch.Generator().manual_seed(0)) * 0.1
     y = x.clone()
     y[:, 6 * FRAME:] = 0
@@ -54,7 +54,7 @@ def test_what_is_heard_later_changes_nothing_before(world):
 
 def test_a_conversation_is_the_grid_that_training_sees(world):
     """Replay what a conversation heard, wrote and said as a delayed grid, teacher-forced: the same choices come out."""
-    speaker = Speaker(str(world / "flm"))
+    speaker = Speaker.load(str(world / "flm"))
     x = torch.randn(1, 12 * FRAME, generator=torch.Generator().manual_seed(0)) * 0.1
     columns, step = [], speaker.model.step
     speaker.model.step = lambda column, *a: columns.append(column.clone()) or step(column, *a)
@@ -70,7 +70,7 @@ def test_a_conversation_is_the_grid_that_training_sees(world):
 
 
 def test_a_second_conversation_equals_the_first_and_seeds_matter(world):
-    speaker = Speaker(str(world / "flm"), text=Sampling(1.0), sound=Sampling(1.0))
+    speaker = Speaker.load(str(world / "flm"), text=Sampling(1.0), sound=Sampling(1.0))
     x = torch.zeros(1, 8 * FRAME)
     a, b, c = speaker.converse(x, seed=1)[0], speaker.converse(x, seed=1)[0], speaker.converse(x, seed=2)[0]
     assert torch.equal(a, b) and not torch.equal(a, c)
@@ -79,7 +79,7 @@ def test_a_second_conversation_equals_the_first_and_seeds_matter(world):
 
 
 def test_logits_that_are_not_numbers_stop_the_conversation(world):
-    speaker = Speaker(str(world / "flm"))
+    speaker = Speaker.load(str(world / "flm"))
     with torch.no_grad():
         speaker.model.head.weight[3] = float("nan")
     with pytest.raises(ValueError, match="not numbers"):
@@ -87,14 +87,23 @@ def test_logits_that_are_not_numbers_stop_the_conversation(world):
 
 
 def test_a_frame_never_waits_for_its_device(world, monkeypatch):
-    """From PyTorch's meta device nothing can be read back; a frame runs there, so a GPU's can be captured."""
+    """From PyTorch's meta device nothing can be read back; a frame runs there, in bfloat16, so a GPU's can be captured."""
     monkeypatch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext())  # does not know that device
-    speaker = Speaker(str(world / "flm"), "cpu", Sampling(0.7, 20, 0.9, 1.2), Sampling(0.8, 20))
-    speaker.model.to("meta")
-    speaker.codec.to("meta")
-    speaker.device, speaker.late = "meta", speaker.late.to("meta")
+    s = Speaker.load(str(world / "flm"))
+    speaker = Speaker(s.model.to("meta").bfloat16(), s.vocab, s.codec.to("meta"), s.tokenizer, Sampling(0.7, 20, 0.9, 1.2), Sampling(0.8, 20))
     text, said = speaker.frame(torch.zeros(2, 1, FRAME, device="meta"), speaker.begin([1, 2]))
     assert text.shape == (2,) and said.shape == (2, 1, FRAME) and said.is_meta
+
+
+def test_bfloat16_as_on_a_gpu(world):
+    """The same model within the digits that bfloat16 has, frame by frame, past the context too."""
+    whole, half = speaker_of(world, 8), speaker_of(world, 8)
+    half.model.bfloat16()
+    a, b = whole.model.init_state(2), half.model.init_state(2)
+    for column in torch.randint(0, 32, (20, 2, ROWS), generator=torch.Generator().manual_seed(0)):
+        x, y = whole.model.hidden_step(column, a), half.model.hidden_step(column, b)
+        assert y.dtype == torch.bfloat16 and (x - y).norm() < 0.03 * x.norm()
+    assert half.converse(noise(20)[None])[0].shape == (1, 20)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

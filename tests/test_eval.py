@@ -94,7 +94,7 @@ def test_hearing_reads_only_what_is_heard(world):
     """ASR style on an untrained model: every clip counts, and what is written depends on it."""
     items = [d for d in read_manifest(str(world / "toy/manifest.jsonl")) if d["kind"] == "heard"][:6]
     shares = Shares()
-    hearing(Speaker(str(world / "flm")), items, shares, "seen")
+    hearing(Speaker.load(str(world / "flm")), items, shares, "seen")
     assert shares.n["seen words heard"] == sum(len(d["turns"][0]["text"].split()) for d in items)
     assert shares.n["seen letters heard"] == sum(len(d["turns"][0]["text"].replace(" ", "")) for d in items)
 

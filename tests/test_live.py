@@ -177,7 +177,7 @@ def live_talk(world, heard, gain=0.0, delay=0.1):
         at = (t + 1) * FRAME + later  # it is played in the next frame
         part = room[at:at + FRAME]
         part += gain * said[-1][:len(part)]
-    converse_live(Speaker(str(world / "flm")), 1, hear, say)
+    converse_live(Speaker.load(str(world / "flm")), 1, hear, say)
     return room[:len(heard)], torch.cat(said)
 
 
@@ -185,7 +185,7 @@ def test_the_terminal_says_what_the_file_would(world, capsys):
     heard = 0.1 * torch.randn(20 * FRAME, generator=torch.Generator().manual_seed(0))
     room, said = live_talk(world, heard)
     assert torch.equal(room, heard) and capsys.readouterr().out.count(" s ") >= 1
-    expected = Speaker(str(world / "flm")).converse(heard[None])[1][0]
+    expected = Speaker.load(str(world / "flm")).converse(heard[None])[1][0]
     assert torch.equal(said[:-FRAME], expected[FRAME:])
 
 
@@ -237,5 +237,5 @@ def test_a_microphone_is_heard_and_answered_until_ctrl_c(world, monkeypatch, cap
             raise KeyboardInterrupt
         return put(self, n, frame)
     monkeypatch.setattr(live.Jitter, "put", put_and_stop)
-    talk_to_microphone(Speaker(str(world / "flm")), 1)
+    talk_to_microphone(Speaker.load(str(world / "flm")), 1)
     assert len(played) == 5 and "Ctrl-C" in capsys.readouterr().out

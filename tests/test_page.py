@@ -39,7 +39,7 @@ def request_of(world, path):
 
 
 def answer(sound):
-    speaker = Speaker(TRAINED)
+    speaker = Speaker.load(TRAINED)
     return words_of(written(speaker, speaker.converse(sound[None])[0][0]))
 
 
@@ -52,7 +52,7 @@ async def open_page(browser, address):
 @contextlib.asynccontextmanager
 async def serving(world, port=0):
     """(server, address of the page)"""
-    server = web.Server(Speaker(TRAINED or str(world / "flm")), web.Limits(sessions=2))
+    server = web.Server(Speaker.load(TRAINED or str(world / "flm")), web.Limits(sessions=2))
     port = await server.start("127.0.0.1", port)
     try:
         yield server, f"http://127.0.0.1:{port}/"

@@ -175,7 +175,7 @@ def test_scenarios_as_they_are_built(dialogues):
 
 def test_nothing_before_an_event_depends_on_it(world, dialogues):
     """Two passes that differ from the event on: text and sound up to it are the same to the last bit."""
-    speaker, make = Speaker(str(world / "flm")), World(dialogues, None, 1)
+    speaker, make = Speaker.load(str(world / "flm")), World(dialogues, None, 1)
     queries = [make.request("control", "chant") for _ in range(3)]
     fake = [Reply([(item.end + 0.4, item.end + 6)]) for item in queries]
     later = [break_in(item, reply, make.backchannel("user backchannel")) for item, reply in zip(queries, fake)]

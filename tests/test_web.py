@@ -25,7 +25,7 @@ LIMITS = web.Limits(sessions=2, total=30.0, idle=10.0, request=0.5, send=1.0, co
 
 @pytest.fixture(scope="module")
 def speaker(world):
-    return Speaker(str(world / "flm"))
+    return Speaker.load(str(world / "flm"))
 
 
 @contextlib.asynccontextmanager
