@@ -90,16 +90,6 @@ def rotate(x, cos, sin):
     return (x * cos + torch.cat([b, a], -1) * sin).to(x.dtype)
 
 
-class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight. A GPU has one kernel for it; on a CPU, PyTorch makes ten operations of it, and these are four."""
-
-    def forward(self, x):
-        if x.device.type != "cpu":
-            return super().forward(x)
-        length, W = torch.linalg.vector_norm(x, dim=-1, keepdim=True), x.shape[-1]
-        return x * (self.weight * W ** 0.5) / torch.hypot(length, length.new_tensor((W * self.eps) ** 0.5))
-
-
 class SwiGLU(nn.Module):
     def __init__(self, width, hidden):
         super().__init__()
@@ -121,7 +111,7 @@ class Block(nn.Module):
     def __init__(self, c: FLMConfig):
         super().__init__()
         self.H, self.G, self.E = c.heads, c.kv_heads, c.width // c.heads
-        self.norm1, self.norm2 = RMSNorm(c.width, c.norm_eps), RMSNorm(c.width, c.norm_eps)
+        self.norm1, self.norm2 = nn.RMSNorm(c.width, c.norm_eps), nn.RMSNorm(c.width, c.norm_eps)
         self.qkv = nn.Linear(c.width, (self.H + 2 * self.G) * self.E)  # the only biases
         self.out = nn.Linear(self.H * self.E, c.width, bias=False)
         self.mlp = SwiGLU(c.width, c.mlp)
@@ -148,7 +138,7 @@ class DepthBlock(nn.Module):
         super().__init__()
         W, hidden = c.depth_width, int(8 * c.depth_width / 3)
         self.H = c.depth_heads
-        self.norm1, self.norm2 = RMSNorm(W, c.norm_eps), RMSNorm(W, c.norm_eps)
+        self.norm1, self.norm2 = nn.RMSNorm(W, c.norm_eps), nn.RMSNorm(W, c.norm_eps)
         self.qkv, self.out = nn.Linear(W, 3 * W, bias=False), nn.Linear(W, W, bias=False)
         self.gate_up = nn.Parameter(torch.empty(K, W, 2 * hidden))
         self.down = nn.Parameter(torch.empty(K, hidden, W))
@@ -177,7 +167,7 @@ class Depth(nn.Module):
         self.codes = nn.ModuleList(nn.Embedding(A, W) for _ in range(K))  # of what position k sees: code k - 1
         self.positions = nn.Parameter(torch.empty(K, W))
         self.blocks = nn.ModuleList(DepthBlock(c) for _ in range(c.depth_layers))
-        self.norm = RMSNorm(W, c.norm_eps)
+        self.norm = nn.RMSNorm(W, c.norm_eps)
         self.heads = nn.Parameter(torch.empty(K, W, A))
 
     def forward(self, h, codes):
@@ -230,7 +220,7 @@ class FLM(nn.Module):
         self.speak = nn.ModuleList(nn.Embedding(A, c.width) for _ in range(K))
         self.listen = nn.ModuleList(nn.Embedding(A, c.width) for _ in range(K))
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
-        self.norm = RMSNorm(c.width, c.norm_eps)
+        self.norm = nn.RMSNorm(c.width, c.norm_eps)
         self.head = nn.Linear(c.width, c.vocab_size, bias=False)
         self.depth = Depth(c)
         self.recompute = False  # of each block, keep its input only and compute it again for the gradients
