@@ -152,8 +152,8 @@ class DepthBlock(nn.Module):
         k, v = (torch.cat(past, 2) if past[1:] else kv).chunk(2, 1)
         x = x + self.out(attend(q, k, v).transpose(1, 2).reshape(N, n, W))
         y = self.norm2(x).transpose(0, 1)  # (n, N, W): one matrix product for each position
-        gate, up = (y @ self.gate_up[k0:k0 + n].to(y.dtype)).chunk(2, -1)
-        return x + ((F.silu(gate) * up) @ self.down[k0:k0 + n].to(y.dtype)).transpose(0, 1)
+        gate, up = torch.bmm(y, self.gate_up[k0:k0 + n]).chunk(2, -1)
+        return x + torch.bmm(F.silu(gate) * up, self.down[k0:k0 + n]).transpose(0, 1)
 
 
 class Depth(nn.Module):
@@ -177,7 +177,7 @@ class Depth(nn.Module):
         x = x + self.from_h(h).unflatten(-1, self.positions.shape) + self.positions
         for block in self.blocks:
             x = block(x, 0, [])
-        return (self.norm(x).transpose(0, 1) @ self.heads.to(h.dtype)).transpose(0, 1)
+        return torch.bmm(self.norm(x).transpose(0, 1), self.heads).transpose(0, 1)
 
     def generate(self, h, draw):
         """h (B, D) -> codes (B, K), each drawn by draw(logits (B, A), k) -> (B,) and shown to the next position."""
