@@ -2,12 +2,15 @@
 
     python tests/bench_train.py                         after `make demo`: `tiny` on its own data
     python tests/bench_train.py --device cuda           the same on a GPU, in bfloat16
+    python tests/bench_train.py --config 7b --layers 8 --device cuda        how much of the machine a size uses, with as many
+                                                        layers as fit: FLOPs as `--plan` counts them, over those of one large product
 
 The plain model is transformers' Qwen2Model under the sum of 17 embeddings, and a depth transformer whose positions' MLPs are a
-list of modules and which sees every frame. Same sizes, batches, loss weights, optimiser and precision; both in turn.
-Needs the packages that `make slow` installs.
+list of modules and which sees every frame. Same sizes, batches, loss weights, optimiser (AdamW) and precision; both in turn.
+It needs the packages that `make slow` installs.
 """
 import argparse
+import dataclasses
 import os
 import random
 import sys
@@ -21,6 +24,7 @@ from torch.profiler import profile
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import jobs  # noqa: E402
+import plan  # noqa: E402
 import train  # noqa: E402
 from model import CONFIGS  # noqa: E402
 from streams import K, ROWS, SPEAK, TEXT  # noqa: E402
@@ -80,17 +84,59 @@ class Plain(nn.Module):
         return loss
 
 
+def run_of(config, stage, device, adamw=False):
+    """(job, Run) in the middle of a stage, on the demo's data."""
+    torch.manual_seed(1)
+    job = jobs.ModelJob(config, "data/toy/encoded", device)
+    job.from_nothing = not adamw
+    with tempfile.TemporaryDirectory() as folder:
+        run = train.Run(job, [stage], folder)
+    run.at["step"] = stage.steps // 2
+    return job, run
+
+
+def seconds(step, device, n=5):
+    begun = time.perf_counter()
+    for i in range(n):
+        step(i)
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - begun) / n
+
+
+def middle(times):
+    return sorted(times)[len(times) // 2]
+
+
+def use(args):
+    config, stage = CONFIGS[args.config], train.STAGES[args.config][-1]
+    config = dataclasses.replace(config, layers=args.layers or config.layers)
+    stage = dataclasses.replace(stage, batch=4 * stage.rows or stage.batch)
+    job, run = run_of(config, stage, args.device, adamw=stage.rows > 0)
+    bf16 = run.at["bf16"]
+    n = 8192 if bf16 else 2048
+    a = torch.randn(n, n, device=args.device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    product = middle([seconds(lambda _: a @ a, args.device) for _ in range(5)])
+    took = middle([seconds(lambda _: run.step(), args.device, 2) for _ in range(args.rounds + 1)][1:])
+    flops, frames = plan.plan(job.config, stage, 1, bf16).useful, stage.batch * stage.frames
+    peak = 2 * n ** 3 / product
+    print(f"{args.config}, {config.layers} layers, {sum(p.numel() for p in job.model.parameters()) / 1e6:.1f} M parameters, "
+          f"{stage.batch} x {stage.frames} frames, {args.device}, {'bfloat16' if bf16 else 'float32'}: {1000 * took:.0f} ms a step, "
+          f"{frames / took:.0f} frames/s, {ROWS * frames / took:.0f} tokens/s; {flops / took / 1e12:.3f} of {peak / 1e12:.3f} TFLOP/s, "
+          f"that of a product of {n} x {n}: {flops / took / peak:.0%}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=8, help="of five steps for each of the two")
+    parser.add_argument("--config", choices=CONFIGS, help="how much of the machine this size uses, instead")
+    parser.add_argument("--layers", type=int, help="of the temporal transformer, with --config")
     args = parser.parse_args()
+    if args.config:
+        return use(args)
     stage = train.STAGES["tiny"][-1]
-    torch.manual_seed(1)
-    job = jobs.ModelJob(CONFIGS["tiny"], "data/toy/encoded", args.device)
-    with tempfile.TemporaryDirectory() as folder:
-        ours = train.Run(job, [stage], folder)
-    ours.at["step"] = stage.steps // 2
+    job, ours = run_of(CONFIGS["tiny"], stage, args.device, adamw=True)
     plain = Plain(job.config).to(args.device)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-4, betas=(0.9, 0.98))
     size = lambda m: sum(p.numel() for p in m.parameters()) / 1e6
@@ -106,17 +152,10 @@ def main():
         nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
         optimizer.step()
 
-    def seconds(step):
-        begun = time.perf_counter()
-        for n in range(5):
-            step(n)
-        if args.device != "cpu":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - begun) / 5
-    rows = [(seconds(plain_step), seconds(lambda n: ours.step())) for _ in range(args.rounds + 1)][1:]  # the first warms up
+    rows = [(seconds(plain_step, args.device), seconds(lambda n: ours.step(), args.device)) for _ in range(args.rounds + 1)][1:]  # the first warms up
     frames = stage.batch * stage.frames
     for name, times in zip(("plain", "ours"), zip(*rows)):
-        t = sorted(times)[len(times) // 2]
+        t = middle(times)
         print(f"{name:6} {1000 * t:7.0f} ms a step   {frames / t:7.0f} frames/s   {ROWS * frames / t:8.0f} tokens/s")
     ratios = sorted(a / b for a, b in rows)
     print(f"ours is {ratios[len(ratios) // 2]:.2f} times as fast ({ratios[0]:.2f} to {ratios[-1]:.2f} over {len(ratios)} rounds)\n")
