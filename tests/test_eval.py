@@ -59,7 +59,7 @@ class Agent:
         self.ids = {w: i + 1 for i, w in enumerate(words)}
         self.tokenizer = types.SimpleNamespace(decode_single_token_bytes=lambda t: b" x" if wrong else f" {words[t - 1]}".encode())
 
-    device = "cpu"
+    device = torch.device("cpu")
 
     def converse(self, heard, seed, each):
         texts, sounds = [], []
