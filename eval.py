@@ -38,7 +38,7 @@ from mimi import FRAME, Mimi, log_spectral_distance, mel_filters
 from recogniser import get_recogniser
 from streams import LATE, LISTEN, ROWS, SPEAK, TEXT
 from toy import SHARES
-from turns import (LEAD, Reply, World, first, hold, keep_talk, read_talks, report_turns, score_all, seconds, share_line, speech,
+from turns import (LEAD, Reply, World, first, hold, keep_talk, read_talks, report_turns, score_all, share_line, silence, speech,
                    wilson, words_of)
 
 KINDS = ("repeat", "count", "next", "opposite")  # of requests that are asked for their answers: no chants, no stories
@@ -116,7 +116,7 @@ def answers(speaker, recogniser, items, seed, shares, name):
     """Each item's request, spoken to the model after a second of silence. Returns the conversations."""
     items = sorted(items, key=lambda d: len(d["turns"][1]["starts"]))
     users, replies = ([read_audio(d["turns"][i]["path"]) for d in items] for i in (0, 1))
-    sounds = [torch.cat([seconds(LEAD), u, seconds(len(r) / SAMPLE_RATE + LISTEN_ON)]) for u, r in zip(users, replies)]
+    sounds = [torch.cat([silence(LEAD), u, silence(len(r) / SAMPLE_RATE + LISTEN_ON)]) for u, r in zip(users, replies)]
     talks = converse_all(speaker, sounds, seed, name)
     languages = len({d.get("lang") for d in items})
     for d, user, reply, (text, said) in zip(items, users, replies, talks):

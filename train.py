@@ -154,7 +154,7 @@ class Run:
         self.params = [p for p in job.modules.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(job.modules, job.from_nothing)
         # where it stands: steps of each stage (None: not known yet), the stage, the step in it
-        self.at = {"plan": [None if minutes else s.steps for s in stages], "stage": 0, "step": 0,
+        self.at = {"goals": [None if minutes else s.steps for s in stages], "stage": 0, "step": 0,
                    "bf16": bf16_is_faster(job.device), "slices": max(slices_of_a_batch(job.device), parallel.world())}
         if os.path.exists(self.path) or parallel.together() and parallel.newest(out):
             if not resume:
@@ -241,12 +241,12 @@ class Run:
 
     def steps(self):
         """Of all stages so far."""
-        return sum(self.at["plan"][:self.at["stage"]]) + self.at["step"]
+        return sum(self.at["goals"][:self.at["stage"]]) + self.at["step"]
 
     def progress(self, later=0):
         """How far the stage will have gone so many steps later, 0 to 1."""
-        plan = self.at["plan"][self.at["stage"]]
-        return (self.at["step"] + later) / plan if plan else 0.0
+        goal = self.at["goals"][self.at["stage"]]
+        return (self.at["step"] + later) / goal if goal else 0.0
 
     def step(self):
         """One step of the optimiser. Returns the loss, its parts and the learning rate."""
@@ -351,22 +351,22 @@ def train(job, stages, out, minutes=None, resume=False, seed=1, save_every=60.0)
         before = signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stopped", True))
     try:
         while at["stage"] < len(stages):
-            stage, plan = stages[at["stage"]], at["plan"][at["stage"]]
-            bar = tqdm(total=plan, initial=at["step"], desc=f"{stage.name:16}", unit="step", mininterval=1, disable=not first_rank)
+            stage, goal = stages[at["stage"]], at["goals"][at["stage"]]
+            bar = tqdm(total=goal, initial=at["step"], desc=f"{stage.name:16}", unit="step", mininterval=1, disable=not first_rank)
             begun, first = time.monotonic(), at["step"]
-            while plan is None or at["step"] < plan:
+            while goal is None or at["step"] < goal:
                 loss, parts, lr = run.step()
                 bar.update()
-                if minutes and at["step"] % 50 == 30 and (plan is None or not first):
+                if minutes and at["step"] % 50 == 30 and (goal is None or not first):
                     passed = parallel.mean(torch.tensor(time.monotonic() - begun, device=loss.device)).item()
                     mine = 60 * minutes * stage.steps / sum(s.steps for s in stages)  # seconds
-                    plan = at["plan"][at["stage"]] = max(at["step"], round((at["step"] - first) * mine / passed))
-                    bar.total = plan
+                    goal = at["goals"][at["stage"]] = max(at["step"], round((at["step"] - first) * mine / passed))
+                    bar.total = goal
                 if at["step"] % 10 == 1:
                     numbers = {name: round(value.item(), 4) for name, value in parts.items()}
                     bar.set_postfix({name: f"{value:.2f}" for name, value in numbers.items()}, refresh=False)
                     run.log(lr=lr, loss=round(loss.item(), 4), **numbers)
-                if plan and at["step"] % math.ceil(plan / 4) == 0 and at["step"] < plan:
+                if goal and at["step"] % math.ceil(goal / 4) == 0 and at["step"] < goal:
                     run.held_out(stage)
                 if run.stopped:
                     run.save()

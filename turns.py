@@ -49,8 +49,8 @@ def yields(heard, said):
     return [end for begin, end in speech(said) if any(begin < b < end <= b + 1.0 for b, _ in speech(heard))]
 
 
-def seconds(x):
-    return torch.zeros(round(x * SAMPLE_RATE))
+def silence(seconds):
+    return torch.zeros(round(seconds * SAMPLE_RATE))
 
 
 def words_of(pieces):
@@ -100,7 +100,7 @@ class World:
         sound, ends = toy.speak(self.synthesiser, parts, pauses, voice, 165, 50)
         self.count[scenario] += 1
         return Item(f"{scenario.replace(' ', '-')}-{self.count[scenario]:03d}", scenario,
-                    torch.cat([seconds(LEAD), torch.from_numpy(sound), seconds(TAIL)]), LEAD + ends[-1], **facts), \
+                    torch.cat([silence(LEAD), torch.from_numpy(sound), silence(TAIL)]), LEAD + ends[-1], **facts), \
             [LEAD + e for e in ends]
 
     def request(self, scenario, *kinds):
