@@ -64,7 +64,7 @@ def main():
                 rows[name].append(sorted(seconds(f, codes[0], device)[0])[12])
     for name, times in rows.items():
         print(f"{name:16} {1000 * sorted(times)[len(times) // 2]:7.2f} ms   ({1000 * min(times):.2f} to {1000 * max(times):.2f})")
-    ratios = sorted((c + d) / (a + b) for a, b, c, d in zip(*rows.values()))[1:]  # the first round warms up
+    ratios = sorted([(c + d) / (a + b) for a, b, c, d in zip(*rows.values())][1:])  # the first round warms up
     print(f"ours / package: {ratios[len(ratios) // 2]:.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f} over {len(ratios)} rounds), "
           f"batch {B}, {device}, {args.threads} threads; the same codes in the first two seconds: {agree[0]:.2%}")
 
