@@ -178,6 +178,8 @@ def open_safetensors(path):
 
 
 def read_json(path):
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file")
     try:
         with open(path, encoding="utf-8") as f:
             return json.load(f)

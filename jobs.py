@@ -239,7 +239,7 @@ class Clips:
         self.fingerprint = f"{sum(map(len, self.clips.values()))} clips"
         self.sounds = {}  # where -> int16 samples, once read
 
-    def batch(self, stage, split, rng):
+    def batch(self, stage, progress, split, rng):
         """B clips of about the same length, begun at any place in a frame: sound (B, 1, 1920*T), letters of each."""
         pool = sorted(rng.sample(self.clips[split], 8 * stage.batch), key=lambda clip: self.frames[clip[0]])
         start = stage.batch * rng.randrange(8)
@@ -266,13 +266,11 @@ class CodecJob:
         self.config, self.device = config, device
         self.model = Mimi(config)
         self.clips = Clips(data)
+        self.batch = self.clips.batch
         self.letters = nn.Linear(config.dim, 4 * (len(self.clips.letters) + 1))  # four guesses a frame
         self.modules = nn.ModuleList([self.model, self.letters]).to(device)
         self.spectra = [Spectrum(n).to(device) for n in (256, 512, 1024, 2048)]
         self.fingerprint = self.clips.fingerprint
-
-    def batch(self, stage, progress, split, rng):
-        return self.clips.batch(stage, split, rng)
 
     def loss(self, stage, batch, split, rng):
         wav, words = batch

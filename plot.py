@@ -77,7 +77,8 @@ def draw_run(folder):
     shares = axes.twinx() if "right" in names else None
     for colour, name in enumerate(names):
         for split, style in ((None, {"alpha": 0.35, "linewidth": 0.8}), ("held-out", {"marker": "o", "label": name + ", held out"})):
-            points = sorted((starts[stage] + step, e[name]) for (stage, step, s), e in lines.items() if s == split and e.get(name, 0) > (-1 if name == "right" else 0))
+            shown = [(key, e[name]) for key, e in lines.items() if name in e and (e[name] > 0 or name == "right")]  # log 0 has no place
+            points = sorted((starts[stage] + step, value) for (stage, step, s), value in shown if s == split)
             (shares if name == "right" else axes).plot(*zip(*points), color=f"C{colour}", **style) if points else None
     for i, stage in enumerate(stages):
         axes.axvline(starts[stage], color="0.7", linewidth=0.8)

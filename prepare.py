@@ -146,7 +146,7 @@ def encode(data, codec_path, tokenizer_name, vocab_size, copies, skip_broken, pr
             with replace_when_done(os.path.join(work, name)) as temporary, open(temporary, "w", encoding="utf-8") as f:
                 f.write(text)
     encode_shards(meta["shards"], processes, (manifest, work, codec_path, copies, skip_broken, device))
-    frames = sum(len(np.load(path, mmap_mode="r")) for path in glob.glob(os.path.join(glob.escape(work), "*.npy")))
+    frames = sum(len(np.load(os.path.join(work, f"{i:05}.npy"), mmap_mode="r")) for i in range(len(meta["shards"])))
     shutil.rmtree(out, ignore_errors=True)
     os.rename(work, out)
     hours, took = frames * FRAME / SAMPLE_RATE / 3600, (time.monotonic() - begun) / 3600
@@ -169,7 +169,7 @@ def begins_of_shards(manifest):
 
 def encode_shards(begins, processes, settings):
     """All that are not there yet. settings: see start_encoder."""
-    work = settings[1]
+    _, work, *_ = settings
     jobs = [(i, begin) for i, begin in enumerate(begins) if not os.path.exists(os.path.join(work, f"{i:05}.jsonl"))]
     with tqdm(total=len(begins), initial=len(begins) - len(jobs), desc="encode", unit="shard") as bar:
         if min(processes, len(jobs)) < 2:

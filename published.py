@@ -67,10 +67,9 @@ def release_tensors(c: FLMConfig):
 
 
 @torch.no_grad()
-def load_tensors(model, folder, table, ignore=()):
-    """Fill parameters from the *.safetensors files of a folder, one tensor at a time. table: {name here: names there}. Every tensor
-    there is accounted for, but those whose names begin with `ignore`: ValueError for an unknown, missing or misshaped one."""
-    files = open_all(folder)
+def load_tensors(model, files, folder, table, ignore=()):
+    """Fill parameters from the open files of a folder (see open_all), one tensor at a time. table: {name here: names there}. Every
+    tensor there is accounted for, but those whose names begin with `ignore`: ValueError for an unknown, missing or misshaped one."""
     params, used = dict(model.named_parameters()), set()
 
     def read(names):
@@ -110,8 +109,10 @@ def read_config(folder, kinds):
     path = os.path.join(folder, "config.json")
     c = read_json(path)
     part = c.get("text_config", {}) if isinstance(c, dict) else None
-    if not isinstance(part, dict) or c.get("model_type") not in kinds:
-        raise ValueError(f"{path}: is not the config of a {' or '.join(kinds)}")
+    if not isinstance(part, dict):
+        raise ValueError(f"{path}: not a model's config")
+    if c.get("model_type") not in kinds:
+        raise ValueError(f"{path}: is of a {c.get('model_type')}, not of {' or '.join(kinds)}")
     return {**c, **part}
 
 
@@ -132,11 +133,11 @@ def from_qwen(folder, config: FLMConfig, place=None):
     transformer, and with config's depth transformer, codec and context, which are new. place: see build."""
     c = read_config(folder, ("qwen2", "qwen2_5_vl", "qwen2_5_vl_text"))
     config = dataclasses.replace(config, **qwen_fields(c, folder))
-    names = open_all(folder)
-    prefix = next((p for p in ("model.language_model.", "model.") if p + "norm.weight" in names), "model.")
+    files = open_all(folder)
+    prefix = next((p for p in ("model.language_model.", "model.") if p + "norm.weight" in files), "model.")
     table = dict(qwen_tensors(config, prefix, prefix + "embed_tokens.weight"))
     model = build(config, place, given=table)
-    load_tensors(model, folder, table, ignore=("visual.", "model.visual.", *(["lm_head."] if config.tied else [])))
+    load_tensors(model, files, folder, table, ignore=("visual.", "model.visual.", *(["lm_head."] if config.tied else [])))
     return model
 
 
@@ -145,7 +146,7 @@ def load_release(folder, context):
     config, vocab = read_release_config(folder, context)
     table = dict(release_tensors(config))
     model = build(config, given=table)
-    load_tensors(model, folder, table)
+    load_tensors(model, open_all(folder), folder, table)
     return model, vocab
 
 

@@ -75,12 +75,10 @@ class RecogniserJob:
 
     def __init__(self, config, data, device):
         self.clips = Clips(data)
+        self.batch = self.clips.batch
         self.config, self.device = dataclasses.replace(config, letters=self.clips.letters), device
         self.model = self.modules = Recogniser(self.config).to(device)
         self.fingerprint = self.clips.fingerprint
-
-    def batch(self, stage, progress, split, rng):
-        return self.clips.batch(stage, split, rng)
 
     def loss(self, stage, batch, split, rng):
         wav, words = batch

@@ -37,7 +37,7 @@ import torch
 from tqdm import tqdm
 
 from files import SAMPLE_RATE, read_audio, resample, write_audio
-from manifest import must_be_new, write_manifest
+from manifest import must_be_new, spoken_parts, write_manifest
 from mimi import FRAME
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -359,7 +359,7 @@ class Script:
 
     def speak_model(self, work):
         """{sound file: seconds}. Each word is spoken once, and put together on frames."""
-        said = [(d["lang"], t) for d in self.lines for t in (*d["turns"], *d.get("interjections", ())) if t["role"] == "model"]
+        said = [(d["lang"], t) for d in self.lines for t in spoken_parts(d) if t["role"] == "model"]
         words = sorted({(code, w) for code, t in said for w in t["text"].split()})
         paths = [os.path.join(work, f"words/{code}-{w}.flac") for code, w in words]
         speak_all([(path, [w], [], LANGUAGES[code].model_voice, 170, 50) for path, (code, w) in zip(paths, words)], "words")

@@ -167,7 +167,8 @@ class Run:
             self.threads = ThreadPoolExecutor(n, initializer=torch.set_num_threads if n > 1 else None,
                                               initargs=(max(1, os.cpu_count() // n),))
             self.optimizer.each = self.threads.map
-        self.stopped, self.ahead = False, {}
+        self.stopped = False
+        self.ahead = {}  # what is made of the next step already: (stage, step, number of the slice) -> see make
         if parallel.rank() == 0:
             os.makedirs(out, exist_ok=True)
             for name, source in job.files.items():

@@ -34,7 +34,7 @@ def speech(x, floor=-45.0, bridge=0.3, least=0.1):
     """Where there is sound in x (N,): [(begin, end), ...] in seconds, by the energy of 20 ms windows. Gaps shorter than
     `bridge` are closed, then bursts shorter than `least` are dropped."""
     n = SAMPLE_RATE // 50
-    loud = 20 * torch.log10(torch.nn.functional.pad(x, (0, -len(x) % n)).view(-1, n).square().mean(1).sqrt() + 1e-6) > floor
+    loud = 20 * torch.log10(F.pad(x, (0, -len(x) % n)).view(-1, n).square().mean(1).sqrt() + 1e-6) > floor
     spans = []
     for i in loud.nonzero()[:, 0].tolist():
         if spans and i / 50 - spans[-1][1] < bridge:

@@ -109,7 +109,7 @@ def weights(x, temperature):
 
 def uniform(seed, step, draw):
     """(B,) float64 in [0, 1), of 53 bits."""
-    if seed.device.type == "cpu":  # few numbers: Python's own take a fiftieth of the time
+    if seed.device.type == "cpu":  # few numbers: Python's own take a fortieth of the time
         bits = [bits_of(s, t, draw) for s, t in zip(seed.tolist(), step.tolist())]
         return torch.tensor(bits, dtype=torch.float64) * 2.0 ** -53
     return bits_of(seed, step, draw).double() * 2.0 ** -53

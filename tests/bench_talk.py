@@ -36,6 +36,10 @@ PAUSE = 1.5  # seconds after each answer
 MINUTE = round(60 * FRAME_RATE)  # frames
 
 
+def bytes_of(tensors):
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
 def quantile(times, q):
     return sorted(times)[min(len(times) - 1, int(q * len(times)))]
 
@@ -61,7 +65,7 @@ def hour(args):
     speaker, frames = Speaker.load(args.checkpoint, args.device), round(args.minutes * MINUTE)
     engine, transcript = Engine(speaker, 1), Transcript(speaker)
     session, times, heard, said, answers = engine.join(), [], 0, 0, []
-    held = lambda: sum(t.numel() * t.element_size() for t in tensors(engine.talk)) / 2 ** 20
+    held = lambda: bytes_of(tensors(engine.talk)) / 2 ** 20
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10
     print(f"{frames} frames, {frames / speaker.model.config.context:.1f} times the context; the conversation's memory {held():.2f} MiB")
     for sounds, right in requests(args.data, frames):
@@ -118,17 +122,19 @@ def speaker_of(args):
                    Sampling(0.7, 25), Sampling(0.8, 250))
 
 
-def clock(f, device, n):
-    """Seconds of one f(), the median of ten times n."""
-    times = []
-    for _ in range(11):
-        begun = time.perf_counter()
-        for _ in range(n):
-            f()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append((time.perf_counter() - begun) / n)
-    return quantile(times[1:], 0.5)
+def seconds(f, n=10):
+    """Of one f(), the mean of n."""
+    begun = time.perf_counter()
+    for _ in range(n):
+        f()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - begun) / n
+
+
+def middle(f, n):
+    """The median of ten times n."""
+    return quantile([seconds(f, n) for _ in range(11)][1:], 0.5)  # the first warms up
 
 
 @torch.inference_mode()
@@ -136,15 +142,14 @@ def step(args):
     speaker = speaker_of(args)
     m, codec, device, n = speaker.model, speaker.codec, speaker.device, max(1, args.ticks // 10)
     talk = speaker.begin([1])
-    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
     rows_only = [*m.text.parameters(), *m.speak.parameters(), *m.listen.parameters(), *m.depth.codes.parameters()]  # one row of each
-    read = size({*m.parameters()} - ({*rows_only} - {m.head.weight})) + size([*talk.model.keys, *talk.model.values])
-    read += size(codec.parameters())
+    read = bytes_of([*({*m.parameters()} - ({*rows_only} - {m.head.weight})), *talk.model.keys, *talk.model.values, *codec.parameters()])
     a = torch.empty(2 ** (30 if device.type == "cuda" else 27), dtype=torch.uint8, device=device)
     b = torch.empty_like(a)
-    speed = 2 * len(a) / clock(lambda: b.copy_(a), device, 5)
+    speed = 2 * len(a) / middle(lambda: b.copy_(a), 5)
     print(f"{sum(p.numel() for p in m.parameters()) / 1e6:.1f} M parameters, {str(m.head.weight.dtype)[6:]}, and a codec of "
-          f"{sum(p.numel() for p in codec.parameters()) / 1e6:.1f} M; context {m.config.context}; {device}, {torch.get_num_threads()} threads")
+          f"{sum(p.numel() for p in codec.parameters()) / 1e6:.1f} M; context {m.config.context}; {device}, "
+          f"{torch.get_num_threads()} threads")
     floor = read / speed
     print(f"a frame reads {read / 1e6:.1f} MB, memory is copied at {speed / 1e9:.1f} GB/s: {1000 * floor:.3f} ms at least\n")
     talk.model.position += m.config.context  # the ring is full
@@ -158,15 +163,15 @@ def step(args):
             speaker.draw_code(sound, k, talk)
     parts = {"codec, sound to codes": (lambda x: codec.encode_step(x, talk.codec), wav),
              "temporal transformer": (lambda x: m.hidden_step(x, talk.model), column),
-             "text head": (lambda x: m.text_logits(x), h),
+             "text head": (m.text_logits, h),
              "depth transformer, 8 codes": (lambda x: m.depth.generate(x, lambda logits, k: logits[:, :-1].argmax(-1)), h),
              "nine draws": (draws, h),
              "codec, codes to sound": (lambda x: codec.decode_step(x, talk.codec), column[:, SPEAK, None])}
     for name, (f, x) in parts.items():
         run = capture(f, x, talk) if device.type == "cuda" else f
-        print(f"  {name:28} {1000 * clock(lambda: run(x), device, n):8.3f} ms")
+        print(f"  {name:28} {1000 * middle(lambda: run(x), n):8.3f} ms")
     run = speaker.stepper(talk)
-    took = clock(lambda: run(wav), device, n)
+    took = middle(lambda: run(wav), n)
     print(f"  {'a frame, in one':28} {1000 * took:8.3f} ms: {took / floor:.2f} times the least")
 
 
@@ -210,7 +215,7 @@ def lmgen(args):
     state, seed = ours.init_state(1), torch.tensor([1])
     text, speak, heard = torch.tensor([0]), torch.zeros(1, K, dtype=torch.long), torch.zeros(1, K, dtype=torch.long)
 
-    def step(codes, how_text, how_sound):
+    def our_step(codes, how_text, how_sound):
         column = torch.empty(1, ROWS, dtype=torch.long)
         column[:, TEXT], column[:, SPEAK], column[:, LISTEN] = text, speak, torch.where(LATE, heard, codes)
         new = ours.step(column, state, lambda logits: sample(logits, how_text, seed, state.position),
@@ -219,15 +224,10 @@ def lmgen(args):
             old.copy_(x)
     codes = torch.randint(0, A, (1, K))
 
-    def seconds(f):
-        begun = time.perf_counter()
-        for _ in range(10):
-            f()
-        return (time.perf_counter() - begun) / 10
     for name, draw, how in (("drawn", True, (Sampling(0.7, 25), Sampling(0.8, 250))), ("greedy", False, (Sampling(), Sampling()))):
         gen.use_sampling = draw
         with gen.streaming(1):
-            rows = [(seconds(lambda: gen.step(codes[..., None])), seconds(lambda: step(codes, *how)))
+            rows = [(seconds(lambda: gen.step(codes[..., None])), seconds(lambda: our_step(codes, *how)))
                     for _ in range(args.rounds + 1)][1:]  # the first round warms up
         a, b = (1000 * quantile(t, 0.5) for t in zip(*rows))
         ratios = [y / x for x, y in rows]

@@ -152,7 +152,8 @@ def main():
         nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
         optimizer.step()
 
-    rows = [(seconds(plain_step, args.device), seconds(lambda n: ours.step(), args.device)) for _ in range(args.rounds + 1)][1:]  # the first warms up
+    rows = [(seconds(plain_step, args.device), seconds(lambda n: ours.step(), args.device))
+            for _ in range(args.rounds + 1)][1:]  # the first warms up
     frames = stage.batch * stage.frames
     for name, times in zip(("plain", "ours"), zip(*rows)):
         t = middle(times)

@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from conftest import ROOT
+from test_readme import README
 
 pytestmark = pytest.mark.slow
-README = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()
 
 
 @pytest.fixture(scope="module")

@@ -90,7 +90,8 @@ def test_a_frame_never_waits_for_its_device(world, monkeypatch):
     """From PyTorch's meta device nothing can be read back; a frame runs there, in bfloat16, so a GPU's can be captured."""
     monkeypatch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext())  # does not know that device
     s = Speaker.load(str(world / "flm"))
-    speaker = Speaker(s.model.to("meta").bfloat16(), s.vocab, s.codec.to("meta"), s.tokenizer, Sampling(0.7, 20, 0.9, 1.2), Sampling(0.8, 20))
+    speaker = Speaker(s.model.to("meta").bfloat16(), s.vocab, s.codec.to("meta"), s.tokenizer, Sampling(0.7, 20, 0.9, 1.2),
+                      Sampling(0.8, 20))
     text, said = speaker.frame(torch.zeros(2, 1, FRAME, device="meta"), speaker.begin([1, 2]))
     assert text.shape == (2,) and said.shape == (2, 1, FRAME) and said.is_meta
 

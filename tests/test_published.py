@@ -92,9 +92,9 @@ def test_qwen_against_the_transformers_library(tied, tmp_path):
 
 
 @pytest.mark.parametrize("change, says", [
-    (lambda f, c: (f / "config.json").unlink(), "No such file or directory.*config.json"),
+    (lambda f, c: (f / "config.json").unlink(), "config.json: no such file"),
     (lambda f, c: (f / "config.json").write_text("{"), "config.json: is not JSON"),
-    (lambda f, c: (f / "config.json").write_text('{"model_type": "bert"}'), "config.json: is not the config of a qwen2 or qwen2_5_vl"),
+    (lambda f, c: (f / "config.json").write_text('{"model_type": "bert"}'), "config.json: is of a bert, not of qwen2 or qwen2_5_vl"),
     (lambda f, c: (f / "config.json").write_text('{"model_type": "qwen2"}'), "config.json: KeyError"),
     (lambda f, c: (f / "config.json").write_text(json.dumps({**c, "intermediate_size": 50})), "where config.json asks for"),
     (lambda f, c: (f / "config.json").write_text(json.dumps({**c, "num_hidden_layers": 3})), "has no tensor model.layers.2"),
