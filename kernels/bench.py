@@ -1,4 +1,5 @@
-"""Every version of sampling.cu beside PyTorch's operations: the same tokens, then how long each takes.
+"""Every version of sampling.cu beside PyTorch's operations: the same tokens, then how long each takes. And the head's product with
+the draw in one (v4) beside PyTorch's product and a draw.
 
     python kernels/bench.py
 
@@ -11,7 +12,7 @@ import statistics
 import torch
 
 from kernels.build import library
-from kernels.sampling import Sampling, kernel, reference
+from kernels.sampling import Sampling, head_kernel, head_reference, kernel, reference
 
 VERSIONS = (1, 2, 3)
 
@@ -51,6 +52,28 @@ def differing(version, rows, sizes, device, seed=0):
     return wrong
 
 
+def head_problem(rng, V, device):
+    """The arguments of head_reference() by chance. The numbers are eighths, so that their sums are exact in any order; there are ties,
+    and now and then a row that has no token."""
+    g = torch.Generator().manual_seed(rng.getrandbits(63))
+    B, D, dtype = rng.randint(1, 9), rng.choice((8, 64, 200, 512)), rng.choice((torch.float32, torch.bfloat16))
+    x, weight = (torch.randint(-4, 5, (n, D), generator=g).div(8).to(dtype) for n in (B, V))
+    if rng.random() < 0.1:
+        x[rng.randrange(B), rng.randrange(D)] = rng.choice((torch.nan, torch.inf))
+    seed, step = (torch.randint(-2 ** 63, 2 ** 63 - 1, (B,), generator=g) for _ in range(2))
+    return (x.to(device), weight.to(device), rng.choice((0, 0.05, 0.8, 1, 3)), seed.to(device), step.to(device), rng.randrange(9))
+
+
+def differing_heads(rows, sizes, device, seed=0):
+    """As differing(), of v4: heads of up to nine rows."""
+    rng, wrong = random.Random(seed), 0
+    while rows > 0:
+        p = head_problem(rng, rng.choice(sizes), device)
+        wrong += (head_kernel(*p) != head_reference(*p)).sum().item()
+        rows -= len(p[0])
+    return wrong
+
+
 def captured(f):
     """Up to 20 calls of f() as one CUDA graph, fewer if f is slow: a function that runs it and says the seconds of a call."""
     f()  # what is prepared at the first call is not timed
@@ -70,6 +93,18 @@ def seconds(f):
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3
+
+
+def compare(functions, to, size):
+    """How long each takes as a CUDA graph, the one named `to` also uncaptured, and how its time is beside that one's. size: bytes that
+    must be read."""
+    runs = {name: captured(f) for name, f in functions.items()} | {"uncaptured": lambda: seconds(functions[to])}
+    times = [{name: run() for name, run in runs.items()} for _ in range(11)][1:]  # the first is to warm up
+    for name in runs:
+        t = statistics.median(r[name] for r in times)
+        ratios = sorted(r[to] / r[name] for r in times)
+        print(f"  {name:<15}{t * 1e6:10.1f} us {size / t / 1e9:9.1f} GB/s   "
+              f"{statistics.median(ratios):8.2f} times as fast as {to} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
 
 
 def candidates(logits, s):
@@ -92,6 +127,7 @@ def main():
         for rows, sizes in cases:
             wrong, what = differing(v, rows, sizes, device), " or ".join(map(str, sizes))
             print(f"v{v}: {wrong} of {rows} random rows of {what} entries differ from the reference")
+    print(f"v4: {differing_heads(100, (256, 2050), device)} of 100 rows through random heads of 256 or 2050 entries differ")
     if device == "cpu":
         print("No GPU here: that was the kernel's source on the CPU. How fast it is only a GPU can tell.")
         return
@@ -100,15 +136,17 @@ def main():
     for V in (2050, 152064):
         for B in (1, 64):
             logits = torch.randn(B, V, device=device).mul(3).bfloat16()
-            functions = candidates(logits, s)
-            runs = {name: captured(f) for name, f in functions.items()} | {"uncaptured": lambda f=functions["PyTorch"]: seconds(f)}
-            times = [{name: run() for name, run in runs.items()} for _ in range(11)][1:]  # the first is to warm up
             print(f"{B} x {V}")
-            for name in runs:
-                t = statistics.median(r[name] for r in times)
-                ratios = sorted(r["PyTorch"] / r[name] for r in times)
-                print(f"  {name:<11}{t * 1e6:10.1f} us {logits.nbytes / t / 1e9:9.1f} GB/s   "
-                      f"{statistics.median(ratios):8.2f} times as fast as PyTorch ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+            compare(candidates(logits, s), "PyTorch", logits.nbytes)
+
+    print("\nThe head and the draw, bfloat16, temperature 0.8; GB/s: of its weights")
+    for V, D in ((2050, 1024), (152064, 3584)):
+        weight = torch.randn(V, D, device=device, dtype=torch.bfloat16) * 0.02
+        for B in (1, 4, 64):
+            x, ids, s = torch.randn(B, D, device=device, dtype=torch.bfloat16), torch.arange(B, device=device), Sampling(0.8)
+            print(f"{B} x {D} x {V}")
+            compare({"product, v3": lambda: by_kernel(3, x @ weight.T, s, ids, ids),
+                     "v4": lambda: head_kernel(x, weight, s.temperature, ids, ids)}, "product, v3", weight.nbytes)
 
 
 if __name__ == "__main__":

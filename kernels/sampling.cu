@@ -5,6 +5,7 @@
    v1  a thread has a row: the algorithm, and nothing else
    v2  a block has a row: its threads add through shuffles, and find a threshold eight bits at a time
    v3  a row is spread over the card: each block keeps a part in its shared memory, and they meet where they need the whole
+   v4  the product that makes the logits as well, which then are never in memory: no top-k, no top-p, and other random numbers
 
    The order of the threads does not matter, for what is added or compared is an integer. Fractions occur only between a logit and
    its weight, one IEEE rounding at a time: __fmul_rn is a product that no compiler may merge with the sum that follows it.
@@ -85,15 +86,20 @@ __device__ inline u64 enough(const Job& j, u64 sum) {
     return least > 1 ? least : 1;
 }
 
-// Where in the sum of all weights the draw falls: 0 .. whole - 1. Philox4x32-10.
-__device__ inline u64 mark_of(const Job& j, int row, u64 whole) {
-    unsigned a = j.step[row], b = j.step[row] >> 32, c = j.draw, d = 0, k = j.seed[row], l = j.seed[row] >> 32;
+// 53 random bits: Philox4x32-10.
+__device__ inline u64 bits_of(int64_t seed, int64_t step, unsigned draw, unsigned entry) {
+    unsigned a = step, b = step >> 32, c = draw, d = entry, k = seed, l = seed >> 32;
     for (int round = 0; round < 10; round++) {
         u64 ac = u64(a) * 0xD2511F53, bd = u64(c) * 0xCD9E8D57;
         a = unsigned(bd >> 32) ^ b ^ k, b = bd, c = unsigned(ac >> 32) ^ d ^ l, d = ac;
         k += 0x9E3779B9, l += 0xBB67AE85;
     }
-    double share = (u64(a) << 21 | b >> 11) * 0x1p-53; // [0, 1)
+    return u64(a) << 21 | b >> 11;
+}
+
+// Where in the sum of all weights the draw falls: 0 .. whole - 1.
+__device__ inline u64 mark_of(const Job& j, int row, u64 whole) {
+    double share = bits_of(j.seed[row], j.step[row], j.draw, 0) * 0x1p-53; // [0, 1)
     u64 mark = share * double(whole);
     return mark < whole ? mark : whole - 1;
 }
@@ -368,6 +374,88 @@ __global__ void __launch_bounds__(THREADS) v3(Job j) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// v4: the head's product as well (FlashSampling, arXiv 2603.15854). The entry with the largest logit / temperature + Gumbel noise is a
+// draw from the softmax, and the largest of a row is the largest among what is largest in its parts. So a logit is forgotten as soon
+// as it is known. Which weights are the k largest could not be said that way.
+
+// What there is to do; class HeadJob in sampling.py is the same.
+struct HeadJob {
+    const void *x, *weight;     // (rows, D), (V, D), float or bfloat16, D a multiple of 8
+    const int64_t *seed, *step; // (rows,)
+    int64_t* token;             // (rows,), to be filled
+    u64* scratch;               // (2 * THREADS,)
+    float scale;                // log2(e) / temperature; 0: the likeliest token
+    unsigned draw;
+    int rows, V, D, bfloat16;
+};
+
+const int SIDE = 4; // rows that share one reading of the weights
+const int TILE = 8; // entries that a warp computes one after another, to add the noise to all of them at a time
+
+struct alignas(16) Chunk { unsigned word[4]; }; // what a thread reads at a time: 4 floats or 8 bfloat16
+
+__device__ inline float product(const Chunk& a, const Chunk& b, bool bfloat16) {
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        unsigned u = a.word[i], v = b.word[i];
+        if (bfloat16) sum += __uint_as_float(u << 16) * __uint_as_float(v << 16), u &= 0xFFFF0000, v &= 0xFFFF0000;
+        sum += __uint_as_float(u) * __uint_as_float(v);
+    }
+    return sum;
+}
+
+__device__ inline float of_warp(float x) {
+    for (int d = 16; d; d /= 2) x += __uint_as_float(__shfl_xor_sync(~0u, __float_as_uint(x), d));
+    return x;
+}
+
+// Of an entry whose logit is x. The noise is -log2(-log2 u), u in (0, 1): Gumbel's in units of log 2, less a constant.
+__device__ inline float score(const HeadJob& j, int row, int i, float x) {
+    if (j.scale == 0) return x;
+    double u = ((bits_of(j.seed[row], j.step[row], j.draw, i) >> 1) + 0.5) * 0x1p-52;
+    return __fmul_rn(x, j.scale) + float(-log2(-log2(u)));
+}
+
+template <class F> __device__ inline void each_row(int side, F f) { // unrolled, so that what f has of each row is in registers
+#pragma unroll
+    for (int r = 0; r < SIDE; r++)
+        if (r < side) f(r);
+}
+
+__global__ void __launch_bounds__(THREADS) v4(HeadJob j) {
+    Part p{*(Shared*)shared_memory(), nullptr, 0, 0, 0, int(blockIdx.x), int(gridDim.x), nullptr, j.scratch, 0};
+    const Chunk *weight = (const Chunk*)j.weight, *x = (const Chunk*)j.x;
+    int lane = threadIdx.x % 32, warp = (blockIdx.x * THREADS + threadIdx.x) / 32, warps = gridDim.x * THREADS / 32;
+    int chunks = j.D / (j.bfloat16 ? 8 : 4);
+    for (int first = 0; first < j.rows; first += SIDE) {
+        int side = min(SIDE, j.rows - first);
+        u64 best[SIDE] = {};
+        for (int tile = warp * TILE; tile < j.V; tile += warps * TILE) {
+            float mine[SIDE] = {}; // the logits of entry tile + lane
+            for (int i = 0; i < min(TILE, j.V - tile); i++) {
+                float sums[SIDE] = {};
+#pragma unroll 4
+                for (int c = lane; c < chunks; c += 32) {
+                    Chunk w = weight[int64_t(tile + i) * chunks + c];
+                    each_row(side, [&](int r) { sums[r] += product(w, x[int64_t(first + r) * chunks + c], j.bfloat16); });
+                }
+                each_row(side, [&](int r) {
+                    float logit = of_warp(sums[r]);
+                    if (lane == i) mine[r] = logit;
+                });
+            }
+            if (lane < TILE && tile + lane < j.V)
+                each_row(side, [&](int r) { best[r] = max(best[r], place(score(j, first + r, tile + lane, mine[r]), tile + lane)); });
+        }
+        each_row(side, [&](int r) {
+            u64 most = of_row(p, best[r], true);
+            if (p.rank == 0 && threadIdx.x == 0) j.token[first + r] = finite(most) ? entry(most) : -1;
+        });
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // from the host: 0, or CUDA's number of the error
 
 extern "C" int usable() { // is there a card, and a driver that knows this version of CUDA?
@@ -392,4 +480,15 @@ extern "C" int sample(const Job* job, int version, cudaStream_t stream) {
     cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, v3, THREADS, bytes);
     int groups = min(j.rows, processors * resident / j.blocks); // a grid whose blocks meet must all be there at a time
     return cudaLaunchCooperativeKernel(v3, dim3(groups * j.blocks), dim3(THREADS), args, bytes, stream);
+}
+
+extern "C" int sample_head(const HeadJob* job, cudaStream_t stream) {
+    HeadJob j = *job;
+    void* args[] = {&j};
+    int device, processors, resident;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, v4, THREADS, sizeof(Shared));
+    int blocks = min(min(processors * resident, THREADS), (j.V + TILE * THREADS / 32 - 1) / (TILE * THREADS / 32));
+    return cudaLaunchCooperativeKernel(v4, dim3(blocks), dim3(THREADS), args, sizeof(Shared), stream);
 }

@@ -115,9 +115,9 @@ def uniform(seed, step, draw):
     return bits_of(seed, step, draw).double() * 2.0 ** -53
 
 
-def bits_of(seed, step, draw):
+def bits_of(seed, step, draw, entry=0):
     """53 random bits, of integers or of int64 tensors."""
-    a, b, _, _ = philox((step & MASK, step >> 32 & MASK, step * 0 + draw, step * 0), (seed & MASK, seed >> 32 & MASK))
+    a, b, _, _ = philox((step & MASK, step >> 32 & MASK, step * 0 + draw, step * 0 + entry), (seed & MASK, seed >> 32 & MASK))
     return a << 21 | b >> 11
 
 
@@ -171,15 +171,56 @@ def kernel(logits: Tensor, seed: Tensor, step: Tensor, recent: Tensor | None, ta
     job = Job(*map(address, (logits, seed, step, recent, table, token, fetched, scratch)), logits.stride(0), top_p,
               scale(temperature) if temperature else 0, penalty, 1 / penalty, draw, B, V, 0 if recent is None else recent.shape[1],
               0 if table is None else table.shape[1] * table.element_size() // 4, top_k, logits.dtype == torch.bfloat16)
-    with torch.cuda.device_of(logits):
-        stream = torch.cuda.current_stream().cuda_stream if logits.is_cuda else None
-        error = lib.sample(ctypes.byref(job), version, ctypes.c_void_p(stream))
-    if error:
-        raise RuntimeError(f"sampling.cu, version {version}: CUDA's error {error}")
+    launch(lib.sample, job, logits, version)
     return token, fetched
+
+
+def launch(function, job, tensor, *more):
+    """On the current stream of the device that holds the tensor."""
+    with torch.cuda.device_of(tensor):
+        stream = torch.cuda.current_stream().cuda_stream if tensor.is_cuda else None
+        error = function(ctypes.byref(job), *more, ctypes.c_void_p(stream))
+    if error:
+        raise RuntimeError(f"sampling.cu: CUDA's error {error}")
 
 
 @kernel.register_fake
 def kernel_fake(logits, seed, step, recent, table, draw, temperature, top_k, top_p, penalty, version=3):
     B = len(logits)
     return logits.new_empty(B, dtype=torch.int64), logits.new_empty(0) if table is None else table.new_empty(B, table.shape[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the head's product and the draw in one: for the laboratory, the engine keeps them apart
+
+
+def head_reference(x, weight, temperature, seed, step, draw=0):
+    """x (B, D), weight (V, D) -> tokens (B,) from the softmax of x weight^T / temperature: the largest of it plus Gumbel noise. The
+    distribution is that of sample(), the tokens are others. -1 for a row whose largest is not a number."""
+    scores = x.float() @ weight.float().T
+    if temperature > 0:
+        entries = torch.arange(len(weight), device=x.device)
+        u = ((bits_of(seed[:, None], step[:, None], draw, entries) >> 1).double() + 0.5) * 2.0 ** -52
+        scores = scores * scale(temperature) + (-(-u.log2()).log2()).float()
+    top, best = scores.max(-1)
+    return torch.where(top.isfinite(), best, -1)
+
+
+class HeadJob(ctypes.Structure):
+    """sampling.cu's struct of this name."""
+    _fields_ = [(name, kind) for kind, names in (
+        (ctypes.c_void_p, "x weight seed step token scratch"), (ctypes.c_float, "scale"), (ctypes.c_uint, "draw"),
+        (ctypes.c_int, "rows V D bfloat16")) for name in names.split()]
+
+
+def head_kernel(x, weight, temperature, seed, step, draw=0):
+    """The same by v4 of sampling.cu, of contiguous tensors of one type, float32 or bfloat16, D a multiple of 8. Where sums are exact
+    in float32 the tokens are the same; elsewhere two that all but tie may change places."""
+    (B, D), V = x.shape, len(weight)
+    lib = library("sampling", x.device.type)
+    assert x.dtype == weight.dtype and x.is_contiguous() and weight.is_contiguous() and D % 8 == 0, (x.shape, x.dtype, weight.dtype)
+    token, scratch = (torch.empty(n, dtype=torch.int64, device=x.device) for n in (B, lib.scratch_size()))
+    job = HeadJob(*(t.data_ptr() for t in (x, weight, seed, step, token, scratch)), scale(temperature) if temperature else 0, draw,
+                  B, V, D, x.dtype == torch.bfloat16)
+    launch(lib.sample_head, job, x)
+    return token

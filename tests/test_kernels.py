@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from kernels import build
-from kernels.bench import VERSIONS, by_kernel, differing
+from kernels.bench import VERSIONS, by_kernel, differing, differing_heads
 from kernels.build import library
-from kernels.sampling import Sampling, kernel, reference, sample, sample_and_embed
+from kernels.sampling import Sampling, head_kernel, head_reference, kernel, reference, sample, sample_and_embed
 
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
 every_version = pytest.mark.parametrize("version", VERSIONS)
@@ -146,6 +146,35 @@ def test_in_a_cuda_graph(version, V, device):
         logits.normal_()
         graph.replay()
         assert tokens.equal(reference(logits, s, seed, torch.full_like(step, i)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# v4: the head's product and the draw
+
+
+@pytest.mark.parametrize("sizes", [(1, 7, 256), (2050,)])
+def test_random_heads(sizes, device):
+    assert differing_heads(20, sizes, device) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("thousand", range(10))
+def test_ten_thousand_rows_through_random_heads(thousand, device):
+    assert differing_heads(980, (60, 256, 300), device, 400 + thousand) == 0
+    assert differing_heads(20, (1023, 2050), device, 500 + thousand) == 0
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("f", [head_reference, head_kernel])
+def test_the_distribution_of_a_head(f, device):
+    n = 20000 if f is head_reference or device == "cuda" else 2000
+    g = torch.Generator().manual_seed(1)
+    x, weight = torch.randn(16, generator=g), torch.randn(24, 16, generator=g) * 0.3
+    p = (weight.double() @ x.double() / 1.3).softmax(-1)
+    steps = torch.arange(n, device=device)
+    tokens = f(x.to(device).expand(n, -1).contiguous(), weight.to(device), 1.3, torch.full_like(steps, 5), steps).cpu()
+    assert distance(tokens, p) < 4
+    assert distance(tokens, p.softmax(-1)) > 10  # it would notice
 
 
 # ---------------------------------------------------------------------------------------------------------------------
