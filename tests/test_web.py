@@ -383,7 +383,8 @@ async def test_a_model_that_breaks_ends_its_conversations_and_says_so(speaker):
 def command(world, *more):
     """chat.py --web in a process: (process, address)"""
     process = subprocess.Popen([sys.executable, "chat.py", "--checkpoint", str(world / "flm"), "--web", *more], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background ignores it
     line = process.stdout.readline()
     assert "Talk to it at " in line, process.communicate()
     return process, line.split("Talk to it at ")[1].split(" ")[0]
