@@ -20,7 +20,7 @@ from files import SAMPLE_RATE
 from mimi import FRAME
 from streams import FRAME_RATE
 
-DEPTH = 12  # frames that may wait to be played: about a second; more, and the oldest are dropped
+MOST = 12  # frames that may wait to be played: about a second; more, and the oldest are dropped
 WINDOW = 50  # frames over which nothing may have been late before the delay is taken back: 4 s
 QUIET = 0.005  # rms of a frame that can be left out unheard: -46 dB
 FADE = 120  # samples: 5 ms
@@ -77,10 +77,10 @@ class Jitter:
         self.frames, self.next = {}, None  # what waits, and which is to be played now
         self.last, self.whole = np.zeros(FRAME, np.float32), True  # what was played, and whether it was a real frame
         self.waits = 0  # pops since then for which nothing was there
-        self.low, self.count, self.spare = DEPTH, 0, 0  # the least depth in this window, its pops, frames not needed in the last
+        self.low, self.count, self.spare = MOST, 0, 0  # the fewest that waited in this window, its pops, frames not needed in the last
 
     @property
-    def depth(self):
+    def waiting(self):
         """Frames from the one to be played now to the newest one."""
         return max(self.frames) - self.next + 1 if self.frames else 0
 
@@ -91,8 +91,8 @@ class Jitter:
         if n < self.next:
             return False
         self.frames[n] = frame
-        if self.depth > DEPTH:
-            self.go_to(max(self.frames) - DEPTH + 1)
+        if self.waiting > MOST:
+            self.go_to(max(self.frames) - MOST + 1)
         return True
 
     def pop(self):
@@ -114,11 +114,11 @@ class Jitter:
 
     def take_back(self):
         """Leave out a quiet frame while fewer have been left out than waited for a whole window without need."""
-        self.low, self.count = min(self.low, self.depth), self.count + 1
+        self.low, self.count = min(self.low, self.waiting), self.count + 1
         if self.count == WINDOW:
-            self.low, self.count, self.spare = self.depth, 0, max(0, self.low - 1)
+            self.low, self.count, self.spare = self.waiting, 0, max(0, self.low - 1)
         frame = self.frames.get(self.next)
-        if self.spare and frame is not None and self.depth > 1 and np.sqrt(np.mean(frame * frame)) < QUIET:
+        if self.spare and frame is not None and self.waiting > 1 and np.sqrt(np.mean(frame * frame)) < QUIET:
             self.go_to(self.next + 1)
             self.spare -= 1
 

@@ -133,7 +133,3 @@ def show(name, config, stages, gpus, card, utilisation, eight_bit):
         days = seconds * stage.steps / 86400
         print(f"  {stage.name:26} {p.flops / 1e15:7.2f} PFLOP {seconds:8.2f} s {p.frames / seconds:10.0f} {days:8.2f}")
     print(f"\n  {p.useful / p.frames / 1e9:.1f} GFLOP a frame (17 tokens), {p.flops / p.useful - 1:.0%} more for what is computed twice")
-
-
-if __name__ == "__main__":
-    print(__doc__)

@@ -14,7 +14,7 @@ import torch
 import live
 from conftest import ROOT, run
 from engine import Speaker
-from live import DEPTH, Jitter, converse_live, talk_to_microphone
+from live import MOST, Jitter, converse_live, talk_to_microphone
 from mimi import FRAME
 
 
@@ -36,22 +36,22 @@ def frame_of(n, loud=0.1):
 
 
 def play(arrivals, pops, frame=frame_of):
-    """What a Jitter plays every 80 ms: (numbers or None, depths, sound of each)"""
-    jitter, arrivals, numbers, depths, sounds = Jitter(), list(arrivals), [], [], []
+    """What a Jitter plays every 80 ms: (numbers or None, lengths, sound of each)"""
+    jitter, arrivals, numbers, lengths, sounds = Jitter(), list(arrivals), [], [], []
     for t in range(pops):
         while arrivals and arrivals[0][0] <= 0.08 * t:
             n = arrivals.pop(0)[1]
             jitter.put(n, frame(n))
         sound, n = jitter.pop()
         numbers.append(n)
-        depths.append(jitter.depth)
+        lengths.append(jitter.waiting)
         sounds.append(sound)
-    return numbers, depths, sounds
+    return numbers, lengths, sounds
 
 
 def test_a_good_link_is_played_whole_and_at_once():
-    numbers, depths, sounds = play([(0.08 * n + 0.01, n) for n in range(200)], 200)
-    assert numbers[1:] == list(range(199)) and max(depths) == 0
+    numbers, lengths, sounds = play([(0.08 * n + 0.01, n) for n in range(200)], 200)
+    assert numbers[1:] == list(range(199)) and max(lengths) == 0
     assert all(np.array_equal(s, frame_of(n)) or n == 0 for s, n in zip(sounds[1:], numbers[1:]))  # the first one fades in
 
 
@@ -59,11 +59,11 @@ def test_a_good_link_is_played_whole_and_at_once():
 def test_bursts_of_200_ms_and_a_loss_of_2_percent_leave_the_conversation_intact(seed):
     frames = 7500  # ten minutes
     arrivals = link(frames, seed=seed)
-    numbers, depths, _ = play(arrivals, frames)
+    numbers, lengths, _ = play(arrivals, frames)
     played = [n for n in numbers if n is not None]
     assert played == sorted(set(played)), "in order, none twice"
     assert len(played) > 0.97 * frames and len(played) > 0.99 * len(arrivals), "what arrived was played"
-    assert max(depths) <= 6 and max(depths[-750:]) <= 6, "and not ever later"
+    assert max(lengths) <= 6 and max(lengths[-750:]) <= 6, "and not ever later"
 
 
 def test_the_delay_is_taken_back_in_pauses_only():
@@ -71,7 +71,7 @@ def test_the_delay_is_taken_back_in_pauses_only():
     arrivals = sorted([(0.08 * n + 0.01, n) for n in [*range(20), *range(80, 1000)]] + late)
     delay = lambda numbers: [t - n for t, n in enumerate(numbers) if n is not None]
     loud, quiet = (delay(play(arrivals, 1000, lambda n: frame_of(n, level))[0]) for level in (0.1, 0.001))
-    assert max(loud) <= DEPTH + 1 and loud[-1] > 5, "speech is never cut"
+    assert max(loud) <= MOST + 1 and loud[-1] > 5, "speech is never cut"
     assert quiet[-1] <= 2
 
 
@@ -79,7 +79,7 @@ def test_what_waits_never_grows():
     jitter = Jitter()
     for n in [*range(1000), 10 ** 9, 2 ** 32 - 1]:
         jitter.put(n, frame_of(0))
-        assert len(jitter.frames) <= DEPTH and jitter.depth <= DEPTH
+        assert len(jitter.frames) <= MOST and jitter.waiting <= MOST
     assert jitter.put(5, frame_of(0)) is False and jitter.pop()[1] is None
 
 
