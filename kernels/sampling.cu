@@ -383,7 +383,7 @@ struct HeadJob {
     const void *x, *weight;     // (rows, D), (V, D), float or bfloat16, D a multiple of 8
     const int64_t *seed, *step; // (rows,)
     int64_t* token;             // (rows,), to be filled
-    u64* scratch;               // (2 * THREADS,)
+    u64* scratch;               // (2 * THREADS,): boards
     float scale;                // log2(e) / temperature; 0: the likeliest token
     unsigned draw;
     int rows, V, D, bfloat16;
@@ -465,30 +465,37 @@ extern "C" int usable() { // is there a card, and a driver that knows this versi
 
 extern "C" int scratch_size() { return SCRATCH; }
 
+static int processors() {
+    int device, count;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    return count;
+}
+
+// How many blocks a grid may have whose blocks meet: all must be there at a time.
+template <class F> static int at_a_time(F f, size_t bytes) {
+    int resident;
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, f, THREADS, bytes);
+    return processors() * resident;
+}
+
 extern "C" int sample(const Job* job, int version, cudaStream_t stream) {
     Job j = *job;
     void* args[] = {&j};
     if (version == 1) return cudaLaunchKernel(v1, dim3((j.rows + 31) / 32), dim3(32), args, 0, stream);
     if (version == 2) return cudaLaunchKernel(v2, dim3(j.rows), dim3(1024), args, sizeof(Shared), stream);
 
-    int device, processors, resident;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    j.blocks = j.V <= PART ? 1 : max((j.V + PART - 1) / PART, min(processors / j.rows, THREADS));
+    j.blocks = j.V <= PART ? 1 : max((j.V + PART - 1) / PART, min(processors() / j.rows, THREADS));
     size_t bytes = sizeof(Shared) + sizeof(unsigned) * ((j.V + j.blocks - 1) / j.blocks);
     if (j.blocks == 1) return cudaLaunchKernel(v3, dim3(j.rows), dim3(THREADS), args, bytes, stream);
-    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, v3, THREADS, bytes);
-    int groups = min(j.rows, processors * resident / j.blocks); // a grid whose blocks meet must all be there at a time
+    int groups = min(j.rows, at_a_time(v3, bytes) / j.blocks);
     return cudaLaunchCooperativeKernel(v3, dim3(groups * j.blocks), dim3(THREADS), args, bytes, stream);
 }
 
 extern "C" int sample_head(const HeadJob* job, cudaStream_t stream) {
     HeadJob j = *job;
     void* args[] = {&j};
-    int device, processors, resident;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, v4, THREADS, sizeof(Shared));
-    int blocks = min(min(processors * resident, THREADS), (j.V + TILE * THREADS / 32 - 1) / (TILE * THREADS / 32));
+    const int each = TILE * THREADS / 32; // entries that a block computes in one go
+    int blocks = min(min(at_a_time(v4, sizeof(Shared)), THREADS), (j.V + each - 1) / each);
     return cudaLaunchCooperativeKernel(v4, dim3(blocks), dim3(THREADS), args, sizeof(Shared), stream);
 }

@@ -93,8 +93,8 @@ POWERS = (0.0018671308644115925, 0.009017028845846653, 0.05579991266131401, 0.24
 
 
 def scale(temperature):
-    """log2(e) / temperature, but finite: 0 times it must be 0."""
-    return min(math.log2(math.e) / temperature, 3e38)
+    """log2(e) / temperature, but finite: 0 times it must be 0. For temperature 0, which the kernels take for greedy, 0."""
+    return min(math.log2(math.e) / temperature, 3e38) if temperature else 0.0
 
 
 def weights(x, temperature):
@@ -139,12 +139,16 @@ def philox(counter, key):
 # the kernel
 
 
+def fields(*kinds):
+    """A structure's: (type, "names"), ..."""
+    return [(name, kind) for kind, names in kinds for name in names.split()]
+
+
 class Job(ctypes.Structure):
     """sampling.cu's struct of this name."""
-    _fields_ = [(name, kind) for kind, names in (
+    _fields_ = fields(
         (ctypes.c_void_p, "logits seed step recent table token fetched scratch"), (ctypes.c_int64, "stride"), (ctypes.c_double, "top_p"),
-        (ctypes.c_float, "scale penalty inverse"), (ctypes.c_uint, "draw"), (ctypes.c_int, "rows V n width top_k bfloat16 blocks"),
-    ) for name in names.split()]
+        (ctypes.c_float, "scale penalty inverse"), (ctypes.c_uint, "draw"), (ctypes.c_int, "rows V n width top_k bfloat16 blocks"))
 
 
 @torch.library.custom_op("nanoflm::sample", mutates_args=())
@@ -169,7 +173,7 @@ def kernel(logits: Tensor, seed: Tensor, step: Tensor, recent: Tensor | None, ta
     scratch = logits.new_empty((B, V // 2 + 1 if version == 2 else lib.scratch_size()), dtype=torch.int64)
     address = lambda x: None if x is None else x.data_ptr()
     job = Job(*map(address, (logits, seed, step, recent, table, token, fetched, scratch)), logits.stride(0), top_p,
-              scale(temperature) if temperature else 0, penalty, 1 / penalty, draw, B, V, 0 if recent is None else recent.shape[1],
+              scale(temperature), penalty, 1 / penalty, draw, B, V, 0 if recent is None else recent.shape[1],
               0 if table is None else table.shape[1] * table.element_size() // 4, top_k, logits.dtype == torch.bfloat16)
     launch(lib.sample, job, logits, version)
     return token, fetched
@@ -208,9 +212,8 @@ def head_reference(x, weight, temperature, seed, step, draw=0):
 
 class HeadJob(ctypes.Structure):
     """sampling.cu's struct of this name."""
-    _fields_ = [(name, kind) for kind, names in (
-        (ctypes.c_void_p, "x weight seed step token scratch"), (ctypes.c_float, "scale"), (ctypes.c_uint, "draw"),
-        (ctypes.c_int, "rows V D bfloat16")) for name in names.split()]
+    _fields_ = fields((ctypes.c_void_p, "x weight seed step token scratch"), (ctypes.c_float, "scale"), (ctypes.c_uint, "draw"),
+                      (ctypes.c_int, "rows V D bfloat16"))
 
 
 def head_kernel(x, weight, temperature, seed, step, draw=0):
@@ -218,9 +221,10 @@ def head_kernel(x, weight, temperature, seed, step, draw=0):
     in float32 the tokens are the same; elsewhere two that all but tie may change places."""
     (B, D), V = x.shape, len(weight)
     lib = library("sampling", x.device.type)
-    assert x.dtype == weight.dtype and x.is_contiguous() and weight.is_contiguous() and D % 8 == 0, (x.shape, x.dtype, weight.dtype)
+    assert x.dtype == weight.dtype and D % 8 == 0 and seed.shape == step.shape == (B,), (x.shape, x.dtype, weight.dtype, seed.shape)
+    assert all(t.is_contiguous() for t in (x, weight, seed, step))
     token, scratch = (torch.empty(n, dtype=torch.int64, device=x.device) for n in (B, lib.scratch_size()))
-    job = HeadJob(*(t.data_ptr() for t in (x, weight, seed, step, token, scratch)), scale(temperature) if temperature else 0, draw,
-                  B, V, D, x.dtype == torch.bfloat16)
+    job = HeadJob(*(t.data_ptr() for t in (x, weight, seed, step, token, scratch)), scale(temperature), draw, B, V, D,
+                  x.dtype == torch.bfloat16)
     launch(lib.sample_head, job, x)
     return token

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kernels import build
-from kernels.bench import VERSIONS, by_kernel, differing, differing_heads
+from kernels.bench import VERSIONS, by_kernel, differing
 from kernels.build import library
 from kernels.sampling import Sampling, head_kernel, head_reference, kernel, reference, sample, sample_and_embed
 
@@ -154,14 +154,14 @@ def test_in_a_cuda_graph(version, V, device):
 
 @pytest.mark.parametrize("sizes", [(1, 7, 256), (2050,)])
 def test_random_heads(sizes, device):
-    assert differing_heads(20, sizes, device) == 0
+    assert differing(4, 20, sizes, device) == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("thousand", range(10))
 def test_ten_thousand_rows_through_random_heads(thousand, device):
-    assert differing_heads(980, (60, 256, 300), device, 400 + thousand) == 0
-    assert differing_heads(20, (1023, 2050), device, 500 + thousand) == 0
+    assert differing(4, 980, (60, 256, 300), device, 400 + thousand) == 0
+    assert differing(4, 20, (1023, 2050), device, 500 + thousand) == 0
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
