@@ -30,16 +30,16 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from engine import Speaker
-from files import SAMPLE_RATE, read_audio, replace_when_done, write_audio
-from live import Transcript
-from manifest import read_manifest
+from chat import DuplexModel
+from files.atomic import replace_when_done
+from files.audio import SAMPLE_RATE, read_audio, write_audio
+from live.transcript import Transcript
+from files.manifest import read_manifest
 from mimi import FRAME, Mimi, log_spectral_distance, mel_filters
-from recogniser import get_recogniser
-from streams import LATE, LISTEN, ROWS, SPEAK, TEXT
-from toy import SHARES
-from turns import (LEAD, Reply, World, first, hold, keep_talk, read_talks, report_turns, score_all, share_line, silence, speech,
-                   wilson, words_of)
+from evals.recogniser import get_recogniser
+from streams import DELAYED, LISTEN, ROWS, SPEAK, TEXT
+from toy.world import KIND_PROPORTIONS
+from evals.turns import LEAD, Reply, World, first, run_scenarios, keep_talk, read_talks, report_turns, score_all, share_line, silence, speech, wilson, words_of
 
 KINDS = ("repeat", "count", "next", "opposite")  # of requests that are asked for their answers: no chants, no stories
 LISTEN_ON = 2.5  # seconds that a recording goes on after the expected answer
@@ -59,7 +59,7 @@ def word_errors(found, right):
     return row[-1]
 
 
-class Shares:
+class Proportions:
     """Named counts of hits, printed as shares with their 95% intervals."""
 
     def __init__(self):
@@ -80,29 +80,29 @@ class Shares:
         return share_line(self.share(name), *wilson(self.hits[name], self.n[name]), self.n[name])
 
 
-def converse_all(speaker, sounds, seed, what, rows=50):
+def converse_all(duplex, sounds, seed, what, rows=50):
     """Many conversations, up to `rows` side by side, cut to the length of their sounds (N,): [(text tokens (T,), sound said (N,)), ...]
     Those of similar length should be neighbours. On a CPU each core has its own."""
-    cores = os.cpu_count() if speaker.device.type == "cpu" else 1
+    cores = os.cpu_count() if duplex.device.type == "cpu" else 1
     rows = max(1, min(rows, -(-len(sounds) // cores)))
     some = [sounds[i:i + rows] for i in range(0, len(sounds), rows)]
     padded = [torch.stack([F.pad(x, (0, max(map(len, part)) - len(x))) for x in part]) for part in some]
     bar = tqdm(total=sum(-(-x.shape[1] // FRAME) for x in padded), desc=f"{what}, {len(sounds)}", unit="frame", leave=False)
-    with ThreadPoolExecutor(cores, initializer=one_thread, initargs=(speaker,)) as pool:
-        talks = pool.map(lambda x, i: speaker.converse(x, seed + i, each=lambda t, text: bar.update()), padded, range(0, len(sounds), rows))
+    with ThreadPoolExecutor(cores, initializer=one_thread, initargs=(duplex,)) as pool:
+        talks = pool.map(lambda x, i: duplex.converse(x, seed + i, each=lambda t, text: bar.update()), padded, range(0, len(sounds), rows))
         out = [(t[:-(-len(x) // FRAME)], y[:len(x)]) for part, (text, said) in zip(some, talks) for x, t, y in zip(part, text, said)]
     bar.close()
     return out
 
 
-def one_thread(speaker):
-    if speaker.device.type == "cpu":
+def one_thread(duplex):
+    if duplex.device.type == "cpu":
         torch.set_num_threads(1)
 
 
-def written(speaker, text):
+def written(duplex, text):
     """The monologue of text tokens (T,): [(second, text), ...]"""
-    transcript = Transcript(speaker)
+    transcript = Transcript(duplex)
     for t, token in enumerate(text.tolist()):
         transcript.add(t, token)
     return [(piece["time"], piece["text"]) for piece in transcript.pieces]
@@ -112,16 +112,16 @@ def written(speaker, text):
 # answers
 
 
-def answers(speaker, recogniser, items, seed, shares, name):
+def answers(duplex, recogniser, items, seed, shares, name):
     """Each item's request, spoken to the model after a second of silence. Returns the conversations."""
     items = sorted(items, key=lambda d: len(d["turns"][1]["starts"]))
     users, replies = ([read_audio(d["turns"][i]["path"]) for d in items] for i in (0, 1))
     sounds = [torch.cat([silence(LEAD), u, silence(len(r) / SAMPLE_RATE + LISTEN_ON)]) for u, r in zip(users, replies)]
-    talks = converse_all(speaker, sounds, seed, name)
+    talks = converse_all(duplex, sounds, seed, name)
     languages = len({d.get("lang") for d in items})
     for d, user, reply, (text, said) in zip(items, users, replies, talks):
         right, end = d["turns"][1]["text"].split(), LEAD + len(user) / SAMPLE_RATE
-        wrote, heard, spans = words_of(written(speaker, text)), recogniser.hear(said), speech(said)
+        wrote, heard, spans = words_of(written(duplex, text)), recogniser.hear(said), speech(said)
         shares.add(f"{name} text", wrote == right)
         shares.add(f"{name} text, {d['kind']}", wrote == right)
         if languages > 1:
@@ -146,23 +146,23 @@ def ceiling(codec, recogniser, items, shares, name):
 
 
 @torch.inference_mode()
-def hearing(speaker, items, shares, name):
+def hearing(duplex, items, shares, name):
     """ASR style: each clip into the listening rows, nothing on the speaking ones; the text is what the model has understood."""
     sounds = [read_audio(d["turns"][0]["path"]) for d in items]
     N = max(map(len, sounds)) // FRAME * FRAME + 40 * FRAME
-    codes = speaker.codec.encode(torch.stack([F.pad(x, (6 * FRAME, N - len(x))) for x in sounds])[:, None].to(speaker.device))
-    v, state = speaker.vocab, speaker.model.init_state(len(items))
-    late, silent = LATE.to(speaker.device), codes.new_full(codes.shape[:2], v.empty)
+    codes = duplex.codec.encode(torch.stack([F.pad(x, (6 * FRAME, N - len(x))) for x in sounds])[:, None].to(duplex.device))
+    v, state = duplex.vocab, duplex.model.init_cache(len(items))
+    late, silent = DELAYED.to(duplex.device), codes.new_full(codes.shape[:2], v.empty)
     text, before, pieces = codes.new_full((len(items),), v.wait), silent, []
     for t, now in enumerate(codes.unbind(-1)):
-        spoken = torch.tensor([6 <= t < 6 - (-len(x) // FRAME) for x in sounds], device=speaker.device)
+        spoken = torch.tensor([6 <= t < 6 - (-len(x) // FRAME) for x in sounds], device=duplex.device)
         now = torch.where(spoken[:, None], now, silent)  # the clip and nothing else, as in post-training
-        column = torch.empty(len(items), ROWS, dtype=torch.long, device=speaker.device)
+        column = torch.empty(len(items), ROWS, dtype=torch.long, device=duplex.device)
         column[:, TEXT], column[:, SPEAK], column[:, LISTEN] = text, silent, torch.where(late, before, now)
-        text, before = speaker.model.text_logits(speaker.model.hidden_step(column, state))[:, :v.text_size].argmax(-1), now
+        text, before = duplex.model.text_logits(duplex.model.hidden_step(column, state))[:, :v.text_size].argmax(-1), now
         pieces.append(text)
     for d, tokens in zip(items, torch.stack(pieces, 1).cpu()):
-        right, found = d["turns"][0]["text"].split(), words_of(written(speaker, tokens))
+        right, found = d["turns"][0]["text"].split(), words_of(written(duplex, tokens))
         shares.add_right(f"{name} words heard", found, right)
         shares.add_right(f"{name} letters heard", "".join(found), "".join(right))
 
@@ -189,7 +189,7 @@ def codec_quality(codec, recogniser, dialogues, n, seed):
                              ("seen", "model", "the model's voice")):
         clips = {t["path"]: t["text"] for d in dialogues if d["split"] == split for t in d["turns"] if t["role"] == role}
         clips = random.Random(seed).sample(sorted(clips.items()), min(n, len(clips)))
-        shares, off = Shares(), 0.0
+        shares, off = Proportions(), 0.0
         for path, text in tqdm(clips, who, unit="clip", leave=False):
             sound = read_audio(path)
             heard = reconstruct(codec, sound)
@@ -243,37 +243,37 @@ def main():
         dialogues = list(read_manifest(os.path.join(args.data, "manifest.jsonl")))
         if args.codec:
             return codec_quality(Mimi.load(args.codec, args.device), recogniser, dialogues, args.items, args.seed)
-        evaluate(Speaker.load(args.checkpoint, args.device), recogniser, dialogues, args)
+        evaluate(DuplexModel.load(args.checkpoint, args.device), recogniser, dialogues, args)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
 
 
-def evaluate(speaker, recogniser, dialogues, args):
-    rng, shares, talks = random.Random(args.seed), Shares(), []
+def evaluate(duplex, recogniser, dialogues, args):
+    rng, shares, talks = random.Random(args.seed), Proportions(), []
     for name in ("seen", "new"):
         items = [d for d in dialogues if d["split"] == name and d["kind"] in KINDS]
         items = rng.sample(items, min(args.items, len(items)))
-        talks += answers(speaker, recogniser, items, args.seed, shares, name)
-        hearing(speaker, items, shares, name)
-        ceiling(speaker.codec, recogniser, items[:50], shares, name)
+        talks += answers(duplex, recogniser, items, args.seed, shares, name)
+        hearing(duplex, items, shares, name)
+        ceiling(duplex.codec, recogniser, items[:50], shares, name)
 
     def run(items, what):
         out = []
-        for item, (text, said) in zip(items, converse_all(speaker, [item.sound for item in items], args.seed, what)):
-            out.append(Reply(speech(said), written(speaker, text)))
+        for item, (text, said) in zip(items, converse_all(duplex, [item.sound for item in items], args.seed, what)):
+            out.append(Reply(speech(said), written(duplex, text)))
             if args.keep:
                 keep_talk(args.keep, item, said, out[-1].written)
         return out
 
-    table = score_all(hold(run, World(dialogues, args.tts, args.seed), 20 if args.smoke else args.items))
+    table = score_all(run_scenarios(run, World(dialogues, args.tts, args.seed), 20 if args.smoke else args.items))
     folder = os.path.join(args.checkpoint, "samples")
     kinds = {d["kind"]: (d, heard, text, said) for d, heard, (text, said) in reversed(talks)}  # the first of each
     print("\nThree of the conversations (left the user, right the model):")
-    for kind in [k for k in SHARES if k in kinds][:3]:
+    for kind in [k for k in KIND_PROPORTIONS if k in kinds][:3]:
         d, heard, text, said = kinds[kind]
         path = os.path.join(folder, f"{kind}.wav")
         write_audio(path, torch.stack([heard, said]))
-        print(f"  user: {d['turns'][0]['text']}\n    model: {' '.join(words_of(written(speaker, text)))}\n    {path}")
+        print(f"  user: {d['turns'][0]['text']}\n    model: {' '.join(words_of(written(duplex, text)))}\n    {path}")
     report(shares, args.seed)
     report_turns(table, args.checkpoint)
     path = os.path.join(args.checkpoint, "eval.json")

@@ -33,7 +33,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from files import SAMPLE_RATE, from_fields, is_safetensors, load_checkpoint, load_weights, read_audio, write_audio
+from files.audio import SAMPLE_RATE, read_audio, write_audio
+from published import kyutai
+from files.checkpoint import from_fields, is_safetensors, load_checkpoint, load_weights
 
 FRAME = 1920  # samples in one frame: 80 ms
 
@@ -501,8 +503,13 @@ class Mimi(nn.Module):
         """Mimi as published, with its first num_codebooks of 32: Kyutai's tokenizer-e351c8d8-checkpoint125.safetensors or
         the transformers library's kyutai/mimi model.safetensors. Raises ValueError for any tensor that is unknown, missing
         or of another shape."""
-        from published import load_mimi
-        return load_mimi(path, num_codebooks, config).to(device).eval()
+        weights, most = kyutai.read(path)
+        if not 1 <= num_codebooks <= most:
+            raise ValueError(f"{path}: has 1 to {most} codebooks to offer, not {num_codebooks}")
+        mimi = Mimi(dataclasses.replace(config, codebooks=most))
+        kyutai.fill(mimi, weights, config.heads, path)
+        mimi.keep(num_codebooks)
+        return mimi.to(device).eval()
 
     @staticmethod
     def load(path, device="cpu"):

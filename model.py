@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from files import from_fields, load_checkpoint, load_weights
-from parallel import fill
+from files.checkpoint import from_fields, load_checkpoint, load_weights
+from training.parallel import fill
 from streams import K, SPEAK, TEXT, Vocab
 
 
@@ -197,13 +197,13 @@ class Depth(nn.Module):
 # the whole
 
 
-def drawn_for(name, seed, device):
+def rng_for(name, seed, device):
     """A generator of random numbers for this name alone."""
     return torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
 
 
 @dataclass
-class State:
+class KVCache:
     """The memory of B conversations: for each layer a ring of the last C frames' keys and values, (B, G, C, E) each, and how
     many frames each conversation has had, (B,)."""
     keys: list
@@ -238,7 +238,7 @@ class FLM(nn.Module):
             value = torch.zeros(p.shape, device=p.device) if name.endswith("bias") else torch.ones(p.shape, device=p.device)
             if p.ndim > 1:
                 residual = name.endswith(("out.weight", "down.weight", "down"))
-                value.normal_(0.0, 0.02 / (2 * self.config.layers) ** 0.5 if residual else 0.02, generator=drawn_for(name, seed, p.device))
+                value.normal_(0.0, 0.02 / (2 * self.config.layers) ** 0.5 if residual else 0.02, generator=rng_for(name, seed, p.device))
             fill(p, value)
 
     @torch.no_grad()
@@ -250,7 +250,7 @@ class FLM(nn.Module):
             vectors = codebooks[group] - codebooks[group].mean(1, keepdim=True)
             spread = vectors.square().mean(1).sum(0).sum().sqrt()  # of the sum over the group
             for side in ("speak", "listen"):
-                generator = drawn_for(f"{side} {group}", seed, vectors.device)
+                generator = rng_for(f"{side} {group}", seed, vectors.device)
                 projection = torch.randn(vectors.shape[-1], self.config.width, device=vectors.device, generator=generator)
                 for table, v in zip(getattr(self, side)[group], vectors):
                     empty = torch.randn(1, self.config.width, device=vectors.device, generator=generator) * 0.02
@@ -275,10 +275,10 @@ class FLM(nn.Module):
         """h (..., D) -> (..., V)"""
         return self.head(h) * self.config.output_scale
 
-    def init_state(self, B):
+    def init_cache(self, B):
         c, w = self.config, self.head.weight
         keys, values = ([w.new_zeros(B, c.kv_heads, c.context, c.width // c.heads) for _ in self.blocks] for _ in range(2))
-        return State(keys, values, torch.zeros(B, dtype=torch.long, device=w.device))
+        return KVCache(keys, values, torch.zeros(B, dtype=torch.long, device=w.device))
 
     def hidden_step(self, column, state):
         """One frame: column (B, 17) -> h (B, D). The state moves on by one frame; what is older than the context is
@@ -317,7 +317,7 @@ class FLM(nn.Module):
         """(model, its vocabulary) from the FLM-Audio release in `folder` (config.json, *.safetensors), on the CPU. What its silence
         sounds like is not in there: the codec must tell. Raises ValueError for another kind of model, and for an unknown, missing
         or misshaped tensor."""
-        from published import load_release
+        from published.release import load_release
         return load_release(folder, context)
 
 

@@ -17,7 +17,6 @@ import argparse
 import base64
 import contextlib
 import ctypes
-import glob
 import hashlib
 import io
 import json
@@ -37,75 +36,15 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from files import SAMPLE_RATE, read_audio, read_json, replace_when_done
-from manifest import must_be_new, read_manifest, seconds_of, spoken_parts, where_is
+from files.atomic import read_json, replace_when_done
+from files.audio import SAMPLE_RATE, read_audio
+from files.manifest import read_manifest, seconds_of, spoken_parts, clip_key
 from mimi import FRAME, Mimi
-from mix import mix
-from tokenizer import PATTERN, get_tokenizer, load_tokenizer
-from toy import make_toy, speak_dialogues
-
-# ---------------------------------------------------------------------------------------------------------------------
-# corpora as they are downloaded -> a manifest
-
-
-def librispeech(folder):
-    """LibriSpeech: a *.trans.txt in each chapter's folder, with lines 'ID WORDS' for the files ID.flac."""
-    for transcript in sorted(glob.glob(os.path.join(folder, "**", "*.trans.txt"), recursive=True)):
-        with open(transcript, encoding="utf-8") as f:
-            for name, text in (line.rstrip("\n").split(" ", 1) for line in f if " " in line):
-                yield {"audio": os.path.join(os.path.dirname(transcript), name + ".flac"), "text": text.lower(), "lang": "en"}
-
-
-def ljspeech(folder):
-    """LJSpeech: metadata.csv with lines 'ID|text|text with numbers as words' for the files wavs/ID.wav."""
-    with open(os.path.join(folder, "metadata.csv"), encoding="utf-8") as f:
-        for name, _, text in (line.rstrip("\n").split("|") for line in f if line.strip()):
-            yield {"audio": os.path.join(folder, "wavs", name + ".wav"), "text": text, "lang": "en"}
-
-
-def conversations(path):
-    """Stereo conversations in the format of moshi-finetune, the model left and the user right: lines {"path", "duration"}, and
-    beside each sound file a .json with {"alignments": [[word, [start, end], speaker], ...]}."""
-    with open(path, encoding="utf-8") as f:
-        for number, line in enumerate(f, 1):
-            try:
-                audio = os.path.join(os.path.dirname(path), json.loads(line)["path"])
-                with open(os.path.splitext(audio)[0] + ".json", encoding="utf-8") as g:
-                    words = [(w.strip(), float(a), float(b), speaker) for w, (a, b), speaker in json.load(g)["alignments"]]
-            except (ValueError, KeyError, TypeError, OSError) as e:
-                raise ValueError(f"{path}, line {number}: {e}") from None
-            yield {"audio": audio, "sentences": sentences_of(words)}
-
-
-def sentences_of(words, pause=0.8, longest=20.0):
-    """Words (text, start, end, speaker) in order -> sentences: a new one after a full stop, a pause, or too long a time."""
-    out = []
-    for role in ("model", "user"):
-        begun = None
-        for text, start, end, _ in (w for w in words if (w[3] == "SPEAKER_MAIN") == (role == "model")):
-            if begun is None or start - begun["end"] > pause or end - begun["start"] > longest or begun["text"][-1] in ".?!。？！":
-                begun = {"role": role, "text": text, "start": start, "end": end}
-                out.append(begun)
-            else:
-                begun["text"], begun["end"] = f"{begun['text']} {text}", end
-    return sorted(out, key=lambda s: s["start"])
-
-
-CORPORA = {"librispeech": librispeech, "ljspeech": ljspeech, "conversations": conversations}
-
-
-def collect(corpus, source, out):
-    """Write out/manifest.jsonl for a corpus as it was downloaded."""
-    path = os.path.join(out, "manifest.jsonl")
-    must_be_new(path)
-    n = 0
-    with replace_when_done(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
-        for n, line in enumerate(tqdm(CORPORA[corpus](os.path.abspath(source)), corpus, unit="line"), 1):
-            f.write(json.dumps(line, ensure_ascii=False) + "\n")
-        if not n:
-            raise ValueError(f"{source}: there is nothing of {corpus} in it")
-    print(f"Wrote {n} lines to {path}; next: python prepare.py encode --data {out}")
-
+from corpora.mix import mix
+from corpora.readers import CORPORA, collect
+from files.tokenizer import PATTERN, get_tokenizer, load_tokenizer
+from corpora.dialogues import speak_dialogues
+from toy.script import make_toy
 
 # ---------------------------------------------------------------------------------------------------------------------
 # manifest -> codes and tokens
@@ -254,7 +193,7 @@ def encode_sounds(lines, copies, codec, codes):
         for t in spoken_parts(d):
             live = t.get("role") == "user"
             n = copies if live and d["split"] == "train" else 1
-            versions.setdefault(where_is(t), [(rng.randrange(FRAME) * live, 10 ** (rng.uniform(-6, 6) / 20) if live else 1.0)
+            versions.setdefault(clip_key(t), [(rng.randrange(FRAME) * live, 10 ** (rng.uniform(-6, 6) / 20) if live else 1.0)
                                               for _ in range(n)])
     jobs = sorted((seconds_of(*key), key, i) for key in versions for i in range(len(versions[key])))
     places = {key: [None] * len(versions[key]) for key in versions}
@@ -283,7 +222,7 @@ def encode_line(d, places, tokenizer, codec, codes):
     """A line of a manifest as training reads it."""
     line = {k: d[k] for k in ("id", "kind", "split", "annotated", "lang") if k in d}
     if "turns" in d:
-        encode_part = lambda t: {"text": t["text"], **tokens_of(t, tokenizer), "copies": places[where_is(t)]}
+        encode_part = lambda t: {"text": t["text"], **tokens_of(t, tokenizer), "copies": places[clip_key(t)]}
         line["turns"] = [{"role": t["role"], **encode_part(t)} for t in d["turns"]]
         if "interjections" in d:
             line["interjections"] = [{"at": t["at"], **encode_part(t)} for t in d["interjections"]]

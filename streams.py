@@ -14,7 +14,7 @@ all that distinguishes hearing, speaking, answering and being interrupted, and a
 
     python streams.py        prints each layout as a table
 
-K = 8 codebooks, T frames. Layouts work on undelayed rows; the delays are applied by `delay` and undone by `undelay`.
+K = 8 codebooks, T frames. Layouts work on undelayed rows; `delay` applies the delays when a grid is made.
 """
 import dataclasses
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ STREAMS = (Stream("text", 0, 1, 0),
            Stream("listen semantic", 1 + K, 2 + K, 0), Stream("listen acoustic", 2 + K, 1 + 2 * K, 1))
 TEXT, SPEAK, LISTEN = 0, slice(1, 1 + K), slice(1 + K, 1 + 2 * K)
 ROWS = STREAMS[-1].stop  # 17
-LATE = torch.tensor([s.delay > 0 for s in STREAMS[1:3] for _ in range(s.start, s.stop)])  # (K,): codes one frame late
+DELAYED = torch.tensor([s.delay > 0 for s in STREAMS[1:3] for _ in range(s.start, s.stop)])  # (K,): the acoustic codes, one frame later
 
 TEXT_LEAD = 2  # frames by which the text of an answer goes before its sound ("TTS style", section 3.1)
 REACTION = 6  # frames from the start of an interruption until the model is silent: 0.5 s (section 3.2.2)
@@ -85,13 +85,6 @@ def delay(grid, fill):
     for s in STREAMS:
         out[s.start:s.stop, s.delay:] = grid[s.start:s.stop, :grid.shape[1] - s.delay]
     return out
-
-
-def undelay(grid):
-    """The inverse. The last max(delay) columns are not whole yet and are left out: (17, T) -> (17, T - 1)."""
-    late = max(s.delay for s in STREAMS)
-    T = grid.shape[1] - late
-    return np.concatenate([grid[s.start:s.stop, s.delay:s.delay + T] for s in STREAMS])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -149,11 +142,11 @@ def response_tts(turns, gaps, v):
     return dialogue(turns, gaps, v, lambda user, model: (model.tokens, TEXT_LEAD))
 
 
-def free_response_tts(turns, gaps, barge_in, murmurs, v):
+def free_response_tts(turns, gaps, barge_in, backchannels, v):
     """Fine-tuning 2 with free user input. barge_in[i], if not None: so many frames after the i-th answer has begun to
-    sound, the user starts the next turn; half a second later the model falls silent in text and sound. murmurs[i], if not
+    sound, the user starts the next turn; half a second later the model falls silent in text and sound. backchannels[i], if not
     None: (frame, Utterance), a backchannel of the user so many frames after the answer has begun, which changes nothing."""
-    return dialogue(turns, gaps, v, lambda user, model: (model.tokens, TEXT_LEAD), barge_in, murmurs)
+    return dialogue(turns, gaps, v, lambda user, model: (model.tokens, TEXT_LEAD), barge_in, backchannels)
 
 
 def word_aligned(turns, gaps, v):
@@ -183,11 +176,11 @@ def recorded(listen, speak, sentences, v):
     return grid
 
 
-def dialogue(turns, gaps, v, monologue, barge_in=None, murmurs=None):
+def dialogue(turns, gaps, v, monologue, barge_in=None, backchannels=None):
     """Turns ((user, model), ...) after gaps of so many silent frames. monologue(user, model) -> what is written once the
     user has ended, and how many frames after that end the sound begins. Both channels carry real sound throughout, of
     silence where nobody speaks."""
-    barge_in, murmurs = barge_in or [None] * len(turns), murmurs or [None] * len(turns)
+    barge_in, backchannels = barge_in or [None] * len(turns), backchannels or [None] * len(turns)
     plan, t = [], 0
     for (user, model), gap, barge in zip(turns, gaps, barge_in, strict=True):
         start = t + gap
@@ -211,8 +204,8 @@ def dialogue(turns, gaps, v, monologue, barge_in=None, murmurs=None):
             put(grid, SPEAK, start + frame, said.codes)
         put(grid, TEXT, end, text)
         put(grid, SPEAK, sound, model.codes)
-        if murmurs[i]:
-            put(grid, LISTEN, sound + murmurs[i][0], murmurs[i][1].codes)
+        if backchannels[i]:
+            put(grid, LISTEN, sound + backchannels[i][0], backchannels[i][1].codes)
     return grid
 
 
@@ -256,9 +249,9 @@ def main():
             ("Response-TTS (fine-tuning 2)", response_tts([(user, model)], [1], v)),
             ("Response-TTS with free user input: the user barges in (fine-tuning 2)",
              free_response_tts([(user, model), (other, model)], [1, 0], [2, None], [None, None], v)),
-            ("The same: the user murmurs, which changes nothing",
+            ("The same: the user backchannels, which changes nothing",
              free_response_tts([(user, model)], [1], [None], [(3, other)], v)),
-            ("The same: the model murmurs while the user speaks", response_tts([(dataclasses.replace(
+            ("The same: the model backchannels while the user speaks", response_tts([(dataclasses.replace(
                 user, interjections=((3, said([5], 61, 2)),)), model)], [1], v)),
             ("Word-aligned (Moshi, for comparison)", word_aligned([(user, model)], [1], v))):
         show(title, delay(grid, v.empty), v, words)

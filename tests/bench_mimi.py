@@ -13,7 +13,7 @@ import time
 import torch
 
 from test_mimi_reference import FULL, kyutai, make_healthy, save, sound
-from engine import capture
+from live.graph import capture
 from mimi import FRAME, Mimi
 
 

@@ -21,16 +21,18 @@ import time
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from engine import Engine, Speaker, capture  # noqa: E402
+from chat import DuplexModel  # noqa: E402
+from live.engine import Engine  # noqa: E402
+from live.graph import capture  # noqa: E402
 from eval import KINDS, written  # noqa: E402
 from kernels.sampling import Sampling, sample  # noqa: E402
-from live import Transcript  # noqa: E402
-from files import SAMPLE_RATE, read_audio  # noqa: E402
+from live.transcript import Transcript  # noqa: E402
+from files.audio import SAMPLE_RATE, read_audio  # noqa: E402
 from mimi import CONFIGS as CODECS, FRAME, Mimi, tensors  # noqa: E402
 from model import CONFIGS, FLM, FLMConfig, build  # noqa: E402
-from manifest import read_manifest  # noqa: E402
-from streams import FRAME_RATE, K, LATE, LISTEN, ROWS, SPEAK, TEXT, Vocab  # noqa: E402
-from turns import words_of  # noqa: E402
+from files.manifest import read_manifest  # noqa: E402
+from streams import FRAME_RATE, K, DELAYED, LISTEN, ROWS, SPEAK, TEXT, Vocab  # noqa: E402
+from evals.turns import words_of  # noqa: E402
 
 PAUSE = 1.5  # seconds after each answer
 MINUTE = round(60 * FRAME_RATE)  # frames
@@ -62,12 +64,12 @@ def requests(data, frames):
 
 
 def hour(args):
-    speaker, frames = Speaker.load(args.checkpoint, args.device), round(args.minutes * MINUTE)
-    engine, transcript = Engine(speaker, 1), Transcript(speaker)
+    duplex, frames = DuplexModel.load(args.checkpoint, args.device), round(args.minutes * MINUTE)
+    engine, transcript = Engine(duplex, 1), Transcript(duplex)
     session, times, heard, said, answers = engine.join(), [], 0, 0, []
-    held = lambda: bytes_of(tensors(engine.talk)) / 2 ** 20
+    held = lambda: bytes_of(tensors(engine.state)) / 2 ** 20
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10
-    print(f"{frames} frames, {frames / speaker.model.config.context:.1f} times the context; the conversation's memory {held():.2f} MiB")
+    print(f"{frames} frames, {frames / duplex.model.config.context:.1f} times the context; the conversation's memory {held():.2f} MiB")
     for sounds, right in requests(args.data, frames):
         answer = []
         for x in sounds:
@@ -88,11 +90,11 @@ def hour(args):
 
 
 @torch.inference_mode()
-def in_a_room(speaker, heard, gain, later):
+def in_a_room(duplex, heard, gain, later):
     """Conversations (B, N) in which what is said comes back: (text tokens (B, T), what was really heard (B, N))"""
-    talk, room, texts = speaker.begin(range(len(heard))), heard.clone(), []
+    talk, room, texts = duplex.init_state(range(len(heard))), heard.clone(), []
     for at in range(0, heard.shape[1], FRAME):
-        text, said = speaker.frame(room[:, None, at:at + FRAME].to(speaker.device), talk)
+        text, said = duplex.step(room[:, None, at:at + FRAME].to(duplex.device), talk)
         texts.append(text.clone())
         part = room[:, at + FRAME + later:at + 2 * FRAME + later]  # it is played in the next frame
         part += gain * said[:, 0, :part.shape[1]].cpu()
@@ -101,13 +103,13 @@ def in_a_room(speaker, heard, gain, later):
 
 def echo(args):
     """Held-out requests, all at once, each alone with a model whose voice leaks back `gain` times as loud after `delay` seconds."""
-    speaker, items = Speaker.load(args.checkpoint, args.device), held_out(args.data)[:args.items]
+    duplex, items = DuplexModel.load(args.checkpoint, args.device), held_out(args.data)[:args.items]
     heard = [read_audio(d["turns"][0]["path"]) for d in items]
     N = -(-(max(map(len, heard)) + 5 * SAMPLE_RATE) // FRAME) * FRAME
     heard = torch.stack([torch.nn.functional.pad(x, (0, N - len(x))) for x in heard])
     for gain, delay in ((0, 0.1), (0.05, 0.1), (0.1, 0.1), (0.2, 0.1), (0.2, 0.3), (0.2, 0.5), (0.5, 0.3)):
-        text, room = in_a_room(speaker, heard, gain, round(delay * SAMPLE_RATE))
-        right = [words_of(written(speaker, row)) == d["turns"][1]["text"].split() for row, d in zip(text, items)]
+        text, room = in_a_room(duplex, heard, gain, round(delay * SAMPLE_RATE))
+        right = [words_of(written(duplex, row)) == d["turns"][1]["text"].split() for row, d in zip(text, items)]
         level = 20 * torch.log10((room - heard).square().mean().sqrt() + 1e-6)
         print(f"gain {gain:<4} delay {delay} s: {sum(right)} of {len(right)} answered right; what leaks is heard at {level:.0f} dB")
 
@@ -115,10 +117,10 @@ def echo(args):
 def speaker_of(args):
     """The trained one, or one of random weights of the size --config with Mimi as it is."""
     if not args.config:
-        return Speaker.load(args.checkpoint, args.device)
+        return DuplexModel.load(args.checkpoint, args.device)
     c = dataclasses.replace(CONFIGS[args.config], empty=CODECS["mimi"].codebook_size)
     model = build(c, lambda m: (m if args.device == "cpu" else m.bfloat16()).to_empty(device=args.device)).eval()
-    return Speaker(model, Vocab.own(c.vocab_size, c.empty, ((0,) * K,)), Mimi(CODECS["mimi"]).to(args.device).eval(), None,
+    return DuplexModel(model, Vocab.own(c.vocab_size, c.empty, ((0,) * K,)), Mimi(CODECS["mimi"]).to(args.device).eval(), None,
                    Sampling(0.7, 25), Sampling(0.8, 250))
 
 
@@ -139,11 +141,11 @@ def middle(f, n):
 
 @torch.inference_mode()
 def step(args):
-    speaker = speaker_of(args)
-    m, codec, device, n = speaker.model, speaker.codec, speaker.device, max(1, args.ticks // 10)
-    talk = speaker.begin([1])
+    duplex = speaker_of(args)
+    m, codec, device, n = duplex.model, duplex.codec, duplex.device, max(1, args.ticks // 10)
+    talk = duplex.init_state([1])
     rows_only = [*m.text.parameters(), *m.speak.parameters(), *m.listen.parameters(), *m.depth.codes.parameters()]  # one row of each
-    read = bytes_of([*({*m.parameters()} - ({*rows_only} - {m.head.weight})), *talk.model.keys, *talk.model.values, *codec.parameters()])
+    read = bytes_of([*({*m.parameters()} - ({*rows_only} - {m.head.weight})), *talk.cache.keys, *talk.cache.values, *codec.parameters()])
     a = torch.empty(2 ** (30 if device.type == "cuda" else 27), dtype=torch.uint8, device=device)
     b = torch.empty_like(a)
     speed = 2 * len(a) / middle(lambda: b.copy_(a), 5)
@@ -152,34 +154,34 @@ def step(args):
           f"{torch.get_num_threads()} threads")
     floor = read / speed
     print(f"a frame reads {read / 1e6:.1f} MB, memory is copied at {speed / 1e9:.1f} GB/s: {1000 * floor:.3f} ms at least\n")
-    talk.model.position += m.config.context  # the ring is full
+    talk.cache.position += m.config.context  # the ring is full
     wav, column = torch.zeros(1, 1, FRAME, device=device), torch.zeros(1, ROWS, dtype=torch.long, device=device)
-    h = m.hidden_step(column, talk.model)
+    h = m.hidden_step(column, talk.cache)
     text, sound = m.text_logits(h), h.new_zeros(1, m.config.empty + 1)
 
     def draws(_):
-        speaker.draw_text(text, talk)
+        duplex.sample_text(text, talk)
         for k in range(K):
-            speaker.draw_code(sound, k, talk)
+            duplex.sample_code(sound, k, talk)
     parts = {"codec, sound to codes": (lambda x: codec.encode_step(x, talk.codec), wav),
-             "temporal transformer": (lambda x: m.hidden_step(x, talk.model), column),
+             "temporal transformer": (lambda x: m.hidden_step(x, talk.cache), column),
              "text head": (m.text_logits, h),
              "depth transformer, 8 codes": (lambda x: m.depth.generate(x, lambda logits, k: logits[:, :-1].argmax(-1)), h),
              "nine draws": (draws, h),
              "codec, codes to sound": (lambda x: codec.decode_step(x, talk.codec), column[:, SPEAK, None])}
     for name, (f, x) in parts.items():
-        run = capture(f, x, talk) if device.type == "cuda" else f
+        run = capture(f, x, talk.small_tensors()) if device.type == "cuda" else f
         print(f"  {name:28} {1000 * middle(lambda: run(x), n):8.3f} ms")
-    run = speaker.stepper(talk)
+    run = duplex.compiled_step(talk)
     took = middle(lambda: run(wav), n)
     print(f"  {'a frame, in one':28} {1000 * took:8.3f} ms: {took / floor:.2f} times the least")
 
 
 def sessions(args):
-    speaker, B = speaker_of(args), 1
+    duplex, B = speaker_of(args), 1
     sound = torch.randn(FRAME, generator=torch.Generator().manual_seed(0)) * 0.05
     while True:
-        engine, times = Engine(speaker, B), []
+        engine, times = Engine(duplex, B), []
         talks = [engine.join(seed) for seed in range(B)]
         for _ in range(args.ticks + 5):  # the first few warm up
             for s in talks:
@@ -212,12 +214,12 @@ def lmgen(args):
     ours = FLM(config).eval()
     for name, m in (("LMGen", theirs), ("ours", ours)):
         print(f"{name:6} {sum(p.numel() for p in m.parameters()) / 1e6:6.1f} M parameters")
-    state, seed = ours.init_state(1), torch.tensor([1])
+    state, seed = ours.init_cache(1), torch.tensor([1])
     text, speak, heard = torch.tensor([0]), torch.zeros(1, K, dtype=torch.long), torch.zeros(1, K, dtype=torch.long)
 
     def our_step(codes, how_text, how_sound):
         column = torch.empty(1, ROWS, dtype=torch.long)
-        column[:, TEXT], column[:, SPEAK], column[:, LISTEN] = text, speak, torch.where(LATE, heard, codes)
+        column[:, TEXT], column[:, SPEAK], column[:, LISTEN] = text, speak, torch.where(DELAYED, heard, codes)
         new = ours.step(column, state, lambda logits: sample(logits, how_text, seed, state.position),
                         lambda logits, k: sample(logits[:, :A], how_sound, seed, state.position, 1 + k))
         for old, x in zip((text, speak, heard), (*new, codes)):

@@ -23,8 +23,7 @@ from torch import nn
 from torch.profiler import profile
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import jobs  # noqa: E402
-import plan  # noqa: E402
+from training import plan  # noqa: E402
 import train  # noqa: E402
 from model import CONFIGS  # noqa: E402
 from streams import K, ROWS, SPEAK, TEXT  # noqa: E402
@@ -80,19 +79,19 @@ class Plain(nn.Module):
         x = self.norm(x)
         for k in range(K):
             ce = F.cross_entropy(self.heads[k](x[:, k]).float(), codes[:, k], reduction="none", ignore_index=v.empty)
-            loss = loss + (jobs.ALPHA_1 if k == 0 else jobs.ALPHA_2 / (K - 1)) * ce.sum() / (codes[:, k] != v.empty).sum().clamp(min=1)
+            loss = loss + (train.ALPHA_1 if k == 0 else train.ALPHA_2 / (K - 1)) * ce.sum() / (codes[:, k] != v.empty).sum().clamp(min=1)
         return loss
 
 
 def run_of(config, stage, device, adamw=False):
-    """(job, Run) in the middle of a stage, on the demo's data."""
+    """(task, Run) in the middle of a stage, on the demo's data."""
     torch.manual_seed(1)
-    job = jobs.ModelJob(config, "data/toy/encoded", device)
-    job.from_nothing = not adamw
+    task = train.ModelTask(config, "data/toy/encoded", device)
+    task.from_nothing = not adamw
     with tempfile.TemporaryDirectory() as folder:
-        run = train.Run(job, [stage], folder)
+        run = train.Run(task, [stage], folder)
     run.at["step"] = stage.steps // 2
-    return job, run
+    return task, run
 
 
 def seconds(step, device, n=5):
@@ -112,15 +111,15 @@ def use(args):
     config, stage = CONFIGS[args.config], train.STAGES[args.config][-1]
     config = dataclasses.replace(config, layers=args.layers or config.layers)
     stage = dataclasses.replace(stage, batch=4 * stage.rows or stage.batch)
-    job, run = run_of(config, stage, args.device, adamw=stage.rows > 0)
+    task, run = run_of(config, stage, args.device, adamw=stage.rows > 0)
     bf16 = run.at["bf16"]
     n = 8192 if bf16 else 2048
     a = torch.randn(n, n, device=args.device, dtype=torch.bfloat16 if bf16 else torch.float32)
     product = middle([seconds(lambda _: a @ a, args.device) for _ in range(5)])
     took = middle([seconds(lambda _: run.step(), args.device, 2) for _ in range(args.rounds + 1)][1:])
-    flops, frames = plan.plan(job.config, stage, 1, bf16).useful, stage.batch * stage.frames
+    flops, frames = plan.plan(task.config, stage, 1, bf16).useful, stage.batch * stage.frames
     peak = 2 * n ** 3 / product
-    print(f"{args.config}, {config.layers} layers, {sum(p.numel() for p in job.model.parameters()) / 1e6:.1f} M parameters, "
+    print(f"{args.config}, {config.layers} layers, {sum(p.numel() for p in task.model.parameters()) / 1e6:.1f} M parameters, "
           f"{stage.batch} x {stage.frames} frames, {args.device}, {'bfloat16' if bf16 else 'float32'}: {1000 * took:.0f} ms a step, "
           f"{frames / took:.0f} frames/s, {ROWS * frames / took:.0f} tokens/s; {flops / took / 1e12:.3f} of {peak / 1e12:.3f} TFLOP/s, "
           f"that of a product of {n} x {n}: {flops / took / peak:.0%}")
@@ -136,17 +135,17 @@ def main():
     if args.config:
         return use(args)
     stage = train.STAGES["tiny"][-1]
-    job, ours = run_of(CONFIGS["tiny"], stage, args.device, adamw=True)
-    plain = Plain(job.config).to(args.device)
+    task, ours = run_of(CONFIGS["tiny"], stage, args.device, adamw=True)
+    plain = Plain(task.config).to(args.device)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-4, betas=(0.9, 0.98))
     size = lambda m: sum(p.numel() for p in m.parameters()) / 1e6
-    print(f"ours {size(job.model):.2f} M parameters, plain {size(plain):.2f} M; {stage.batch} x {stage.frames} frames; {args.device}, "
+    print(f"ours {size(task.model):.2f} M parameters, plain {size(plain):.2f} M; {stage.batch} x {stage.frames} frames; {args.device}, "
           f"{torch.get_num_threads()} threads, {'bfloat16' if ours.at['bf16'] else 'float32'}, torch {torch.__version__}")
 
     def plain_step(n):
-        grid = job.batch(stage, 0.5, "train", random.Random(n)).to(args.device)
+        grid = task.batch(stage, 0.5, "train", random.Random(n)).to(args.device)
         with ours.autocast():
-            loss = plain.loss(grid, job.vocab, stage)
+            loss = plain.loss(grid, task.vocab, stage)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(plain.parameters(), 1.0)

@@ -11,13 +11,12 @@ import pytest
 import soundfile
 import torch
 
-import jobs
 import model
 import prepare
 import train
-from files import save_checkpoint
+from files.checkpoint import save_checkpoint
 from mimi import Mimi, MimiConfig
-from toy import make_toy
+from toy.script import make_toy
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CODEC = MimiConfig("spectral", 24, (240, 4), 1, dim=32, encoder_layers=0, decoder_layers=1, heads=4, mlp=64, context=9,
@@ -32,7 +31,7 @@ def run(script, *args):
     sys.argv, code = [script, *map(str, args)], 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            importlib.import_module(script.removesuffix(".py")).main()
+            importlib.import_module(script.removesuffix(".py")).main()  # a file of the book, or a room's module
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else int(e.code is not None)
         if isinstance(e.code, str):
@@ -42,10 +41,10 @@ def run(script, *args):
     return code, out.getvalue(), err.getvalue()
 
 
-def loss_of(job, stage):
+def loss_of(task, stage):
     """Of the first batch of a stage: (loss, its parts, None)."""
     rng = random.Random(0)
-    return job.loss(stage, job.batch(stage, 0.0, "train", rng), "train", rng)
+    return task.loss(stage, task.batch(stage, 0.0, "train", rng), "train", rng)
 
 
 @pytest.fixture(scope="session")
@@ -61,9 +60,9 @@ def world(tmp_path_factory):
             p.mul_(1.5)
     save_checkpoint(str(folder / "codec.pt"), "codec", CODEC, model=codec.state_dict())
     prepare.encode(toy, str(folder / "codec.pt"), "bpe", 300, 2, False, 1, "cpu")
-    job = jobs.ModelJob(FLM, os.path.join(toy, "encoded"), "cpu")
+    task = train.ModelTask(FLM, os.path.join(toy, "encoded"), "cpu")
     stage = train.Stage("once", 2, 2, 1e-3, 0, 48, {"response_tts": (1, 1)})
-    train.train(job, [stage], str(folder / "flm"))
+    train.train(task, [stage], str(folder / "flm"))
     return folder
 
 

@@ -30,16 +30,15 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import eval as evaluation  # noqa: E402
 import prepare  # noqa: E402
-import toy  # noqa: E402
+from toy import script as toy_script  # noqa: E402
 import streams  # noqa: E402
-import jobs  # noqa: E402
 import train  # noqa: E402
-from engine import Speaker  # noqa: E402
-from files import read_json, replace_when_done  # noqa: E402
-from manifest import read_manifest  # noqa: E402
+from chat import DuplexModel  # noqa: E402
+from files.atomic import read_json, replace_when_done  # noqa: E402
+from files.manifest import read_manifest  # noqa: E402
 from eval import KINDS  # noqa: E402
 from model import CONFIGS, FLM  # noqa: E402
-from recogniser import get_recogniser  # noqa: E402
+from evals.recogniser import get_recogniser  # noqa: E402
 from streams import ROWS  # noqa: E402
 
 DATA, OUT = "data/questions", "out/questions"
@@ -49,7 +48,7 @@ ANSWER, ALIGNED = {"response_tts": (1, 1)}, {"word_aligned": (1, 1)}
 
 
 def stages(post=BOTH, fine_1=train.FINE_1, fine_2=FADE, wait=0.3, language=250):
-    stage = lambda name, steps, layouts, end=1.5e-3: train.Stage(name, steps, 8, 1.5e-3, end, 96, layouts, wait=wait, blot=0.15,
+    stage = lambda name, steps, layouts, end=1.5e-3: train.Stage(name, steps, 8, 1.5e-3, end, 96, layouts, wait=wait, frame_dropout=0.15,
                                                                  depth=(0.25, 0.05))
     begin = train.Stage("language", language, 8, 1.5e-3, 1.5e-3, 96, train.LANGUAGE, wait=1.0)
     return (*([begin] if language else []), stage("post-training", 150, post),
@@ -79,9 +78,9 @@ def aligned_tts(u, v):
     return grid
 
 
-def answer(job):
+def answer(task):
     """Train one variant with one seed and measure it, unless that is done."""
-    name, seed, items = job
+    name, seed, items = task
     torch.set_num_threads(1)
     train.slices_of_a_batch = lambda device: 1  # this process has one core
     if name == "word-aligned":
@@ -92,13 +91,13 @@ def answer(job):
         return name, read_json(path)
     random.seed(seed)
     torch.manual_seed(seed)
-    model_job = jobs.ModelJob(CONFIGS["tiny"], os.path.join(DATA, "encoded"), "cpu")
-    model_job.from_nothing = name != "AdamW"  # as if it had started from published weights
-    train.train(model_job, VARIANTS[name], out, resume=True, seed=seed)
+    model_task = train.ModelTask(CONFIGS["tiny"], os.path.join(DATA, "encoded"), "cpu")
+    model_task.from_nothing = name != "AdamW"  # as if it had started from published weights
+    train.train(model_task, VARIANTS[name], out, resume=True, seed=seed)
     recogniser = get_recogniser(None, DATA, "out/questions/recogniser", 1.5, "cpu")
     held_out = [d for d in read_manifest(os.path.join(DATA, "manifest.jsonl")) if d["split"] == "seen" and d["kind"] in KINDS]
-    shares = evaluation.Shares()
-    evaluation.answers(Speaker.load(out, "cpu"), recogniser, held_out[:items], 7, shares, "seen")
+    shares = evaluation.Proportions()
+    evaluation.answers(DuplexModel.load(out, "cpu"), recogniser, held_out[:items], 7, shares, "seen")
     scores = {key: shares.share("seen text" + (f", {key}" if key in ("repeat", "count") else "") if key in ("text", "repeat", "count")
                                 else f"seen {key}") for key in MEASURES}
     with replace_when_done(path) as temporary, open(temporary, "w") as f:
@@ -126,9 +125,9 @@ def main():
     parser.add_argument("--items", type=int, default=200, help="held-out conversations for each run")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     args = parser.parse_args()
-    toy.SHARES = {kind: toy.SHARES[kind] for kind in KINDS}
+    toy_script.KIND_PROPORTIONS = {kind: toy_script.KIND_PROPORTIONS[kind] for kind in KINDS}
     if not os.path.exists(DATA):
-        toy.make_toy(DATA, "en", items=4000, tests=240, sentences=2000, voices=6, seed=2, tts=None)
+        toy_script.make_toy(DATA, "en", items=4000, tests=240, sentences=2000, voices=6, seed=2, tts=None)
     if not os.path.exists(os.path.join(DATA, "encoded")):
         prepare.encode(DATA, "out/codec/checkpoint.pt", "bpe", 512, 1, False, args.processes, "cpu")
     get_recogniser(None, DATA, "out/questions/recogniser", 1.5, "cpu")

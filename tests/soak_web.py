@@ -16,8 +16,8 @@ import aiohttp
 import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import web  # noqa: E402
-from engine import Speaker  # noqa: E402
+from live import web  # noqa: E402
+from chat import DuplexModel  # noqa: E402
 from mimi import FRAME  # noqa: E402
 
 CLIENTS, PLACES = 8, 6  # so that some find it full
@@ -70,7 +70,7 @@ def held(server):
 
 
 async def soak(args):
-    server = web.Server(Speaker.load(args.checkpoint), web.Limits(sessions=PLACES), log=lambda line: None)
+    server = web.Server(DuplexModel.load(args.checkpoint), web.Limits(sessions=PLACES), log=lambda line: None)
     count = dict.fromkeys(("joined", "full", "dropped", "sent", "answered"), 0)
     address = f"http://127.0.0.1:{await server.start('127.0.0.1', 0)}"
     begun, end = time.monotonic(), time.monotonic() + 60 * args.minutes

@@ -7,11 +7,11 @@ import soundfile
 import torch
 
 from conftest import run
-from engine import Speaker
-from live import Transcript
-from files import read_audio
-from plot import draw_talk
-from turns import yields
+from chat import DuplexModel
+from live.transcript import Transcript
+from files.audio import read_audio
+from evals.plot import draw_talk
+from evals.turns import yields
 
 
 def tone(path, seconds, rate=24_000, channels=1, **kwargs):
@@ -103,8 +103,8 @@ def test_bad_checkpoints_are_one_line(world, tmp_path):
 
 
 def test_the_transcript_joins_bytes_to_characters(world):
-    speaker = Speaker.load(str(world / "flm"))
-    transcript = Transcript(speaker)
-    pieces = [transcript.add(t, token) for t, token in enumerate([*"é".encode(), speaker.vocab.wait, speaker.vocab.asr])]
+    duplex = DuplexModel.load(str(world / "flm"))
+    transcript = Transcript(duplex)
+    pieces = [transcript.add(t, token) for t, token in enumerate([*"é".encode(), duplex.vocab.wait, duplex.vocab.asr])]
     assert pieces == ["", "é", "", "<asr>"]
     assert transcript.pieces == [{"time": 0.16, "text": "é"}, {"time": 0.32, "text": "<asr>"}]

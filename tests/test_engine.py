@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-import engine
-from engine import Engine, Speaker
+from live import engine as live_engine
+from chat import DuplexModel
+from live.engine import Engine
 from kernels.sampling import Sampling
 from mimi import FRAME, tensors
 from streams import LISTEN, ROWS, SPEAK, TEXT, delay
@@ -22,14 +23,14 @@ def noise(frames, seed=0):
 
 def speaker_of(world, context=128, device="cpu"):
     """One that draws at random and remembers `context` frames."""
-    speaker = Speaker.load(str(world / "flm"), device, Sampling(1.0, penalty=1.2), Sampling(1.0))
-    speaker.model.config = replace(speaker.model.config, context=context)
-    return speaker
+    duplex = DuplexModel.load(str(world / "flm"), device, Sampling(1.0, penalty=1.2), Sampling(1.0))
+    duplex.model.config = replace(duplex.model.config, context=context)
+    return duplex
 
 
-def alone(speaker, heard, seed):
+def alone(duplex, heard, seed):
     """What a conversation by itself gives for each frame heard, [(1920,), ...]: [(text token, sound (1920,)), ...]"""
-    text, said = speaker.converse(torch.cat([*heard, torch.zeros(FRAME)])[None], seed)
+    text, said = duplex.converse(torch.cat([*heard, torch.zeros(FRAME)])[None], seed)
     return list(zip(text[0, :len(heard)].tolist(), said[0, FRAME:].split(FRAME)))
 
 
@@ -43,56 +44,56 @@ def same(a, b):
 
 
 def test_what_is_heard_later_changes_nothing_before(world):
-    speaker = Speaker.load(str(world / "flm"))
+    duplex = DuplexModel.load(str(world / "flm"))
     x = torch.randn(1, 10 * FRAME, generator=torch.Generator().manual_seed(0)) * 0.1
     y = x.clone()
     y[:, 6 * FRAME:] = 0
-    (text_a, said_a), (text_b, said_b) = speaker.converse(x), speaker.converse(y)
+    (text_a, said_a), (text_b, said_b) = duplex.converse(x), duplex.converse(y)
     assert torch.equal(text_a[:, :6], text_b[:, :6]) and torch.equal(said_a[:, :7 * FRAME], said_b[:, :7 * FRAME])
     assert (said_a[:, :FRAME] == 0).all()  # nothing can be said about what has not been heard
 
 
 def test_a_conversation_is_the_grid_that_training_sees(world):
     """Replay what a conversation heard, wrote and said as a delayed grid, teacher-forced: the same choices come out."""
-    speaker = Speaker.load(str(world / "flm"))
+    duplex = DuplexModel.load(str(world / "flm"))
     x = torch.randn(1, 12 * FRAME, generator=torch.Generator().manual_seed(0)) * 0.1
-    columns, step = [], speaker.model.step
-    speaker.model.step = lambda column, *a: columns.append(column.clone()) or step(column, *a)
-    text, _ = speaker.converse(x)
+    columns, step = [], duplex.model.step
+    duplex.model.step = lambda column, *a: columns.append(column.clone()) or step(column, *a)
+    text, _ = duplex.converse(x)
     grid = torch.stack(columns, -1)  # (1, 17, T)
-    heard = speaker.codec.encode(x[:, None])[0]
+    heard = duplex.codec.encode(x[:, None])[0]
     undelayed = np.concatenate([grid[0, :LISTEN.start].numpy(), heard.numpy()])
-    assert (delay(undelayed, speaker.vocab.empty)[LISTEN] == grid[0, LISTEN].numpy()).all()
-    h = speaker.model(grid)
-    assert (speaker.model.text_logits(h)[0, :-1].argmax(-1) == grid[0, TEXT, 1:]).all()
-    codes = speaker.model.depth(h[0, :-1], grid[0, SPEAK, 1:].T)[..., :speaker.vocab.codebook_size].argmax(-1)
+    assert (delay(undelayed, duplex.vocab.empty)[LISTEN] == grid[0, LISTEN].numpy()).all()
+    h = duplex.model(grid)
+    assert (duplex.model.text_logits(h)[0, :-1].argmax(-1) == grid[0, TEXT, 1:]).all()
+    codes = duplex.model.depth(h[0, :-1], grid[0, SPEAK, 1:].T)[..., :duplex.vocab.codebook_size].argmax(-1)
     assert (codes == grid[0, SPEAK, 1:].T).float().mean() > 0.99
 
 
 def test_a_second_conversation_equals_the_first_and_seeds_matter(world):
-    speaker = Speaker.load(str(world / "flm"), text=Sampling(1.0), sound=Sampling(1.0))
+    duplex = DuplexModel.load(str(world / "flm"), text=Sampling(1.0), sound=Sampling(1.0))
     x = torch.zeros(1, 8 * FRAME)
-    a, b, c = speaker.converse(x, seed=1)[0], speaker.converse(x, seed=1)[0], speaker.converse(x, seed=2)[0]
+    a, b, c = duplex.converse(x, seed=1)[0], duplex.converse(x, seed=1)[0], duplex.converse(x, seed=2)[0]
     assert torch.equal(a, b) and not torch.equal(a, c)
-    both = speaker.converse(x.repeat(2, 1), seed=1)[0]
+    both = duplex.converse(x.repeat(2, 1), seed=1)[0]
     assert torch.equal(both, torch.cat([a, c])), "alone or among others, a conversation draws the same"
 
 
 def test_logits_that_are_not_numbers_stop_the_conversation(world):
-    speaker = Speaker.load(str(world / "flm"))
+    duplex = DuplexModel.load(str(world / "flm"))
     with torch.no_grad():
-        speaker.model.head.weight[3] = float("nan")
+        duplex.model.head.weight[3] = float("nan")
     with pytest.raises(ValueError, match="not numbers"):
-        speaker.converse(torch.zeros(1, 3 * FRAME))
+        duplex.converse(torch.zeros(1, 3 * FRAME))
 
 
 def test_a_frame_never_waits_for_its_device(world, monkeypatch):
     """From PyTorch's meta device nothing can be read back; a frame runs there, in bfloat16, so a GPU's can be captured."""
     monkeypatch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext())  # does not know that device
-    s = Speaker.load(str(world / "flm"))
-    speaker = Speaker(s.model.to("meta").bfloat16(), s.vocab, s.codec.to("meta"), s.tokenizer, Sampling(0.7, 20, 0.9, 1.2),
+    s = DuplexModel.load(str(world / "flm"))
+    duplex = DuplexModel(s.model.to("meta").bfloat16(), s.vocab, s.codec.to("meta"), s.tokenizer, Sampling(0.7, 20, 0.9, 1.2),
                       Sampling(0.8, 20))
-    text, said = speaker.frame(torch.zeros(2, 1, FRAME, device="meta"), speaker.begin([1, 2]))
+    text, said = duplex.step(torch.zeros(2, 1, FRAME, device="meta"), duplex.init_state([1, 2]))
     assert text.shape == (2,) and said.shape == (2, 1, FRAME) and said.is_meta
 
 
@@ -100,7 +101,7 @@ def test_bfloat16_as_on_a_gpu(world):
     """The same model within the digits that bfloat16 has, frame by frame, past the context too."""
     whole, half = speaker_of(world, 8), speaker_of(world, 8)
     half.model.bfloat16()
-    a, b = whole.model.init_state(2), half.model.init_state(2)
+    a, b = whole.model.init_cache(2), half.model.init_cache(2)
     for column in torch.randint(0, 32, (20, 2, ROWS), generator=torch.Generator().manual_seed(0)):
         x, y = whole.model.hidden_step(column, a), half.model.hidden_step(column, b)
         assert y.dtype == torch.bfloat16 and (x - y).norm() < 0.03 * x.norm()
@@ -109,10 +110,10 @@ def test_bfloat16_as_on_a_gpu(world):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_captured_frame_is_the_same(world):
-    speaker = speaker_of(world, 16, "cuda")
+    duplex = speaker_of(world, 16, "cuda")
     wav = noise(2 * 40).view(2, -1).cuda()
-    captured, talk = speaker.converse(wav)[0], speaker.begin([1, 2])
-    eager = torch.stack([speaker.frame(x[:, None], talk)[0] for x in wav.split(FRAME, -1)], 1)
+    captured, talk = duplex.converse(wav)[0], duplex.init_state([1, 2])
+    eager = torch.stack([duplex.step(x[:, None], talk)[0] for x in wav.split(FRAME, -1)], 1)
     assert (captured == eager.cpu()).all()
 
 
@@ -123,8 +124,8 @@ def test_a_captured_frame_is_the_same(world):
 @pytest.mark.parametrize("context, seed", [(128, 1), (8, 10)])
 def test_each_session_is_as_if_alone(world, context, seed):
     """They join, leave, begin anew and miss frames at random, past the context too."""
-    speaker, rng = speaker_of(world, context), random.Random(seed)
-    engine, heard, got = Engine(speaker, 3), {}, {}
+    duplex, rng = speaker_of(world, context), random.Random(seed)
+    engine, heard, got = Engine(duplex, 3), {}, {}
     for t in range(50):
         for s in [s for s in engine.sessions if s]:
             if rng.random() < 0.03:
@@ -142,12 +143,12 @@ def test_each_session_is_as_if_alone(world, context, seed):
             got.setdefault(s, []).append(out)
     assert len(got) >= 6 and max(map(len, got.values())) > 20
     for s, outs in got.items():
-        assert same(outs, alone(speaker, heard[s][:len(outs)], s.seed))
+        assert same(outs, alone(duplex, heard[s][:len(outs)], s.seed))
 
 
 def test_a_silent_session_delays_nobody_and_a_hasty_one_gains_nothing(world):
-    speaker = speaker_of(world, 8)
-    engine_ = Engine(speaker, 3)
+    duplex = speaker_of(world, 8)
+    engine_ = Engine(duplex, 3)
     steady, silent, hasty = (engine_.join(seed) for seed in (1, 2, 3))
     x, got = noise(30).split(FRAME), {steady: [], silent: [], hasty: []}
     for t in range(30):
@@ -156,12 +157,12 @@ def test_a_silent_session_delays_nobody_and_a_hasty_one_gains_nothing(world):
         if t < 10 or t >= 20:
             silent.hear(x[t])
         out = engine_.tick()
-        assert steady in out and hasty in out and not steady.queue and len(hasty.queue) < engine.QUEUE and not silent.queue
+        assert steady in out and hasty in out and not steady.queue and len(hasty.queue) < live_engine.QUEUE and not silent.queue
         for s, y in out.items():
             got[s].append(y)
     assert len(got[silent]) == 20 and taken == [True] + [False] * 4
-    assert same(got[steady], alone(speaker, x, 1))
-    assert same(got[silent], alone(speaker, x[:10] + x[20:], 2)), "ten missed ticks have left no trace"
+    assert same(got[steady], alone(duplex, x, 1))
+    assert same(got[silent], alone(duplex, x[:10] + x[20:], 2)), "ten missed ticks have left no trace"
 
 
 def test_a_full_engine_refuses(world):
@@ -199,13 +200,13 @@ def test_what_is_no_sound_is_refused(world):
 
 
 def test_a_conversation_that_breaks_ends_alone(world):
-    speaker = speaker_of(world, 8)
-    engine, x = Engine(speaker, 2), noise(12).split(FRAME)
+    duplex = speaker_of(world, 8)
+    engine, x = Engine(duplex, 2), noise(12).split(FRAME)
     broken, whole = engine.join(1), engine.join(2)
     got = []
     for t in range(12):
         if t == 6:
-            for memory in tensors(engine.talk):
+            for memory in tensors(engine.state):
                 if memory.is_floating_point():
                     memory[0] = float("nan")
         broken.hear(x[t])
@@ -213,15 +214,15 @@ def test_a_conversation_that_breaks_ends_alone(world):
         out = engine.tick()
         got.append(out[whole])
         assert (out[broken] is None) == (t >= 6)
-    assert same(got, alone(speaker, x, 2))
+    assert same(got, alone(duplex, x, 2))
     new = engine.reset(broken)
     got = [new.hear(frame) and engine.tick()[new] for frame in x]
-    assert same(got, alone(speaker, x, 1)), "and leaves nothing behind for the next one in its place"
+    assert same(got, alone(duplex, x, 1)), "and leaves nothing behind for the next one in its place"
 
 
 def test_ticks_may_run_in_a_thread_of_their_own(world):
-    speaker = speaker_of(world, 8)
-    engine, got, over = Engine(speaker, 2), {}, threading.Event()
+    duplex = speaker_of(world, 8)
+    engine, got, over = Engine(duplex, 2), {}, threading.Event()
 
     def ticks():
         while not over.is_set():
@@ -245,9 +246,9 @@ def test_ticks_may_run_in_a_thread_of_their_own(world):
     finally:
         over.set()
         thread.join()
-    assert same(got.pop(first), alone(speaker, x, 1)) and len(got) == 2
+    assert same(got.pop(first), alone(duplex, x, 1)) and len(got) == 2
     for s, outs in got.items():
-        assert same(outs, alone(speaker, x[:len(outs)], s.seed))
+        assert same(outs, alone(duplex, x[:len(outs)], s.seed))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,15 +257,15 @@ def test_ticks_may_run_in_a_thread_of_their_own(world):
 
 def test_a_conversation_has_no_end(world):
     """Many contexts long: the same memory at the same addresses, a frame said for each one heard, and still not stuck."""
-    speaker = speaker_of(world, 8)
-    talk, texts = speaker.begin([1]), []
+    duplex = speaker_of(world, 8)
+    talk, texts = duplex.init_state([1]), []
     memory = [(t.data_ptr(), t.shape) for t in tensors(talk)]
     for frame in noise(100).split(FRAME):
-        text, said = speaker.frame(frame[None, None], talk)
+        text, said = duplex.step(frame[None, None], talk)
         assert said.shape == (1, 1, FRAME) and said.isfinite().all()
         texts.append(text.item())
     assert [(t.data_ptr(), t.shape) for t in tensors(talk)] == memory
-    assert talk.model.position.item() == 100 and len(set(texts[50:])) > 10
+    assert talk.cache.position.item() == 100 and len(set(texts[50:])) > 10
 
 
 @pytest.mark.parametrize("samples", [1, FRAME - 1, FRAME, 20 * FRAME + 7])

@@ -7,16 +7,16 @@ import types
 import pytest
 import torch
 
-import turns
+from evals import turns
 from conftest import run
-from engine import Speaker
-from eval import Shares, answers, hearing, word_errors
-from files import SAMPLE_RATE, read_audio
-from manifest import read_manifest
+from chat import DuplexModel
+from eval import Proportions, answers, hearing, word_errors
+from files.audio import SAMPLE_RATE, read_audio
+from files.manifest import read_manifest
 from mimi import FRAME, Mimi
-from recogniser import RecogniserConfig, RecogniserJob
+from evals.recogniser import RecogniserConfig, RecogniserTask
 from train import Stage, train
-from turns import read_talks, score_all, speech, wilson
+from evals.turns import read_talks, score_all, speech, wilson
 
 
 def noise(seconds, level=0.1):
@@ -48,7 +48,7 @@ def test_wilson_interval():
 
 
 class Agent:
-    """Stands in for a Speaker: writes the answer to each request and makes noise for as long as it lasts."""
+    """Stands in for a DuplexModel: writes the answer to each request and makes noise for as long as it lasts."""
 
     def __init__(self, codec, items, delay=0.3, share=1.0, wrong=False):
         self.codec, self.delay, self.share = codec, delay, share
@@ -84,7 +84,7 @@ class Agent:
     ({"share": 0.5}, 1, 1, 0, 0), ({"share": 0}, 1, 0, 0, 0)])
 def test_answers_of_agents_with_known_scores(world, agent, text, in_time, early, kept):
     items = [d for d in read_manifest(str(world / "toy/manifest.jsonl")) if d["kind"] in ("repeat", "count", "next")]
-    shares, agent = Shares(), Agent(Mimi.load(str(world / "codec.pt")), items, **agent)
+    shares, agent = Proportions(), Agent(Mimi.load(str(world / "codec.pt")), items, **agent)
     answers(agent, types.SimpleNamespace(hear=lambda wav: agent.spoken[wav.abs().max().item()]), items, 1, shares, "seen")
     assert shares.n["seen text"] == len(items) and shares.n["seen kept on"] > 0
     assert [shares.share(f"seen {m}") for m in ("text", "in time", "early", "kept on")] == [text, in_time, early, kept]
@@ -93,8 +93,8 @@ def test_answers_of_agents_with_known_scores(world, agent, text, in_time, early,
 def test_hearing_reads_only_what_is_heard(world):
     """ASR style on an untrained model: every clip counts, and what is written depends on it."""
     items = [d for d in read_manifest(str(world / "toy/manifest.jsonl")) if d["kind"] == "heard"][:6]
-    shares = Shares()
-    hearing(Speaker.load(str(world / "flm")), items, shares, "seen")
+    shares = Proportions()
+    hearing(DuplexModel.load(str(world / "flm")), items, shares, "seen")
     assert shares.n["seen words heard"] == sum(len(d["turns"][0]["text"].split()) for d in items)
     assert shares.n["seen letters heard"] == sum(len(d["turns"][0]["text"].replace(" ", "")) for d in items)
 
@@ -126,7 +126,7 @@ def test_the_codec_alone(world, tmp_path):
 
 def test_the_recogniser_learns_from_originals(world, tmp_path):
     """A few steps on a few clips: it becomes better at reading them, and is found again."""
-    job = RecogniserJob(RecogniserConfig(width=32, blocks=1), str(world / "toy"), "cpu")
+    job = RecogniserTask(RecogniserConfig(width=32, blocks=1), str(world / "toy"), "cpu")
     stage = Stage("recogniser", 60, 2, 3e-3, 0)
     train(job, [stage], str(tmp_path))
     losses = [json.loads(line)["letters"] for line in open(tmp_path / "log.jsonl")]

@@ -7,7 +7,8 @@ import pytest
 import soundfile
 import torch
 
-from files import SAMPLE_RATE, read_audio, replace_when_done, resample, write_audio
+from files.atomic import replace_when_done
+from files.audio import SAMPLE_RATE, read_audio, resample, write_audio
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 16000, 22050, 44100, 48000])

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-import live
+import live.jitter
 from conftest import ROOT, run
-from engine import Speaker
-from live import MOST, Jitter, converse_live, talk_to_microphone
+from chat import DuplexModel
+from live.jitter import MOST, Jitter
+from live.microphone import converse_live, talk_to_microphone
 from mimi import FRAME
 
 
@@ -91,7 +92,7 @@ def test_nothing_jumps_where_a_frame_is_concealed():
 
 
 def page(part):
-    text = open(f"{ROOT}/web.html", encoding="utf-8").read()
+    text = open(f"{ROOT}/live/web.html", encoding="utf-8").read()
     return re.search(rf'<script id="{part}"[^>]*>(.*?)</script>', text, re.S)[1]
 
 
@@ -177,7 +178,7 @@ def live_talk(world, heard, gain=0.0, delay=0.1):
         at = (t + 1) * FRAME + later  # it is played in the next frame
         part = room[at:at + FRAME]
         part += gain * said[-1][:len(part)]
-    converse_live(Speaker.load(str(world / "flm")), 1, hear, say)
+    converse_live(DuplexModel.load(str(world / "flm")), 1, hear, say)
     return room[:len(heard)], torch.cat(said)
 
 
@@ -185,7 +186,7 @@ def test_the_terminal_says_what_the_file_would(world, capsys):
     heard = 0.1 * torch.randn(20 * FRAME, generator=torch.Generator().manual_seed(0))
     room, said = live_talk(world, heard)
     assert torch.equal(room, heard) and capsys.readouterr().out.count(" s ") >= 1
-    expected = Speaker.load(str(world / "flm")).converse(heard[None])[1][0]
+    expected = DuplexModel.load(str(world / "flm")).converse(heard[None])[1][0]
     assert torch.equal(said[:-FRAME], expected[FRAME:])
 
 
@@ -236,6 +237,6 @@ def test_a_microphone_is_heard_and_answered_until_ctrl_c(world, monkeypatch, cap
         if n == 4:
             raise KeyboardInterrupt
         return put(self, n, frame)
-    monkeypatch.setattr(live.Jitter, "put", put_and_stop)
-    talk_to_microphone(Speaker.load(str(world / "flm")), 1)
+    monkeypatch.setattr(live.jitter.Jitter, "put", put_and_stop)
+    talk_to_microphone(DuplexModel.load(str(world / "flm")), 1)
     assert len(played) == 5 and "Ctrl-C" in capsys.readouterr().out

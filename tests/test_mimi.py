@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 import mimi
 from conftest import run
-from engine import capture
-from files import SAMPLE_RATE, read_audio
+from live.graph import capture
+from files.audio import SAMPLE_RATE, read_audio
 from mimi import FRAME, Mimi, MimiConfig, restore, tensors
 from test_mimi_reference import GOLDEN, sound as reference_sound
 from test_mimi_reference import SMALL as GOLDEN_CONFIG

@@ -7,12 +7,11 @@ import pytest
 import soundfile
 import torch
 
-import jobs
-import mix
+from corpora import mix
 import prepare
 import train
 from conftest import FLM, encode, loss_of, noise, run
-from files import SAMPLE_RATE
+from files.audio import SAMPLE_RATE
 from mimi import FRAME
 
 
@@ -90,8 +89,8 @@ def test_mixing_a_world(world, tmp_path):
     assert code == 0 and "Wrote 4 conversations" in said, err
     encoded = [json.loads(line) for line in encode(out, world)["00000.jsonl"].splitlines()]
     assert [d["split"] for d in encoded] == ["seen", "train", "train", "train"]
-    job = jobs.ModelJob(FLM, str(out / "encoded"), "cpu")
-    loss, _, _ = loss_of(job, train.Stage("one", 1, 2, 1e-3, 0, 48, {"recorded": (1, 1)}))
+    task = train.ModelTask(FLM, str(out / "encoded"), "cpu")
+    loss, _, _ = loss_of(task, train.Stage("one", 1, 2, 1e-3, 0, 48, {"recorded": (1, 1)}))
     assert torch.isfinite(loss)
     again = tmp_path / "again"
     prepare.mix(str(world / "toy"), str(again), 4, None, 1)

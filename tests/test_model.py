@@ -37,7 +37,7 @@ def test_step_by_step_equals_teacher_forced(flm):
     x = grid(3, 24)
     with torch.no_grad():
         h = flm(x)
-        state = flm.init_state(3)
+        state = flm.init_cache(3)
         steps = torch.stack([flm.hidden_step(x[..., t], state) for t in range(24)], 1)
     assert (steps - h).abs().max() < 1e-5
     assert (flm.text_logits(steps) - flm.text_logits(h)).abs().max() < 1e-5
@@ -60,7 +60,7 @@ def test_the_cache_is_a_ring(flm):
     one = FLM(dataclasses.replace(C, layers=1)).eval()
     x = grid(1, 80)
     with torch.no_grad():
-        long, short = one.init_state(1), one.init_state(1)
+        long, short = one.init_cache(1), one.init_cache(1)
         for t in range(80):
             a = one.hidden_step(x[..., t], long)
             if t >= 80 - C.context:
@@ -81,7 +81,7 @@ def test_after_hours_positions_are_as_exact_as_at_first(hours):
     one = FLM(dataclasses.replace(C, layers=1)).eval()
     with torch.no_grad():
         one.blocks[0].qkv.weight.mul_(20)  # attention that depends on the position
-        early, late = one.init_state(1), one.init_state(1)
+        early, late = one.init_cache(1), one.init_cache(1)
         late.position += hours * 45_000
         for t in range(2 * C.context):
             x = grid(1, 1, t)[..., 0]
@@ -93,9 +93,9 @@ def test_members_of_a_batch_are_independent(flm):
     """A member that joins late gives what it gives alone."""
     a, b = grid(1, 20, 1), grid(1, 20, 2)
     with torch.no_grad():
-        alone = flm.init_state(1)
+        alone = flm.init_cache(1)
         right = torch.stack([flm.hidden_step(b[..., t], alone) for t in range(12)], 1)
-        state, got = flm.init_state(2), []
+        state, got = flm.init_cache(2), []
         for t in range(20):
             if t == 8:
                 state.position[1] = 0

@@ -5,7 +5,7 @@ import torch
 from mimi import CONFIGS as CODECS
 from mimi import Mimi
 from model import CONFIGS, FLM
-from muon import Muon, is_matrix, orthogonal
+from training.muon import Muon, is_matrix, orthogonal
 from train import make_optimizer
 
 

@@ -12,14 +12,14 @@ import os
 import pytest
 import torch
 
-from engine import Speaker
+from chat import DuplexModel
 from eval import written
-from files import read_audio, write_audio
-from manifest import read_manifest
-from turns import words_of
+from files.audio import read_audio, write_audio
+from files.manifest import read_manifest
+from evals.turns import words_of
 
 pytest.importorskip("aiohttp", reason="needs the extra 'web'")
-import web  # noqa: E402
+from live import web  # noqa: E402
 from browser import CHROMIUM, chromium  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt install chromium)")]
@@ -39,8 +39,8 @@ def request_of(world, path):
 
 
 def answer(sound):
-    speaker = Speaker.load(TRAINED)
-    return words_of(written(speaker, speaker.converse(sound[None])[0][0]))
+    duplex = DuplexModel.load(TRAINED)
+    return words_of(written(duplex, duplex.converse(sound[None])[0][0]))
 
 
 async def open_page(browser, address):
@@ -52,7 +52,7 @@ async def open_page(browser, address):
 @contextlib.asynccontextmanager
 async def serving(world, port=0):
     """(server, address of the page)"""
-    server = web.Server(Speaker.load(TRAINED or str(world / "flm")), web.Limits(sessions=2))
+    server = web.Server(DuplexModel.load(TRAINED or str(world / "flm")), web.Limits(sessions=2))
     port = await server.start("127.0.0.1", port)
     try:
         yield server, f"http://127.0.0.1:{port}/"

@@ -12,22 +12,21 @@ import numpy as np
 import pytest
 import torch
 
-import jobs
 import model
 import test_train
 import train
 from conftest import FLM, ROOT
-from files import load_checkpoint
+from files.checkpoint import load_checkpoint
 
 SCRIPT = """
 import sys; sys.path[:0] = [{root!r}, {tests!r}]
-import conftest, jobs, parallel, test_train, torch, train
+import conftest, test_train, torch, train; from training import parallel
 torch.set_num_threads(1)
 train.slices_of_a_batch = lambda device: 2
 data, out, save_every = sys.argv[1:]
 device = parallel.begin("cpu")
-job = jobs.ModelJob(conftest.FLM, data, device)
-train.train(job, test_train.SHORT, out, resume=True, save_every=float(save_every))
+task = train.ModelTask(conftest.FLM, data, device)
+train.train(task, test_train.SHORT, out, resume=True, save_every=float(save_every))
 parallel.end()
 """
 
@@ -138,12 +137,12 @@ def test_sigterm_saves(world, tmp_path):
 
 
 def test_a_loss_that_is_no_number_names_what_it_learned_from(world, tmp_path):
-    job = jobs.ModelJob(FLM, str(world / "toy/encoded"), "cpu")
-    r = train.Run(job, test_train.SHORT, str(tmp_path / "o"))
+    task = train.ModelTask(FLM, str(world / "toy/encoded"), "cpu")
+    r = train.Run(task, test_train.SHORT, str(tmp_path / "o"))
     r.save()
     before = (tmp_path / "o/checkpoint.pt").read_bytes()
     with torch.no_grad():
-        job.model.head.weight[0, 0] = float("nan")
+        task.model.head.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"the loss is nan at step 0 of one; .*/00000.npy from frame \d+"):
         r.step()
     assert (tmp_path / "o/checkpoint.pt").read_bytes() == before
@@ -154,6 +153,6 @@ def test_a_damaged_shard_names_itself(world, tmp_path):
     codes = np.load(tmp_path / "encoded/00000.npy")
     codes[:] = 99
     np.save(tmp_path / "encoded/00000.npy", codes)
-    job = jobs.ModelJob(FLM, str(tmp_path / "encoded"), "cpu")
+    task = train.ModelTask(FLM, str(tmp_path / "encoded"), "cpu")
     with pytest.raises(ValueError, match=r"00000.npy from frame \d+: damaged"):
-        job.batch(test_train.SHORT[0], 0.5, "train", random.Random(0))
+        task.batch(test_train.SHORT[0], 0.5, "train", random.Random(0))

@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import model
-import plan
+from training import plan
 from conftest import run
 from train import STAGES
 

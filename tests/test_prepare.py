@@ -7,14 +7,13 @@ import pytest
 import soundfile
 import torch
 
-import jobs
 import prepare
 import train
 from conftest import FLM, encode, loss_of, noise, run
-from files import read_audio
-from manifest import check_line, read_manifest
+from files.audio import read_audio
+from files.manifest import check_line, read_manifest
 from mimi import FRAME, Mimi
-from tokenizer import PATTERN, load_tokenizer, make_tokenizer, train_bpe
+from files.tokenizer import PATTERN, load_tokenizer, make_tokenizer, train_bpe
 from train import STAGES
 
 
@@ -115,19 +114,19 @@ def test_a_killed_encoding_is_continued(world, tmp_path, monkeypatch):
                              "tokenizer.json"]
     done, real = [], prepare.encode_shard
 
-    def dies(job):
+    def dies(task):
         if len(done) == 2:
             raise KeyboardInterrupt
-        done.append(job)
-        real(job)
+        done.append(task)
+        real(task)
     monkeypatch.setattr(prepare, "encode_shard", dies)
     with pytest.raises(KeyboardInterrupt):
         encode(folder, world)
     assert {f.name: f.read_bytes() for f in (folder / "encoded").iterdir()} == whole  # the old one is intact
     (folder / "encoded.partial/00001.jsonl").unlink()  # as if killed between the two files of a shard
-    monkeypatch.setattr(prepare, "encode_shard", lambda job: (done.append(job), real(job)))
+    monkeypatch.setattr(prepare, "encode_shard", lambda task: (done.append(task), real(task)))
     done.clear()
-    assert encode(folder, world) == whole and [job[0] for job in done] == [1, 2]
+    assert encode(folder, world) == whole and [task[0] for task in done] == [1, 2]
     done.clear()
     encode(folder, world, name="bytes")  # other settings: nothing can be kept
     assert len(done) == 3 and not (folder / "encoded.partial").exists()
@@ -143,7 +142,7 @@ def test_two_processes_write_what_one_writes(world, tmp_path):
 def test_the_tokeniser_of_another_encoding(world, tmp_path):
     folder = small_world(world, tmp_path)
     assert encode(folder, world, name=str(world / "toy/encoded"))["tokenizer.json"] == (world / "toy/encoded/tokenizer.json").read_bytes()
-    assert len(jobs.read_encoded(f"{world}/toy/encoded,{folder}/encoded")[1]) > 10
+    assert len(train.read_encoded(f"{world}/toy/encoded,{folder}/encoded")[1]) > 10
 
 
 def corpus(folder, kind):
@@ -182,13 +181,13 @@ def test_a_corpus_as_it_is_downloaded(kind, world, tmp_path):
     assert [t.decode(p["tokens"]) for p in parts] == texts
     if kind == "conversations":
         assert [p["frame"] for p in parts] == [6, 13, 30] and lines[0]["speak"]["frames"] == lines[0]["listen"]["frames"] == 38
-    job = jobs.ModelJob(FLM, str(out / "encoded"), "cpu")
+    task = train.ModelTask(FLM, str(out / "encoded"), "cpu")
     layout = {"recorded": (1, 1)} if kind == "conversations" else {"tts": (1, 1), "asr": (1, 1)}
-    loss, parts, _ = loss_of(job, train.Stage("one", 1, 2, 1e-3, 0, 48, layout))
+    loss, parts, _ = loss_of(task, train.Stage("one", 1, 2, 1e-3, 0, 48, layout))
     loss.backward()
     assert torch.isfinite(loss) and parts["mono"] > 0
     with pytest.raises(ValueError, match="the data holds nothing for response_tts"):
-        loss_of(job, train.Stage("one", 1, 2, 1e-3, 0, 48, {"response_tts": (1, 1)}))
+        loss_of(task, train.Stage("one", 1, 2, 1e-3, 0, 48, {"response_tts": (1, 1)}))
 
 
 def test_a_recording_may_be_a_part_of_a_file(world, tmp_path):
@@ -199,8 +198,8 @@ def test_a_recording_may_be_a_part_of_a_file(world, tmp_path):
     lines = [json.loads(line) for line in encode(tmp_path, world)["00000.jsonl"].splitlines()]
     assert [d["turns"][0]["copies"][0]["speech"] for d in lines] == [15, 10]
     assert [(d["annotated"], d["lang"]) for d in lines] == [(False, "de"), (True, "de")]
-    job = jobs.ModelJob(FLM, str(tmp_path / "encoded"), "cpu")
-    assert [len(s) for s in job.heard["train"]] == [len(s) for s in job.said["train"]] == [1, 1]
+    task = train.ModelTask(FLM, str(tmp_path / "encoded"), "cpu")
+    assert [len(s) for s in task.heard["train"]] == [len(s) for s in task.said["train"]] == [1, 1]
 
 
 def test_annotated_recordings_are_used_more_in_post_training_2():
@@ -236,14 +235,14 @@ def test_training_refuses_codes_of_another_codec_or_tokeniser(world, tmp_path):
     folder = small_world(world, tmp_path)
     prepare.encode(str(folder), str(codec), "bpe", 300, 1, False, 1, "cpu")
     where = str(folder / "encoded")
-    assert len(jobs.read_encoded(where + "," + where)[1]) == 20
+    assert len(train.read_encoded(where + "," + where)[1]) == 20
     with pytest.raises(ValueError, match="another tokenizer than .*toy/encoded"):
-        jobs.read_encoded(str(world / "toy/encoded") + "," + where)
+        train.read_encoded(str(world / "toy/encoded") + "," + where)
     codec.write_bytes(codec.read_bytes() + b" ")
     with pytest.raises(ValueError, match="another codec than .*codec.pt now is"):
-        jobs.read_encoded(where)
+        train.read_encoded(where)
     meta = json.loads((folder / "encoded/meta.json").read_text())
     for changed, says in (({**meta, "version": 1}, "is of version 1"), ({"version": prepare.VERSION}, "KeyError"), ([], "is not what")):
         (folder / "encoded/meta.json").write_text(json.dumps(changed))
         with pytest.raises(ValueError, match=says):
-            jobs.read_encoded(where)
+            train.read_encoded(where)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model import FLM
-from published import export_release, from_qwen, qwen_tensors
+from published.release import export_release, from_qwen, qwen_tensors
 from test_model import C
 
 RELEASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden", "flm_release_tiny")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 from conftest import ROOT, run
-from toy import LANGUAGES
+from toy.world import LANGUAGES
 from train import STAGES
 
 README = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()
@@ -20,7 +20,7 @@ def stage_rows(config):
             "|---|---|---|---|---|---|---|"]
     for s in STAGES[config]:
         layouts = ", ".join(f"{name} {a:g}" if a == b else f"{name} {a:g} -> {b:g}" for name, (a, b) in s.layouts.items())
-        rows.append(f"| {s.name} | {layouts} | {s.steps} | {s.batch} x {s.frames} | {s.lr:g} -> {s.lr_end:g} | {s.wait:g} | {s.blot:g} |")
+        rows.append(f"| {s.name} | {layouts} | {s.steps} | {s.batch} x {s.frames} | {s.lr:g} -> {s.lr_end:g} | {s.wait:g} | {s.frame_dropout:g} |")
     return "\n".join(rows)
 
 
@@ -63,14 +63,14 @@ def test_the_changes_shown_can_be_made(world, tmp_path):
         assert done.returncode == 0, done.stderr + diff
     shutil.copytree(world / "toy", tmp_path / "toy", ignore=shutil.ignore_patterns("encoded"))
     done = subprocess.run([sys.executable, "-c", """if True:
-        import dataclasses, json, torch, jobs, mimi, model, prepare, train
-        codec = jobs.CodecJob(mimi.CONFIGS["tiny"], "toy", "cpu")
+        import dataclasses, json, torch, mimi, model, prepare, toy.codec, train
+        codec = toy.codec.CodecTask(mimi.CONFIGS["tiny"], "toy", "cpu")
         train.train(codec, [train.Stage("codec", 1, 1, 1e-3, 0)], "codec")
         prepare.encode("toy", "codec/checkpoint.pt", "bpe", 300, 1, False, 1, "cpu")
-        job = jobs.ModelJob(model.CONFIGS["tiny"], "toy/encoded", "cpu")
+        job = train.ModelTask(model.CONFIGS["tiny"], "toy/encoded", "cpu")
         stage = next(s for s in train.STAGES["tiny"] if s.name == "fine-tuning 1")
         train.train(job, [dataclasses.replace(stage, steps=3)], "tiny")
-        print(json.dumps([*stage.layouts, jobs.ALPHA_1, len(job.model.blocks), len(job.model.listen), codec.config.codebooks]))
+        print(json.dumps([*stage.layouts, train.ALPHA_1, len(job.model.blocks), len(job.model.listen), codec.config.codebooks]))
         """], cwd=tmp_path, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == ["written_first", 100.0, 6, 4, 4]

@@ -4,9 +4,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from streams import (K, LISTEN, ROWS, SPEAK, TEXT, Utterance, Vocab, asr, asr_response_tts, delay, free_response_tts, language, pack,
-                     recorded, response_tts, tts, undelay, word_aligned)
-from tokenizer import load_tokenizer, make_tokenizer
+from streams import (K, LISTEN, ROWS, SPEAK, STREAMS, TEXT, Utterance, Vocab, asr, asr_response_tts, delay, free_response_tts, language, pack,
+                     recorded, response_tts, tts, word_aligned)
+from files.tokenizer import load_tokenizer, make_tokenizer
 
 # words 0..9, <wait> W, <asr> A, <answer> R; sounds 0..63, empty E; silence begins with 1, then is 0 for ever
 W, A, R, E = 10, 11, 12, 64
@@ -124,6 +124,13 @@ def test_acoustic_codes_enter_one_frame_late():
     for row in range(ROWS):
         expected = grid[row].tolist() if row in (0, 1, 9) else [-1, *grid[row, :3].tolist()]
         assert late[row].tolist() == expected, row
+
+
+def undelay(grid):
+    """The inverse of delay. The last max(delay) columns are not whole yet and are left out: (17, T) -> (17, T - 1)."""
+    late = max(s.delay for s in STREAMS)
+    T = grid.shape[1] - late
+    return np.concatenate([grid[s.start:s.stop, s.delay:s.delay + T] for s in STREAMS])
 
 
 def test_undelay_is_the_inverse():

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from prepare import tokens_of
-from tokenizer import BYTES, PATTERN, QWEN_PATTERN, get_tokenizer, make_tokenizer, train_bpe
+from files.tokenizer import BYTES, PATTERN, QWEN_PATTERN, get_tokenizer, make_tokenizer, train_bpe
 
 
 def test_bpe_makes_words_whole_and_text_round_trips():

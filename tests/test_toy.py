@@ -7,17 +7,19 @@ import sys
 import numpy as np
 import pytest
 
-import jobs
+import toy.codec
+import train
 import prepare
 from conftest import FLM, run
-from files import SAMPLE_RATE, read_audio
-from manifest import read_manifest
+from files.audio import SAMPLE_RATE, read_audio
+from files.manifest import read_manifest
 from mimi import FRAME
-from tokenizer import load_tokenizer
-from toy import (HELD_OUT_PAIRS, LANGUAGES, SHARES, Espeak, held_out_triple, interject, make_request, make_sentence, make_story,
-                 make_toy, on_frames)
+from files.tokenizer import load_tokenizer
+from toy.script import interject, make_toy, on_frames
+from toy.voices import Espeak
+from toy.world import HELD_OUT_PAIRS, LANGUAGES, KIND_PROPORTIONS, held_out_triple, make_request, make_sentence, make_story
 from train import STAGES
-from turns import speech
+from evals.turns import speech
 
 
 def lines_of(world):
@@ -32,7 +34,7 @@ def test_thirty_words_to_a_language(lang):
 
 
 @pytest.mark.parametrize("lang", LANGUAGES.values(), ids=LANGUAGES)
-@pytest.mark.parametrize("kind", [k for k in SHARES if k != "story"])
+@pytest.mark.parametrize("kind", [k for k in KIND_PROPORTIONS if k != "story"])
 def test_answers_are_right_and_tests_are_held_out(lang, kind):
     rng = random.Random(0)
     train = {make_request(lang, kind, False, rng) for _ in range(400)}
@@ -113,12 +115,12 @@ def test_two_languages_from_words_to_a_batch(world, tmp_path):
             assert ("cmn" in t.get("voice", "")) == (d["lang"] == "zh") or t["role"] == "model"
             assert t["text"].isascii() == (d["lang"] == "en")
     prepare.encode(str(tmp_path / "toy"), str(world / "codec.pt"), "bpe", 400, 1, False, 1, "cpu")
-    job = jobs.ModelJob(FLM, str(tmp_path / "toy/encoded"), "cpu")
+    task = train.ModelTask(FLM, str(tmp_path / "toy/encoded"), "cpu")
     tokenizer = load_tokenizer(str(tmp_path / "toy/encoded/tokenizer.json"))
-    heard = {tokenizer.decode(t["tokens"]).strip() for part in job.heard["train"] for t in part}
+    heard = {tokenizer.decode(t["tokens"]).strip() for part in task.heard["train"] for t in part}
     assert heard == {t["text"] for d in lines for t in d["turns"] if d["split"] == "train" and t["role"] == "user" and d["kind"] != "backchannel"}
-    job.batch(STAGES["tiny"][-1], 0.0, "train", random.Random(0))
-    clips = jobs.Clips(str(tmp_path / "toy"))
+    task.batch(STAGES["tiny"][-1], 0.0, "train", random.Random(0))
+    clips = toy.codec.Clips(str(tmp_path / "toy"))
     assert set("三猫cat ") <= set(clips.letters)
 
 

@@ -13,30 +13,28 @@ import numpy as np
 import pytest
 import torch
 
-import jobs
 import model
 import streams
 import train
 from conftest import FLM, ROOT, loss_of, run
-from files import load_checkpoint
+from files.checkpoint import load_checkpoint
 from streams import LISTEN, SPEAK, TEXT, Utterance
-from tokenizer import load_tokenizer
+from files.tokenizer import load_tokenizer
 from train import STAGES, Stage
 
-SHORT = [Stage("one", 14, 2, 1e-3, 1e-3, 48, {"tts": (1, 0), "asr": (0, 1)}, wait=0.3, blot=0.1, depth=(0.5, 0.2)),
-         Stage("two", 26, 2, 1e-3, 0, 48, {"asr_response_tts": (1, 1), "free_response_tts": (1, 1)}, wait=0.3, blot=0.1, depth=(0.5, 0.2))]
+SHORT = [Stage("one", 14, 2, 1e-3, 1e-3, 48, {"tts": (1, 0), "asr": (0, 1)}, wait=0.3, frame_dropout=0.1, depth=(0.5, 0.2)),
+         Stage("two", 26, 2, 1e-3, 0, 48, {"asr_response_tts": (1, 1), "free_response_tts": (1, 1)}, wait=0.3, frame_dropout=0.1, depth=(0.5, 0.2))]
 
 # a run of the model and of the codec, saving after every step
 SCRIPT = """
 import sys; sys.path[:0] = [{root!r}, {tests!r}]
-import jobs, train, test_train, conftest, torch
 torch.set_num_threads(1); torch.manual_seed(1)
 kind, data, out = sys.argv[1:]
 if kind == "model":
-    job, stages = jobs.ModelJob(conftest.FLM, data + "/encoded", "cpu"), test_train.SHORT
+    task, stages = train.ModelTask(conftest.FLM, data + "/encoded", "cpu"), test_train.SHORT
 else:
-    job, stages = jobs.CodecJob(conftest.CODEC, data, "cpu"), [train.Stage("codec", 25, 1, 1e-3, 0)]
-train.train(job, stages, out, resume=True, save_every=0)
+    task, stages = toy.codec.CodecTask(conftest.CODEC, data, "cpu"), [train.Stage("codec", 25, 1, 1e-3, 0)]
+train.train(task, stages, out, resume=True, save_every=0)
 """
 
 
@@ -76,8 +74,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(world, tmp_path, kind):
 
 def test_training_lowers_the_loss(world, tmp_path):
     torch.manual_seed(0)
-    job = jobs.ModelJob(FLM, str(world / "toy/encoded"), "cpu")
-    train.train(job, [Stage("s", 150, 4, 3e-3, 0, 64, {"response_tts": (1, 1)}, wait=0.3)], str(tmp_path / "o"))
+    task = train.ModelTask(FLM, str(world / "toy/encoded"), "cpu")
+    train.train(task, [Stage("s", 150, 4, 3e-3, 0, 64, {"response_tts": (1, 1)}, wait=0.3)], str(tmp_path / "o"))
     log = [json.loads(line) for line in open(tmp_path / "o/log.jsonl")]
     first, last = log[0], [e for e in log if "loss" in e][-1]
     assert last["loss"] < 0.6 * first["loss"]
@@ -87,7 +85,7 @@ def test_training_lowers_the_loss(world, tmp_path):
 def test_a_step_is_the_mean_of_its_slices(world, tmp_path):
     """Two threads with half the rows each, and the same in sequence."""
     torch.manual_seed(0)
-    run_ = train.Run(jobs.ModelJob(FLM, str(world / "toy/encoded"), "cpu"), SHORT, str(tmp_path / "o"))
+    run_ = train.Run(train.ModelTask(FLM, str(world / "toy/encoded"), "cpu"), SHORT, str(tmp_path / "o"))
     run_.at["slices"], run_.at["bf16"] = 2, False
     losses, grads = [], []
     for i in range(2):
@@ -111,9 +109,9 @@ def test_a_step_is_the_mean_of_its_slices(world, tmp_path):
 def test_the_next_slice_is_made_while_the_gpu_works(world, tmp_path):
     """As many batches as steps and the same losses, and none of a stage that is over."""
     def learn(name, ahead):
-        r = train.Run(jobs.ModelJob(FLM, str(world / "toy/encoded"), "cpu"), SHORT, str(tmp_path / name))
-        r.threads, r.at["slices"], r.at["bf16"], batch, made = None, 1, False, r.job.batch, []
-        r.job.batch = lambda *args: made.append(1) or batch(*args)
+        r = train.Run(train.ModelTask(FLM, str(world / "toy/encoded"), "cpu"), SHORT, str(tmp_path / name))
+        r.threads, r.at["slices"], r.at["bf16"], batch, made = None, 1, False, r.task.batch, []
+        r.task.batch = lambda *args: made.append(1) or batch(*args)
         losses = []
         for _ in range(SHORT[0].steps):
             if not ahead:
@@ -127,23 +125,23 @@ def test_the_next_slice_is_made_while_the_gpu_works(world, tmp_path):
 
 def test_a_spoilt_batch_is_named(world, tmp_path):
     """The names are those of what the step has learned from."""
-    r = train.Run(jobs.ModelJob(FLM, str(world / "toy/encoded"), "cpu"), SHORT, str(tmp_path / "o"))
-    r.job.used = []
+    r = train.Run(train.ModelTask(FLM, str(world / "toy/encoded"), "cpu"), SHORT, str(tmp_path / "o"))
+    r.task.used = []
     r.slice(SHORT[0], 0)
-    used, r.job.used = sorted(set(r.job.used)), None
-    assert used and r.job.names(SHORT[0], r.progress(), r.rng(0)) == used
+    used, r.task.used = sorted(set(r.task.used)), None
+    assert used and r.task.names(SHORT[0], r.progress(), r.rng(0)) == used
 
 
 def test_every_batch_is_a_function_of_its_step(world):
-    job = jobs.ModelJob(FLM, str(world / "toy/encoded"), "cpu")
-    a, b, c = (job.batch(SHORT[1], 0.5, "train", random.Random(s)) for s in (1, 1, 2))
+    task = train.ModelTask(FLM, str(world / "toy/encoded"), "cpu")
+    a, b, c = (task.batch(SHORT[1], 0.5, "train", random.Random(s)) for s in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
 def test_batches_hold_what_their_layout_says(world):
-    job = jobs.ModelJob(FLM, str(world / "toy/encoded"), "cpu")
-    v = job.vocab
-    of = lambda layout: job.batch(Stage("s", 1, 8, 0, 0, 96, {layout: (1, 1)}), 0, "train", random.Random(0))
+    task = train.ModelTask(FLM, str(world / "toy/encoded"), "cpu")
+    v = task.vocab
+    of = lambda layout: task.batch(Stage("s", 1, 8, 0, 0, 96, {layout: (1, 1)}), 0, "train", random.Random(0))
     assert (of("tts")[:, LISTEN] == v.empty).all() and (of("asr")[:, SPEAK] == v.empty).all()
     assert (of("asr_response_tts")[:, TEXT] == v.asr).any() and not (of("response_tts")[:, TEXT] == v.asr).any()
     for layout in ("response_tts", "free_response_tts"):
@@ -153,25 +151,25 @@ def test_batches_hold_what_their_layout_says(world):
 def test_the_variants_of_the_papers_questions(world, monkeypatch):
     """tests/questions.py: the same steps for each; word-aligned text stands where the words are spoken."""
     import questions
-    job = jobs.ModelJob(FLM, str(world / "toy/encoded"), "cpu")
+    task = train.ModelTask(FLM, str(world / "toy/encoded"), "cpu")
     assert len({(sum(s.steps for s in stages), *{(s.batch, s.frames, s.lr) for s in stages}) for stages in questions.VARIANTS.values()}) == 1
     for stages in questions.VARIANTS.values():
         for s in stages:
-            assert job.batch(dataclasses.replace(s, batch=2), 0.5, "train", random.Random(0)).shape == (2, 17, s.frames)
+            assert task.batch(dataclasses.replace(s, batch=2), 0.5, "train", random.Random(0)).shape == (2, 17, s.frames)
     u = Utterance([7, 8], np.arange(6)[:, None].repeat(8, 1), 5, [0, 3])
-    grid = questions.aligned_tts(u, job.vocab)
-    assert [t for t in range(grid.shape[1]) if grid[TEXT, t] != job.vocab.wait] == [2, 5]
+    grid = questions.aligned_tts(u, task.vocab)
+    assert [t for t in range(grid.shape[1]) if grid[TEXT, t] != task.vocab.wait] == [2, 5]
     assert grid[SPEAK][0, 2:].tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_interruptions_come_with_probability_0_7(world):
-    job = jobs.ModelJob(FLM, str(world / "toy/encoded"), "cpu")
+    task = train.ModelTask(FLM, str(world / "toy/encoded"), "cpu")
     calls, original = [], streams.free_response_tts
     streams.free_response_tts = lambda turns, gaps, barge, *rest: calls.extend(barge[:-1]) or original(turns, gaps, barge, *rest)
     try:
         rng = random.Random(0)
         for _ in range(1500):
-            job.grid("free_response_tts", STAGES["tiny"][-1], "train", rng)
+            task.grid("free_response_tts", STAGES["tiny"][-1], "train", rng)
     finally:
         streams.free_response_tts = original
     assert abs(sum(b is not None for b in calls) / len(calls) - 0.7) < 0.04
@@ -181,20 +179,20 @@ def test_stories_and_murmurs_reach_the_batches(world):
     """What the model says while a user tells a story stands in the grids of fine-tuning 2 where the manifest says; in fine-tuning 1
     there are no stories. Users' backchannels are only ever heard while the model speaks."""
     data = world / "toy/encoded"
-    job = jobs.ModelJob(FLM, str(data), "cpu")
-    v, rng, tokenizer = job.vocab, random.Random(0), load_tokenizer(str(data / "tokenizer.json"))
-    stories = [turns for turns in job.free["train"] if turns[0][0]["interjections"]]
-    assert stories and not any(a["interjections"] for turns in job.dialogues["train"] for a, _ in turns)
+    task = train.ModelTask(FLM, str(data), "cpu")
+    v, rng, tokenizer = task.vocab, random.Random(0), load_tokenizer(str(data / "tokenizer.json"))
+    stories = [turns for turns in task.free["train"] if turns[0][0]["interjections"]]
+    assert stories and not any(a["interjections"] for turns in task.dialogues["train"] for a, _ in turns)
     for ((user, reply),) in stories:
-        heard, answer = job.utterance(user, rng), job.utterance(reply, rng)
+        heard, answer = task.utterance(user, rng), task.utterance(reply, rng)
         grid = streams.response_tts([(heard, answer)], [3], v)
         for (frame, said), told in zip(heard.interjections, user["interjections"], strict=True):
             assert abs(frame / 12.5 - told["at"]) < 0.25
             text = [t for t in grid[TEXT, 3 + frame - 2:][:len(said.tokens)].tolist()]
             assert tokenizer.decode(text) == " " + told["text"]
             assert (grid[SPEAK, 3 + frame:3 + frame + said.speech] == said.codes[:said.speech].T).all()
-    murmur = {id(t) for t in job.murmurs["train"]}
-    assert murmur and not murmur & {id(t) for part in job.heard["train"] for t in part}
+    murmur = {id(t) for t in task.backchannels["train"]}
+    assert murmur and not murmur & {id(t) for part in task.heard["train"] for t in part}
 
 
 def test_the_paper_is_in_the_tables():
@@ -202,7 +200,7 @@ def test_the_paper_is_in_the_tables():
     rows = STAGES["7b"]
     assert [(s.lr, s.lr_end, s.batch, s.frames) for s in rows] == [
         (2e-4, 1e-5, 256, 8192), (1e-5, 8e-6, 256, 8192), (1e-5, 8e-6, 256, 8192), (8e-6, 7e-6, 256, 8192)]
-    assert (jobs.ALPHA_1, jobs.ALPHA_2, jobs.BETA, rows[0].wait) == (1, 0.5, 1, 0.01)
+    assert (train.ALPHA_1, train.ALPHA_2, train.BETA, rows[0].wait) == (1, 0.5, 1, 0.01)
     for config in ("tiny", "small", "0.5b", "7b"):
         with torch.device("meta"):
             model.FLM(model.CONFIGS[config])
@@ -215,26 +213,26 @@ def test_the_paper_is_in_the_tables():
 def test_a_finished_run_is_not_repeated(world, tmp_path):
     path = world / "flm/checkpoint.pt"
     before = path.read_bytes()
-    job = jobs.ModelJob(FLM, str(world / "toy/encoded"), "cpu")
+    task = train.ModelTask(FLM, str(world / "toy/encoded"), "cpu")
     stage = Stage("once", 2, 2, 1e-3, 0, 48, {"response_tts": (1, 1)})
     with pytest.raises(ValueError, match="--resume"):
-        train.train(job, [stage], str(world / "flm"))
-    train.train(job, [stage], str(world / "flm"), resume=True)
+        train.train(task, [stage], str(world / "flm"))
+    train.train(task, [stage], str(world / "flm"), resume=True)
     assert path.read_bytes() == before
 
 
 def test_a_checkpoint_of_another_config_is_refused(world):
-    job = jobs.ModelJob(dataclasses.replace(FLM, layers=2), str(world / "toy/encoded"), "cpu")
+    task = train.ModelTask(dataclasses.replace(FLM, layers=2), str(world / "toy/encoded"), "cpu")
     with pytest.raises(ValueError, match="another config"):
-        train.train(job, SHORT, str(world / "flm"), resume=True)
+        train.train(task, SHORT, str(world / "flm"), resume=True)
 
 
 def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(world, tmp_path):
-    job = jobs.ModelJob(FLM, str(world / "toy/encoded"), "cpu")
-    good = job.loss
-    job.loss = lambda stage, *a: good(stage, *a) if stage.name == "one" else (math.nan * sum(p.sum() for p in job.modules.parameters()), {}, None)
+    task = train.ModelTask(FLM, str(world / "toy/encoded"), "cpu")
+    good = task.loss
+    task.loss = lambda stage, *a: good(stage, *a) if stage.name == "one" else (math.nan * sum(p.sum() for p in task.modules.parameters()), {}, None)
     with pytest.raises(ValueError, match="step 0 of two"):
-        train.train(job, SHORT, str(tmp_path))
+        train.train(task, SHORT, str(tmp_path))
     at = load_checkpoint(str(tmp_path / "checkpoint.pt"), "flm")["at"]
     assert (at["stage"], at["step"]) == (1, 0)
 
@@ -280,10 +278,10 @@ def test_nothing_in_a_checkpoint_is_run(tmp_path):
 def test_a_full_disk_is_one_clear_error_and_keeps_the_old_checkpoint(world, tmp_path):
     """The system refuses files over 20 kB, as it refuses all on a full disk."""
     script = ("import sys, resource, signal; sys.path[:0] = [{root!r}, {tests!r}]\n"
-              "import torch, files, conftest\n"
+              "import torch, files.checkpoint, conftest\n"
               "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
               "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-              "try:\n    files.save_checkpoint(sys.argv[1], 'codec', conftest.CODEC, x=torch.zeros(100_000))\n"
+              "try:\n    files.checkpoint.save_checkpoint(sys.argv[1], 'codec', conftest.CODEC, x=torch.zeros(100_000))\n"
               "except (ValueError, OSError) as e:\n    sys.exit(f'error: {{e}}')\n").format(
         root=ROOT, tests=os.path.join(ROOT, "tests"))
     path = tmp_path / "checkpoint.pt"
@@ -303,10 +301,10 @@ def test_wrong_flags_are_a_clear_error(tmp_path, args, message):
 
 def test_a_picture_of_a_run(world):
     pytest.importorskip("matplotlib")
-    code, out, err = run("plot.py", world / "flm")
+    code, out, err = run("evals.plot", world / "flm")
     assert code == 0 and out == f"Wrote {world / 'flm'}/log.png\n", err
     assert (world / "flm/log.png").read_bytes()[:4] == b"\x89PNG"
-    code, _, err = run("plot.py", world / "nowhere")
+    code, _, err = run("evals.plot", world / "nowhere")
     assert code == 1 and "no such log" in err
 
 
@@ -314,19 +312,19 @@ def test_training_may_start_from_a_language_model(world, tmp_path):
     from test_published import as_qwen
     start = model.FLM(dataclasses.replace(FLM, vocab_size=400))
     as_qwen(start, tmp_path, "model.", "qwen2")
-    job = jobs.ModelJob(dataclasses.replace(FLM, layers=5, width=16), str(world / "toy/encoded"), "cpu", str(tmp_path))
-    assert torch.equal(job.model.text.weight, start.text.weight) and job.config.layers == FLM.layers
-    loss, _, _ = loss_of(job, SHORT[0])
+    task = train.ModelTask(dataclasses.replace(FLM, layers=5, width=16), str(world / "toy/encoded"), "cpu", str(tmp_path))
+    assert torch.equal(task.model.text.weight, start.text.weight) and task.config.layers == FLM.layers
+    loss, _, _ = loss_of(task, SHORT[0])
     assert torch.isfinite(loss)
     small = model.FLM(dataclasses.replace(FLM, vocab_size=200))
     as_qwen(small, tmp_path, "model.", "qwen2")
     with pytest.raises(ValueError, match="has 200 words, fewer than"):
-        jobs.ModelJob(FLM, str(world / "toy/encoded"), "cpu", str(tmp_path))
+        train.ModelTask(FLM, str(world / "toy/encoded"), "cpu", str(tmp_path))
 
 
 def test_a_trained_model_is_exported_as_the_release_is_laid_out(world, tmp_path):
     pytest.importorskip("safetensors")
-    code, out, err = run("published.py", world / "flm", tmp_path / "x")
+    code, out, err = run("published.release", world / "flm", tmp_path / "x")
     assert code == 0 and f"Wrote {tmp_path}/x" in out, err
     ours, theirs = model.FLM.load(str(world / "flm/checkpoint.pt"))[0], model.FLM.from_pretrained(str(tmp_path / "x"))[0]
     a, b = ours.state_dict(), theirs.state_dict()
@@ -345,13 +343,13 @@ def test_eight_bits_learn_and_go_on(world, tmp_path):
     """bfloat16 weights and 8-bit states: the loss falls, and a run goes on from its checkpoint."""
     pytest.importorskip("torchao")
     stage = Stage("one", 30, 2, 3e-3, 3e-3, 48, {"tts": (1, 1)}, wait=0.3)
-    job = lambda: jobs.ModelJob(FLM, str(world / "toy/encoded"), "cpu", eight_bit=True)
-    train.train(job(), [stage], str(tmp_path / "o"))
+    task = lambda: train.ModelTask(FLM, str(world / "toy/encoded"), "cpu", eight_bit=True)
+    train.train(task(), [stage], str(tmp_path / "o"))
     lines = [json.loads(line) for line in open(tmp_path / "o/log.jsonl")]
     first, *_, last = [e["loss"] for e in lines if e.get("split") is None]
     assert last < first - 0.3
-    r = train.Run(job(), [stage], str(tmp_path / "o"), resume=True)
+    r = train.Run(task(), [stage], str(tmp_path / "o"), resume=True)
     assert r.steps() == 30
     r.at["stage"], r.at["step"] = 0, 29  # the last one once more
     loss, _, _ = r.step()
-    assert loss < first - 0.3 and next(r.job.modules.parameters()).dtype == torch.bfloat16
+    assert loss < first - 0.3 and next(r.task.modules.parameters()).dtype == torch.bfloat16

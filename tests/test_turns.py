@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-import turns
+from evals import turns
 from conftest import run
-from engine import Speaker
+from chat import DuplexModel
 from eval import converse_all
-from files import SAMPLE_RATE, write_audio
-from manifest import read_manifest
-from turns import Item, Reply, World, break_in, hold, jensen_shannon, keep_talk, read_talks, score_all, speech
+from files.audio import SAMPLE_RATE, write_audio
+from files.manifest import read_manifest
+from evals.turns import Item, Reply, World, break_in, run_scenarios, jensen_shannon, keep_talk, read_talks, score_all, speech
 
 
 def bursts(total, spans, level=0.1):
@@ -38,17 +38,17 @@ def items():
 
 
 def perfect(item):
-    """Replies 0.4 s after the user's end and speaks 6 s, stops 0.5 s after an interruption begins, murmurs at the clauses' ends,
+    """Replies 0.4 s after the user's end and speaks 6 s, stops 0.5 s after an interruption begins, backchannels at the clauses' ends,
     warns two seconds before the end."""
     if item.scenario == "model interrupt":
         return [(item.end - 2, item.end + 4)]
-    murmurs = [(t, t + 0.3) for t in item.clauses]
+    backchannels = [(t, t + 0.3) for t in item.clauses]
     if item.event:
         begun = speech(item.sound)[0][1] + 0.4
         if item.scenario == "user backchannel":
             return [(begun, begun + 6)]
         return [(begun, item.event[0] + 0.5), (item.end + 0.4, item.end + 6.4)]
-    return [*murmurs, (item.end + 0.4, item.end + 6.4)]
+    return [*backchannels, (item.end + 0.4, item.end + 6.4)]
 
 
 def endpointer(item):
@@ -144,7 +144,7 @@ def dialogues(world):
 def test_scenarios_as_they_are_built(dialogues):
     """Labels are where the sound says, and the perfect agent is perfect on them."""
     talk, asked = system(perfect)
-    table = score_all(hold(talk, World(dialogues, None, 3), 2))
+    table = score_all(run_scenarios(talk, World(dialogues, None, 3), 2))
     assert {s: {m: c["value"] for m, c in table[s].items() if m in ("TOR", "JIR", "TTR", "TOR minus control")} for s in table} == {
         "turn-taking": {"TOR": 1, "JIR": 0}, "pause": {"TOR": 0}, "long pause": {"TOR": 0}, "user interrupt": {"TTR": 1},
         "model interrupt": {"TOR": 1, "TOR minus control": 1}, "user backchannel": {"TTR": 0}, "model backchannel": {"TOR": 0}}
@@ -175,11 +175,11 @@ def test_scenarios_as_they_are_built(dialogues):
 
 def test_nothing_before_an_event_depends_on_it(world, dialogues):
     """Two passes that differ from the event on: text and sound up to it are the same to the last bit."""
-    speaker, make = Speaker.load(str(world / "flm")), World(dialogues, None, 1)
+    duplex, make = DuplexModel.load(str(world / "flm")), World(dialogues, None, 1)
     queries = [make.request("control", "chant") for _ in range(3)]
     fake = [Reply([(item.end + 0.4, item.end + 6)]) for item in queries]
     later = [break_in(item, reply, make.backchannel("user backchannel")) for item, reply in zip(queries, fake)]
-    (texts, sounds), (texts2, sounds2) = (zip(*converse_all(speaker, [i.sound for i in some], 1, "")) for some in (queries, later))
+    (texts, sounds), (texts2, sounds2) = (zip(*converse_all(duplex, [i.sound for i in some], 1, "")) for some in (queries, later))
     for item, a, b, x, y in zip(later, texts, texts2, sounds, sounds2):
         n = int(item.event[0] * SAMPLE_RATE)
         assert torch.equal(a[:int(item.event[0] * 12.5)], b[:int(item.event[0] * 12.5)]) and torch.equal(x[:n], y[:n])

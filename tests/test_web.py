@@ -14,25 +14,25 @@ import numpy as np
 import pytest
 
 from conftest import ROOT, run
-from engine import Speaker
+from chat import DuplexModel
 from mimi import FRAME
 
 aiohttp = pytest.importorskip("aiohttp", reason="needs the extra 'web'")
-import web  # noqa: E402
+from live import web  # noqa: E402
 
 LIMITS = web.Limits(sessions=2, total=30.0, idle=10.0, request=0.5, send=1.0, connections=12)
 
 
 @pytest.fixture(scope="module")
-def speaker(world):
-    return Speaker.load(str(world / "flm"))
+def duplex(world):
+    return DuplexModel.load(str(world / "flm"))
 
 
 @contextlib.asynccontextmanager
-async def serving(speaker, token=None, **limits):
+async def serving(duplex, token=None, **limits):
     """(address, log, server, client)"""
     log = []
-    server = web.Server(speaker, replace(LIMITS, **limits), token, log.append)
+    server = web.Server(duplex, replace(LIMITS, **limits), token, log.append)
     port = await server.start("127.0.0.1", 0)
     address = f"http://127.0.0.1:{port}"
     try:
@@ -92,8 +92,8 @@ async def talks(ws, begin, count=3):
 
 def live(test):
     """An async test in a loop of its own."""
-    def run_it(speaker):
-        asyncio.run(asyncio.wait_for(test(speaker), 60))
+    def run_it(duplex):
+        asyncio.run(asyncio.wait_for(test(duplex), 60))
     run_it.__name__ = test.__name__
     return run_it
 
@@ -103,8 +103,8 @@ def live(test):
 
 
 @live
-async def test_each_frame_is_answered_as_the_engine_alone_would(speaker):
-    async with serving(speaker) as (address, log, server, client):
+async def test_each_frame_is_answered_as_the_engine_alone_would(duplex):
+    async with serving(duplex) as (address, log, server, client):
         ws = await begun(client, address)
         seed = server.engine.sessions[0].seed
         for n in range(6):
@@ -112,7 +112,7 @@ async def test_each_frame_is_answered_as_the_engine_alone_would(speaker):
         frames, texts = await answers(ws, 6)
         heard = np.concatenate([np.frombuffer(binary(n), "<i2", offset=4) for n in range(6)]).astype(np.float32) / 32768
         import torch
-        _, said = speaker.converse(torch.cat([torch.from_numpy(heard), torch.zeros(FRAME)])[None], seed)
+        _, said = duplex.converse(torch.cat([torch.from_numpy(heard), torch.zeros(FRAME)])[None], seed)
         assert [n for n, _ in frames] == list(range(6))
         assert np.abs(np.concatenate([x for _, x in frames]) - said[0, FRAME:].clamp(-1, 1).numpy() * 32767).max() <= 1
         assert all(t["type"] == "text" and t["text"] and 0.08 <= t["time"] <= 0.48 for t in texts)
@@ -121,8 +121,8 @@ async def test_each_frame_is_answered_as_the_engine_alone_would(speaker):
 
 
 @live
-async def test_what_is_missing_is_concealed_and_what_is_late_is_dropped(speaker):
-    async with serving(speaker) as (address, _, server, client):
+async def test_what_is_missing_is_concealed_and_what_is_late_is_dropped(duplex):
+    async with serving(duplex) as (address, _, server, client):
         ws = await begun(client, address)
         for n in (0, 1, 3, 2, 3, 4):
             await ws.send_bytes(binary(n))
@@ -134,8 +134,8 @@ async def test_what_is_missing_is_concealed_and_what_is_late_is_dropped(speaker)
 
 
 @live
-async def test_restart_begins_a_conversation_that_equals_the_first(speaker):
-    async with serving(speaker) as (address, _, _, client):
+async def test_restart_begins_a_conversation_that_equals_the_first(duplex):
+    async with serving(duplex) as (address, _, _, client):
         ws, sounds = await begun(client, address), []
         for _ in range(2):
             for n in range(4):
@@ -148,10 +148,10 @@ async def test_restart_begins_a_conversation_that_equals_the_first(speaker):
 
 
 @live
-async def test_a_bad_link_leaves_the_conversation_intact(speaker):
+async def test_a_bad_link_leaves_the_conversation_intact(duplex):
     """Bursts of 200 ms and a loss of 2% on the way there, at twice the speed."""
     from test_live import link
-    async with serving(speaker) as (address, _, server, client):
+    async with serving(duplex) as (address, _, server, client):
         ws, arrivals = await begun(client, address), link(60, seed=2)
         begin, sent = time.monotonic(), [n for _, n in arrivals]
         next(iter(server.guests.values())).allowance = 1000
@@ -169,8 +169,8 @@ async def test_a_bad_link_leaves_the_conversation_intact(speaker):
 
 
 @live
-async def test_full_is_said_plainly_and_a_place_left_is_free(speaker):
-    async with serving(speaker) as (address, log, _, client):
+async def test_full_is_said_plainly_and_a_place_left_is_free(duplex):
+    async with serving(duplex) as (address, log, _, client):
         a, b = await begun(client, address), await begun(client, address)
         assert await ending(await join(client, address)) == (1013, "full: all 2 places are taken")
         assert "full" in log[-1] and await talks(a, 0)
@@ -180,8 +180,8 @@ async def test_full_is_said_plainly_and_a_place_left_is_free(speaker):
 
 
 @live
-async def test_a_page_loaded_anew_in_the_middle_takes_no_second_place(speaker):
-    async with serving(speaker, sessions=1) as (address, _, server, client):
+async def test_a_page_loaded_anew_in_the_middle_takes_no_second_place(duplex):
+    async with serving(duplex, sessions=1) as (address, _, server, client):
         for _ in range(4):
             ws = await begun(client, address)
             await ws.send_bytes(binary(0))
@@ -194,11 +194,11 @@ async def test_a_page_loaded_anew_in_the_middle_takes_no_second_place(speaker):
 
 
 @live
-async def test_idle_and_endless_conversations_end(speaker):
-    async with serving(speaker, idle=0.3) as (address, log, _, client):
+async def test_idle_and_endless_conversations_end(duplex):
+    async with serving(duplex, idle=0.3) as (address, log, _, client):
         ws = await begun(client, address)
         assert await ending(ws) == (1000, "nothing was heard for 0.3 seconds")
-    async with serving(speaker, total=0.6, idle=0.4) as (address, log, _, client):
+    async with serving(duplex, total=0.6, idle=0.4) as (address, log, _, client):
         ws = await begun(client, address)
         for n in range(3):
             await asyncio.sleep(0.15)
@@ -207,8 +207,8 @@ async def test_idle_and_endless_conversations_end(speaker):
 
 
 @live
-async def test_pings_do_not_keep_a_place(speaker):
-    async with serving(speaker, idle=0.4) as (address, _, _, client):
+async def test_pings_do_not_keep_a_place(duplex):
+    async with serving(duplex, idle=0.4) as (address, _, _, client):
         ws = await begun(client, address)
         with contextlib.suppress(ConnectionError):
             for _ in range(10):
@@ -255,10 +255,10 @@ async def restless(ws):
 
 @pytest.mark.parametrize("misbehave, code", [
     (short, 1008), (too_long, 1009), (empty, 1008), (text_for_binary, 1008), (no_utf8, 1007), (hasty, 1008), (restless, 1008)])
-def test_who_breaks_a_rule_is_refused_in_one_line_and_nobody_else_notices(speaker, misbehave, code):
+def test_who_breaks_a_rule_is_refused_in_one_line_and_nobody_else_notices(duplex, misbehave, code):
     @live
-    async def test(speaker):
-        async with serving(speaker) as (address, log, server, client):
+    async def test(duplex):
+        async with serving(duplex) as (address, log, server, client):
             good, bad = await begun(client, address), await begun(client, address)
             assert await talks(good, 0)
             before = len(log)
@@ -271,24 +271,24 @@ def test_who_breaks_a_rule_is_refused_in_one_line_and_nobody_else_notices(speake
                     break
                 await asyncio.sleep(0.02)
             assert len(log) == before + 1 and len(log[-1]) < 200 and len(server.guests) == 1, log
-    test(speaker)
+    test(duplex)
 
 
 @live
-async def test_a_foreign_page_a_foreign_name_and_a_missing_token_get_nothing(speaker):
+async def test_a_foreign_page_a_foreign_name_and_a_missing_token_get_nothing(duplex):
     async def status(client, url, **headers):
         async with client.get(url, headers=headers) as answer:
             return answer.status
     upgrade = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13",
                "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="}
-    async with serving(speaker) as (address, log, server, client):
+    async with serving(duplex) as (address, log, server, client):
         for origin in ("http://evil.example", "null", "", address.replace("127.0.0.1", "localhost"), address + ".evil.example"):
             assert await status(client, f"{address}/talk", Origin=origin, **upgrade) == 403, origin
         assert len(log) == 5 and "wrong origin 'http://evil.example'" in log[0] and not server.guests
         assert await status(client, address, Host="evil.example") == 403
         assert await status(client, f"{address}/talk", Host="evil.example", Origin="http://evil.example", **upgrade) == 403
         assert await status(client, address) == 200
-    async with serving(speaker, token="secret") as (address, log, _, client):
+    async with serving(duplex, token="secret") as (address, log, _, client):
         for query in ("", "?token=", "?token=Secret", "?token=secret2", "?token=%ff"):
             assert await status(client, f"{address}/{query}") == 403
             assert await status(client, f"{address}/talk{query}", Origin=address, **upgrade) == 403
@@ -299,8 +299,8 @@ async def test_a_foreign_page_a_foreign_name_and_a_missing_token_get_nothing(spe
 
 
 @live
-async def test_no_file_but_the_page_is_served(speaker):
-    async with serving(speaker) as (address, log, _, client):
+async def test_no_file_but_the_page_is_served(duplex):
+    async with serving(duplex) as (address, log, _, client):
         async with client.get(address) as answer:
             page = await answer.text()
             assert answer.status == 200 and "<title>nanoFLM</title>" in page
@@ -334,8 +334,8 @@ def is_cut(s):
 
 
 @live
-async def test_slow_and_garbled_connections_are_cut_off(speaker):
-    async with serving(speaker) as (address, log, server, client):
+async def test_slow_and_garbled_connections_are_cut_off(duplex):
+    async with serving(duplex) as (address, log, server, client):
         good = await begun(client, address)
         slow = [raw(address), raw(address, b"GET / HT"), raw(address, b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX-A: b\r\n")]
         garbled = raw(address, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n")
@@ -351,8 +351,8 @@ async def test_slow_and_garbled_connections_are_cut_off(speaker):
 
 
 @live
-async def test_who_does_not_read_is_cut_off(speaker):
-    async with serving(speaker) as (address, log, server, client):
+async def test_who_does_not_read_is_cut_off(duplex):
+    async with serving(duplex) as (address, log, server, client):
         good, deaf = await begun(client, address), await begun(client, address)
         next(iter(list(server.guests.values())[1:])).allowance = 1e9
         deaf._response.connection.transport.pause_reading()
@@ -367,8 +367,8 @@ async def test_who_does_not_read_is_cut_off(speaker):
 
 
 @live
-async def test_a_model_that_breaks_ends_its_conversations_and_says_so(speaker):
-    async with serving(speaker) as (address, log, server, client):
+async def test_a_model_that_breaks_ends_its_conversations_and_says_so(duplex):
+    async with serving(duplex) as (address, log, server, client):
         ws = await begun(client, address)
         tick = server.engine.tick
         server.engine.tick = lambda: dict.fromkeys(tick())
@@ -386,8 +386,8 @@ def command(world, *more):
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background ignores it
     line = process.stdout.readline()
-    assert "Talk to it at " in line, process.communicate()
-    return process, line.split("Talk to it at ")[1].split(" ")[0]
+    assert "ConversationState to it at " in line, process.communicate()
+    return process, line.split("ConversationState to it at ")[1].split(" ")[0]
 
 
 @live
@@ -428,4 +428,4 @@ def test_bad_flags_are_one_line(world, flags):
 
 
 def test_the_page_is_beside_its_server():
-    assert os.path.dirname(web.PAGE) == ROOT and os.path.getsize(web.PAGE) < 40_000
+    assert os.path.dirname(web.PAGE) == os.path.join(ROOT, "live") and os.path.getsize(web.PAGE) < 40_000

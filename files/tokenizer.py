@@ -9,7 +9,7 @@ from collections import Counter
 
 import tiktoken
 
-from files import read_json
+from files.atomic import read_json
 
 
 def load_tokenizer(path):

@@ -15,7 +15,8 @@ import shutil
 import torch
 import torch.distributed as dist  # its parts are imported where they are used: they take a second, also of who has one process
 
-from files import load_checkpoint, replace_when_done
+from files.atomic import replace_when_done
+from files.checkpoint import load_checkpoint
 
 
 def begin(device):
@@ -30,26 +31,26 @@ def begin(device):
 
 
 def end():
-    if together():
+    if is_distributed():
         dist.destroy_process_group()
 
 
-def together():
+def is_distributed():
     return dist.is_initialized()
 
 
 def rank():
-    return dist.get_rank() if together() else 0
+    return dist.get_rank() if is_distributed() else 0
 
 
 def world():
-    return dist.get_world_size() if together() else 1
+    return dist.get_world_size() if is_distributed() else 1
 
 
 def place(model, device, bf16):
     """Give a model that was made on the meta device memory on `device`: all of it, or this process's slices of it. It is not
     filled yet: see fill."""
-    if together():
+    if is_distributed():
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         mesh = init_device_mesh(torch.device(device).type, (world(),))
@@ -63,7 +64,7 @@ def place(model, device, bf16):
     return model.to_empty(device=device)
 
 
-def in_slices(model):
+def reshard(model):
     """Drop what is still gathered whole from the last forward pass: the model's parameters are slices again."""
     for module in model.modules():
         if hasattr(module, "reshard"):
@@ -80,7 +81,7 @@ def gather(x):
     return x.full_tensor() if is_slice(x) else x
 
 
-def cut_like(x, values):
+def shard_like(x, values):
     """Of the whole, `values`, the slice that x is."""
     if not is_slice(x):
         return values
@@ -91,19 +92,19 @@ def cut_like(x, values):
 @torch.no_grad()
 def fill(parameter, values):
     """Set a parameter, or the slice of it that is here, from all of its values."""
-    parameter.copy_(cut_like(parameter, values))
+    parameter.copy_(shard_like(parameter, values))
 
 
 def mean(values):
     """The mean over all processes of a float32 tensor."""
-    if together():
+    if is_distributed():
         dist.all_reduce(values, dist.ReduceOp.SUM)
     return values / world()
 
 
 def any_of(here):
     """Whether `here` is true in any process; all learn the same."""
-    if not together():
+    if not is_distributed():
         return here
     flag = torch.tensor(float(here), device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(flag, dist.ReduceOp.MAX)

@@ -12,8 +12,8 @@ import shutil
 import torch
 from tqdm import tqdm
 
-from files import SAMPLE_RATE, read_audio, write_audio
-from manifest import must_be_new, read_manifest
+from files.audio import SAMPLE_RATE, read_audio, write_audio
+from files.manifest import must_be_new, read_manifest
 from mimi import FRAME
 from streams import REACTION, TEXT_LEAD
 

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from files import load_weights, write_audio
-from jobs import Clips, letters_loss
+from files.audio import write_audio
+from files.checkpoint import load_weights
+from toy.codec import Clips, letters_loss
 from mimi import MELS, LogMel
 from train import Stage, train
 
@@ -69,7 +70,7 @@ class Recogniser(nn.Module):
         return "".join(self.letters[i - 1] for i in best.tolist() if i).split()
 
 
-class RecogniserJob:
+class RecogniserTask:
     kind = "recogniser"
     files, from_nothing = {}, True
 
@@ -117,6 +118,6 @@ class OtherRecogniser:
 def get_recogniser(command, data, out, minutes, device):
     if command:
         return OtherRecogniser(command)
-    job = RecogniserJob(RecogniserConfig(), data, device)
-    train(job, RECOGNISER, out, minutes, resume=True)
-    return job.model.eval().to("cpu")
+    task = RecogniserTask(RecogniserConfig(), data, device)
+    train(task, RECOGNISER, out, minutes, resume=True)
+    return task.model.eval().to("cpu")

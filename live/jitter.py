@@ -1,6 +1,4 @@
-"""A live conversation's ends: the monologue as it comes, a buffer against late frames, a microphone in the terminal.
-
-Frames do not come every 80 ms. They come in bursts, and some never:
+"""A jitter buffer against late frames. Frames do not come every 80 ms. They come in bursts, and some never:
 
     sent      0  1  2  3  4  5  6  7  8  9
     arrives   0  1  2  .  .  .  345 6  .  8  79
@@ -9,60 +7,14 @@ Frames do not come every 80 ms. They come in bursts, and some never:
 After a burst everything is played later by as much as the burst was late, so that the next one harms nothing. In pauses the
 delay is taken back, quiet frame by quiet frame. web.html plays through the same buffer, line for line in JavaScript.
 """
-import codecs
-import queue
-import sys
-
 import numpy as np
 
-from engine import Engine
-from files import SAMPLE_RATE
 from mimi import FRAME
-from streams import FRAME_RATE
 
 MOST = 12  # frames that may wait to be played: about a second; more, and the oldest are dropped
 WINDOW = 50  # frames over which nothing may have been late before the delay is taken back: 4 s
 QUIET = 0.005  # rms of a frame that can be left out unheard: -46 dB
 FADE = 120  # samples: 5 ms
-
-
-class Transcript:
-    """The monologue as it comes: pieces of text with the second at which each was written."""
-
-    def __init__(self, speaker):
-        self.speaker, self.pieces = speaker, []
-        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def add(self, t, token):
-        """The piece that token (an int, of frame t) completes, or ''."""
-        v = self.speaker.vocab
-        if token == v.wait:
-            return ""
-        raw = self.speaker.tokenizer.decode_single_token_bytes(token)  # <asr> and <answer> too have their names there
-        piece = self.utf8.decode(raw)
-        if piece:
-            self.pieces.append({"time": round((t + 1) / FRAME_RATE, 2), "text": piece})
-        return piece
-
-
-class Lines:
-    """The monologue in a terminal: a pause begins a new line."""
-
-    def __init__(self, transcript):
-        self.transcript, self.last = transcript, None  # the frame of the last word
-
-    def add(self, t, token):
-        piece = self.transcript.add(t, token)
-        if piece:
-            if self.last is None or t - self.last > 3:
-                sys.stdout.write(f"\n{(t + 1) / FRAME_RATE:7.2f} s ")
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-            self.last = t
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# late frames
 
 
 def conceal(last):
@@ -129,46 +81,3 @@ class Jitter:
         sound = conceal(self.last)
         self.last, self.whole = np.zeros(FRAME, np.float32), False
         return sound
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# a microphone
-
-
-def talk_to_microphone(speaker, seed):
-    """Until Ctrl-C. ValueError if there is no extra, no PortAudio or no device."""
-    try:
-        import sounddevice
-    except ImportError:
-        raise ValueError("--mic needs the extra 'mic': pip install '.[mic]'") from None
-    except OSError:
-        raise ValueError("--mic needs the library PortAudio, on Debian: apt install libportaudio2") from None
-    heard, jitter = queue.Queue(), Jitter()
-
-    def callback(indata, outdata, frames, clock, status):
-        heard.put(indata[:, 0].copy())
-        outdata[:, 0] = jitter.pop()[0]
-
-    try:
-        with sounddevice.Stream(SAMPLE_RATE, FRAME, channels=1, dtype="float32", callback=callback):
-            print("Talk; Ctrl-C ends. With headphones it hears you alone.")
-            converse_live(speaker, seed, heard.get, jitter.put)
-    except sounddevice.PortAudioError as e:
-        raise ValueError(f"no microphone or loudspeaker of 24 kHz: {e}; `python -m sounddevice` lists what there is") from None
-    except KeyboardInterrupt:
-        print()
-
-
-def converse_live(speaker, seed, hear, say):
-    """A conversation for as long as hear() gives frames (1920,), not None; say(t, frame (1920,)) gets what is said to the t-th.
-    The monologue is printed. ValueError if the model's logits are not numbers."""
-    engine, lines, t = Engine(speaker, 1), Lines(Transcript(speaker)), 0
-    session = engine.join(seed)
-    while (frame := hear()) is not None:
-        session.hear(frame)
-        out = engine.tick()[session]
-        if out is None:
-            raise ValueError("the model's logits are not numbers; its weights are spoilt")
-        lines.add(t, out[0])
-        say(t, out[1].numpy())
-        t += 1

@@ -23,9 +23,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import toy
-from files import SAMPLE_RATE, read_audio, replace_when_done, write_audio
-from toy import LANGUAGES, cut_in_two, make_request, make_story
+import toy.voices
+from files.atomic import replace_when_done
+from files.audio import SAMPLE_RATE, read_audio, write_audio
+from toy.world import LANGUAGES, cut_in_two, make_request, make_story
 
 LEAD = 1.0  # seconds of silence before the user speaks
 
@@ -78,7 +79,7 @@ class Item:
 
 
 class World:
-    """Speaks what the scenarios need: held-out requests, stories, murmurs, by the synthesiser of the toy world or --tts."""
+    """Speaks what the scenarios need: held-out requests, stories, backchannels, by the synthesiser of the toy world or --tts."""
 
     def __init__(self, dialogues, tts, seed):
         self.voices = {}  # language -> the users' voices
@@ -87,7 +88,7 @@ class World:
                 self.voices.setdefault(d["lang"], set()).add(d["turns"][0]["voice"])
         if not self.voices:
             raise ValueError("the scenarios need the toy world's manifest: --data")
-        self.rng, self.synthesiser = random.Random(seed), toy.get_synthesiser(tts)
+        self.rng, self.synthesiser = random.Random(seed), toy.voices.get_synthesiser(tts)
         self.count = Counter()
 
     def someone(self):
@@ -97,7 +98,7 @@ class World:
 
     def item(self, scenario, voice, parts, pauses=(), **facts):
         """The user says the parts with pauses between them."""
-        sound, ends = toy.speak(self.synthesiser, parts, pauses, voice, 165, 50)
+        sound, ends = toy.voices.speak(self.synthesiser, parts, pauses, voice, 165, 50)
         self.count[scenario] += 1
         return Item(f"{scenario.replace(' ', '-')}-{self.count[scenario]:03d}", scenario,
                     torch.cat([silence(LEAD), torch.from_numpy(sound), silence(TAIL)]), LEAD + ends[-1], **facts), \
@@ -150,7 +151,7 @@ def break_in(item, reply, other):
     return dataclasses.replace(other, sound=torch.cat([before, said]), end=end, event=(begin / SAMPLE_RATE, end), control=item.name)
 
 
-def hold(run, world, n):
+def run_scenarios(run, world, n):
     """n items of each scenario, held to a system: run(items, what) -> their replies. Returns [(Item, Reply), ...]."""
     def make(what, f, *args):
         return [f(*args) for _ in tqdm(range(n), f"speaking: {what}", unit="item", leave=False)]

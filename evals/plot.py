@@ -9,8 +9,9 @@ import sys
 
 import torch
 
-from files import SAMPLE_RATE, replace_when_done
-from turns import yields
+from files.atomic import replace_when_done
+from files.audio import SAMPLE_RATE
+from evals.turns import yields
 
 
 def new_figure(width, height):

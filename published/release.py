@@ -1,27 +1,25 @@
-"""Weights that others published: Qwen2.5's language model, the FLM-Audio release that contains it (read and written), and
-Mimi in two files' layouts.
+"""Qwen2.5's language model, and the FLM-Audio release that contains it: read and written.
 
     their tensors  ---- a table of names ---->  ours        q, k, v -> one matrix; a matrix for each of K positions -> a stack
 
 All strict: every tensor of a file is accounted for, and an unknown, missing or misshaped one is a ValueError that names it.
 What the published models compute is compared with their own code's numbers in tests/.
 
-    python published.py out/7b flm-audio-mine        a model of ours, laid out as the release is
+    python -m published.release out/7b flm-audio-mine        a model of ours, laid out as the release is
 """
 import argparse
 import dataclasses
 import glob
 import json
 import os
-import re
 import sys
 
 import torch
 
-from files import copy, open_safetensors, read_json, replace_when_done
-from mimi import ConvTranspose, Mimi
+from files.atomic import copy, read_json, replace_when_done
+from files.checkpoint import open_safetensors
 from model import FLM, FLMConfig, build
-from parallel import fill
+from training.parallel import fill
 from streams import K, Vocab
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,80 +190,6 @@ def export_release(model, vocab, folder):
         save_file(out, temporary, metadata={"format": "pt"})
     with replace_when_done(os.path.join(folder, "config.json")) as temporary, open(temporary, "w") as f:
         json.dump(saved, f, indent=1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Mimi
-
-MIMI_NAMES = [  # what a tensor is called in Kyutai's or in the transformers library's file -> what it is called here, in turn
-    (r"^(encoder|decoder)_transformer\.(transformer\.)?", r"\1.1."),
-    (r"^encoder\.(model|layers)\.", "encoder.0."),
-    (r"^decoder\.(model|layers)\.", "decoder.2."),
-    (r"^downsample\.", "encoder.2."),
-    (r"^upsample\.", "decoder.0."),
-    (r"\.block\.", "."),
-    (r"(\.conv(tr)?)+\.", "."),
-    (r"\.self_attn\.(in_projs\.0\.|in_proj_)weight$", ".in_proj.weight"),
-    (r"\.self_attn\.(out_projs\.0|out_proj|o_proj)\.", ".out_proj."),
-    (r"\.(linear1|mlp\.fc1)\.", ".up."),
-    (r"\.(linear2|mlp\.fc2)\.", ".down."),
-    (r"\.input_layernorm\.", ".norm1."),
-    (r"\.post_attention_layernorm\.", ".norm2."),
-    (r"\.(layer_scale_1|self_attn_layer_scale)\.scale$", ".scale1"),
-    (r"\.(layer_scale_2|mlp_layer_scale)\.scale$", ".scale2"),
-    (r"^quantizer\.(rvq_first|semantic_residual_vector_quantizer)\.", "semantic."),
-    (r"^quantizer\.(rvq_rest|acoustic_residual_vector_quantizer)\.", "acoustic."),
-    (r"\.(vq\.)?layers\.(\d+)\._?codebook\.", r".layers.\2."),
-    (r"\.embed_sum$", ".embedding_sum"),
-    (r"\._?initialized$", ".initialized"),  # a flag of their training, not used here
-]
-
-
-def load_mimi(path, num_codebooks, config):
-    """See Mimi.from_pretrained."""
-    file = open_safetensors(path)
-    weights = {name: file.get_tensor(name) for name in file.keys()}
-    most = 1 + sum(name.endswith("cluster_usage") and ("rvq_rest" in name or "acoustic" in name) for name in weights)
-    if not 1 <= num_codebooks <= most:
-        raise ValueError(f"{path}: has 1 to {most} codebooks to offer, not {num_codebooks}")
-    codec = Mimi(dataclasses.replace(config, codebooks=most))
-    fill_mimi(codec, weights, config.heads, path)
-    codec.keep(num_codebooks)
-    return codec
-
-
-def fill_mimi(module, weights, heads, where):
-    """Put tensors under their published names into module."""
-    ours, origin = {}, {}
-    for published, tensor in weights.items():
-        name = published
-        for pattern, replacement in MIMI_NAMES:
-            name = re.sub(pattern, replacement, name)
-        if name in ours:
-            raise ValueError(f"{where}: holds the same tensor twice, as {origin[name]} and {published}")
-        if not name.endswith(".initialized"):
-            ours[name], origin[name] = tensor, published
-    # The transformers library keeps q, k and v apart, and a head's channels in the order (0, 2, 4, ..., 1, 3, 5, ...).
-    neighbours = lambda w: w.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-    for name in [n for n in ours if n.endswith(".self_attn.q_proj.weight")]:
-        layer = name.removesuffix("self_attn.q_proj.weight")
-        try:
-            q, k, v = (ours.pop(f"{layer}self_attn.{x}_proj.weight") for x in "qkv")
-            ours[layer + "in_proj.weight"] = torch.cat([neighbours(q), neighbours(k), v])
-        except (KeyError, RuntimeError) as e:
-            raise ValueError(f"{where}: {origin[name]} does not fit with its keys and values ({e})") from None
-    for name, layer in module.named_modules():
-        if isinstance(layer, ConvTranspose) and name + ".weight" in ours and ours[name + ".weight"].ndim == 3:
-            ours[name + ".weight"] = ours[name + ".weight"].permute((0, 2, 1) if layer.depthwise else (1, 2, 0))
-    wanted = module.state_dict()
-    for name in ours.keys() - wanted.keys():
-        raise ValueError(f"{where}: unknown tensor {origin[name]}; not a Mimi, or one of another size")
-    for name in wanted.keys() - ours.keys():
-        raise ValueError(f"{where}: has no tensor for {name}; not a Mimi, or one of another size")
-    for name, tensor in ours.items():
-        if tensor.shape != wanted[name].shape:
-            raise ValueError(f"{where}: {origin.get(name, name)} is {tuple(tensor.shape)}, not {tuple(wanted[name].shape)}")
-    module.load_state_dict(ours)
 
 
 def main():

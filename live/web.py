@@ -25,8 +25,9 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from engine import QUEUE, Engine
-from live import Transcript, conceal
+from live.engine import QUEUE, Engine
+from live.jitter import conceal
+from live.transcript import Transcript
 from mimi import FRAME
 from streams import FRAME_RATE
 
@@ -71,8 +72,8 @@ class Guest:
         self.limits, self.begun = limits, time.monotonic()
         self.heard_at, self.allowance, self.counted = self.begun, BURST, self.begun
 
-    def begin(self, session, speaker):
-        self.session, self.transcript = session, Transcript(speaker)
+    def begin(self, session, duplex):
+        self.session, self.transcript = session, Transcript(duplex)
         self.asked = deque()  # of the frames that the engine has taken: (number, whether it was sent, not concealed)
         self.next, self.last = 0, np.zeros(FRAME, np.float32)
         self.out.put_nowait(json.dumps({"type": "begin"}))
@@ -125,9 +126,9 @@ class Guest:
 class Server:
     """Serves until cancelled. The engine ticks in a thread; everything else happens in the event loop's."""
 
-    def __init__(self, speaker, limits=Limits(), token=None, log=lambda line: print(line, file=sys.stderr, flush=True)):
-        self.speaker, self.limits, self.token, self.log = speaker, limits, token, log
-        self.engine, self.guests = Engine(speaker, limits.sessions), {}
+    def __init__(self, duplex, limits=Limits(), token=None, log=lambda line: print(line, file=sys.stderr, flush=True)):
+        self.duplex, self.limits, self.token, self.log = duplex, limits, token, log
+        self.engine, self.guests = Engine(duplex, limits.sessions), {}
         self.fed, self.ended = threading.Event(), threading.Event()
         self.asking = set()  # connections that have not yet asked for anything
         with open(PAGE, "rb") as f:
@@ -210,7 +211,7 @@ class Server:
         return ws
 
     def seat(self, guest, session):
-        guest.begin(session, self.speaker)
+        guest.begin(session, self.duplex)
         self.guests[session] = guest
 
     async def close(self, request, ws, code, why):
@@ -324,14 +325,14 @@ def hostname(host):
         return None
 
 
-def serve(speaker, host, port, sessions, token):
+def serve(duplex, host, port, sessions, token):
     """Until Ctrl-C. OSError if the port is taken, ValueError if there is no such port, or no place."""
     if sessions < 1 or not 0 <= port < 2 ** 16:
         raise ValueError("--sessions is at least 1, --port below 65536")
     if host not in HERE:
         token = token or secrets.token_urlsafe(12)
     try:
-        asyncio.run(run(Server(speaker, Limits(sessions=sessions), token), host, port))
+        asyncio.run(run(Server(duplex, Limits(sessions=sessions), token), host, port))
     except KeyboardInterrupt:
         print("\nEnded.")
 
@@ -339,7 +340,7 @@ def serve(speaker, host, port, sessions, token):
 async def run(server, host, port):
     port = await server.start(host, port)
     where = f"[{host}]" if ":" in host else host
-    print(f"Talk to it at http://{where}:{port}/{f'?token={server.token}' if server.token else ''} (Ctrl-C ends)", flush=True)
+    print(f"ConversationState to it at http://{where}:{port}/{f'?token={server.token}' if server.token else ''} (Ctrl-C ends)", flush=True)
     try:
         await server.broken
     finally:

@@ -78,7 +78,7 @@ def spoken_parts(line):
     return [*line.get("turns", ()), *line.get("interjections", ())]
 
 
-def where_is(turn):
+def clip_key(turn):
     return turn["path"], turn.get("start", 0.0), turn.get("end")
 
 

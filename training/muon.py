@@ -9,7 +9,7 @@ trained on with AdamW, as the paper does it.
 """
 import torch
 
-from parallel import cut_like, gather
+from training.parallel import shard_like, gather
 
 MATRICES = {"qkv", "out", "gate_up", "up", "down", "in_proj", "out_proj"}  # inside the layers: not embeddings, not heads
 A, B, C = 3.4445, -4.7750, 2.0315  # of the polynomial a x + b x^3 + c x^5, which brings what is in (0, 1] near 1
@@ -50,7 +50,7 @@ class Muon(torch.optim.AdamW):
         state["exp_avg"].lerp_(grad, 1 - MOMENTUM)
         step = orthogonal(gather(grad.lerp(state["exp_avg"], MOMENTUM)))  # Nesterov's
         p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.sub_(cut_like(p, step), alpha=group["lr"] * 0.2 * max(p.shape[-2:]) ** 0.5)
+        p.sub_(shard_like(p, step), alpha=group["lr"] * 0.2 * max(p.shape[-2:]) ** 0.5)
         p.grad = None
 
 

@@ -1,0 +1,1 @@
+"""Speech that exists already: corpora as they are downloaded, dialogues as text, what a microphone adds."""

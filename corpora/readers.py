@@ -1,0 +1,68 @@
+"""Corpora as they are downloaded -> the lines of a manifest."""
+import glob
+import json
+import os
+
+from tqdm import tqdm
+
+from files.atomic import replace_when_done
+from files.manifest import must_be_new
+
+
+def librispeech(folder):
+    """LibriSpeech: a *.trans.txt in each chapter's folder, with lines 'ID WORDS' for the files ID.flac."""
+    for transcript in sorted(glob.glob(os.path.join(folder, "**", "*.trans.txt"), recursive=True)):
+        with open(transcript, encoding="utf-8") as f:
+            for name, text in (line.rstrip("\n").split(" ", 1) for line in f if " " in line):
+                yield {"audio": os.path.join(os.path.dirname(transcript), name + ".flac"), "text": text.lower(), "lang": "en"}
+
+
+def ljspeech(folder):
+    """LJSpeech: metadata.csv with lines 'ID|text|text with numbers as words' for the files wavs/ID.wav."""
+    with open(os.path.join(folder, "metadata.csv"), encoding="utf-8") as f:
+        for name, _, text in (line.rstrip("\n").split("|") for line in f if line.strip()):
+            yield {"audio": os.path.join(folder, "wavs", name + ".wav"), "text": text, "lang": "en"}
+
+
+def conversations(path):
+    """Stereo conversations in the format of moshi-finetune, the model left and the user right: lines {"path", "duration"}, and
+    beside each sound file a .json with {"alignments": [[word, [start, end], speaker], ...]}."""
+    with open(path, encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                audio = os.path.join(os.path.dirname(path), json.loads(line)["path"])
+                with open(os.path.splitext(audio)[0] + ".json", encoding="utf-8") as g:
+                    words = [(w.strip(), float(a), float(b), speaker) for w, (a, b), speaker in json.load(g)["alignments"]]
+            except (ValueError, KeyError, TypeError, OSError) as e:
+                raise ValueError(f"{path}, line {number}: {e}") from None
+            yield {"audio": audio, "sentences": sentences_of(words)}
+
+
+def sentences_of(words, pause=0.8, longest=20.0):
+    """Words (text, start, end, speaker) in order -> sentences: a new one after a full stop, a pause, or too long a time."""
+    out = []
+    for role in ("model", "user"):
+        begun = None
+        for text, start, end, _ in (w for w in words if (w[3] == "SPEAKER_MAIN") == (role == "model")):
+            if begun is None or start - begun["end"] > pause or end - begun["start"] > longest or begun["text"][-1] in ".?!。？！":
+                begun = {"role": role, "text": text, "start": start, "end": end}
+                out.append(begun)
+            else:
+                begun["text"], begun["end"] = f"{begun['text']} {text}", end
+    return sorted(out, key=lambda s: s["start"])
+
+
+CORPORA = {"librispeech": librispeech, "ljspeech": ljspeech, "conversations": conversations}
+
+
+def collect(corpus, source, out):
+    """Write out/manifest.jsonl for a corpus as it was downloaded."""
+    path = os.path.join(out, "manifest.jsonl")
+    must_be_new(path)
+    n = 0
+    with replace_when_done(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
+        for n, line in enumerate(tqdm(CORPORA[corpus](os.path.abspath(source)), corpus, unit="line"), 1):
+            f.write(json.dumps(line, ensure_ascii=False) + "\n")
+        if not n:
+            raise ValueError(f"{source}: there is nothing of {corpus} in it")
+    print(f"Wrote {n} lines to {path}; next: python prepare.py encode --data {out}")

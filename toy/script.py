@@ -1,0 +1,147 @@
+"""The toy world, spoken: who says what, as a manifest with its audio files.
+
+    python prepare.py toy        data/toy: user/*.flac, model/*.flac, manifest.jsonl
+
+To keep the world small, the model's voice speaks word by word, each word beginning on a frame; the users speak whole
+sentences at any time.
+"""
+import os
+import random
+import shutil
+
+import numpy as np
+
+from files.audio import SAMPLE_RATE, read_audio, write_audio
+from files.manifest import spoken_parts, write_manifest
+from mimi import FRAME
+from toy.voices import begin_speaking, speak_all
+from toy.world import (HELD_OUT_PAIRS, LANGUAGES, KIND_PROPORTIONS, cut_in_two, make_request, make_sentence, make_story)
+
+
+def on_frames(words, gap=0.04):
+    """Words one after another, each beginning on a frame, with at least the gap of silence after it: their samples, and
+    the second at which each begins."""
+    padded = [np.pad(w, (0, int(gap * SAMPLE_RATE))) for w in words]
+    padded = [np.pad(w, (0, -len(w) % FRAME)) for w in padded]
+    starts = np.cumsum([0] + [len(w) for w in padded[:-1]]) / SAMPLE_RATE
+    return np.concatenate(padded), starts.round(4).tolist()
+
+
+def model_turn(text):
+    return {"role": "model", "voice": "model", "text": text, "audio": f"model/{text.replace(' ', '-')}.flac"}
+
+
+def interject(story, ends, hazard):
+    """What the model says while the user tells a story whose parts end at these seconds: a murmur in the pause after each clause,
+    and after a hazard, a moment later, the warning."""
+    out = []
+    for i, end in enumerate(ends[1:-1]):
+        if i == hazard:
+            out.append({**model_turn(story.warning), "at": end + 0.3})
+        elif not out or out[-1]["text"] == story.murmur or end > out[-1]["at"] + 3:  # not while it warns
+            out.append({**model_turn(story.murmur), "at": end})
+    return out
+
+
+class Script:
+    """Who says what: the lines of a manifest, before anything is spoken."""
+
+    def __init__(self, codes, voices, seed):
+        self.rng = random.Random(seed)
+        self.known = {c: LANGUAGES[c].user_voices(voices // len(codes), seed) for c in codes}
+        self.lines = []
+        self.spoken = []  # what users say: (turn, its parts, the pauses between them)
+        self.stories = []  # (line, number of the clause that is a hazard, or None)
+
+    def add(self, code, kind, split, request=None, answer=None, pauses=()):
+        """A line; request: the parts of what the user says."""
+        voice, turns = self.rng.choice(LANGUAGES[code].new_voices if split == "new" else self.known[code]), []
+        if request:
+            turns.append({"role": "user", "voice": voice, "text": " ".join(request), "audio": f"user/{len(self.lines):06d}.flac"})
+            self.spoken.append((turns[0], request, pauses))
+        if answer:
+            turns.append(model_turn(answer))
+        self.lines.append({"id": len(self.lines), "kind": kind, "lang": code, "split": split, "turns": turns})
+        return self.lines[-1]
+
+    def add_sentences(self, code, split, n):
+        """n of users, a fourth as many of the model, and a few backchannels."""
+        lang = LANGUAGES[code]
+        for _ in range(n):
+            self.add(code, "heard", split, [make_sentence(lang, lang.words + lang.little, self.rng)])
+        for _ in range(n // 4):
+            self.add(code, "said", split, answer=make_sentence(lang, lang.words, self.rng))
+        for _ in range(-(-n // 50)):
+            self.add(code, "backchannel", split, [self.rng.choice(lang.story.backchannels)])
+
+    def add_dialogues(self, code, split, n):
+        lang, rng = LANGUAGES[code], self.rng
+        for kind in rng.choices(list(KIND_PROPORTIONS), KIND_PROPORTIONS.values(), k=n):
+            if kind == "story":
+                clauses = rng.choice([2, 3, 3, 4, 4, 5, 11])
+                hazard = rng.randrange(clauses - 1) if rng.random() < 0.5 else None
+                parts = make_story(lang, clauses, hazard, rng)
+                self.stories.append((self.add(code, kind, split, parts, lang.story.reply, [0.4] * (len(parts) - 1)), hazard))
+                continue
+            request, answer = make_request(lang, kind, split != "train", rng)
+            if rng.random() < 0.25:  # with a pause for thought
+                self.add(code, kind, split, cut_in_two(request, rng), answer, [rng.uniform(0.4, 1.6)])
+            else:
+                self.add(code, kind, split, [request], answer)
+
+    def speak_users(self, work):
+        """{sound file: seconds}; what the model says during their stories is known then."""
+        jobs = [(os.path.join(work, t["audio"]), parts, pauses, t["voice"], self.rng.randint(140, 190), self.rng.randint(35, 65))
+                for t, parts, pauses in self.spoken]
+        ends = {t["audio"]: e for (t, _, _), e in zip(self.spoken, speak_all(jobs, "sentences, requests, stories"))}
+        for line, hazard in self.stories:
+            line["interjections"] = interject(LANGUAGES[line["lang"]].story, ends[line["turns"][0]["audio"]], hazard)
+        return {audio: e[-1] for audio, e in ends.items()}
+
+    def speak_model(self, work):
+        """{sound file: seconds}. Each word is spoken once, and put together on frames."""
+        said = [(d["lang"], t) for d in self.lines for t in spoken_parts(d) if t["role"] == "model"]
+        words = sorted({(code, w) for code, t in said for w in t["text"].split()})
+        paths = [os.path.join(work, f"words/{code}-{w}.flac") for code, w in words]
+        speak_all([(path, [w], [], LANGUAGES[code].model_voice, 170, 50) for path, (code, w) in zip(paths, words)], "words")
+        words = {key: read_audio(path).numpy() for key, path in zip(words, paths)}
+        shutil.rmtree(os.path.join(work, "words"))
+        lasting = {}
+        for code, turn in said:
+            x, turn["starts"] = on_frames([words[code, w] for w in turn["text"].split()])
+            if turn["audio"] not in lasting:
+                write_audio(os.path.join(work, turn["audio"]), x)
+                lasting[turn["audio"]] = len(x) / SAMPLE_RATE
+        return lasting
+
+
+def make_toy(out, lang, items, tests, sentences, voices, seed, tts):
+    """Speak the toy world into the folder `out`: user/*.flac, model/*.flac, manifest.jsonl."""
+    begin_speaking(out, tts)
+    codes = lang.split(",")  # such as en, zh
+    unknown = set(codes) - {*LANGUAGES}
+    if unknown:
+        raise ValueError(f"--lang {lang}: there is no {' and no '.join(sorted(unknown))}; languages are {', '.join(LANGUAGES)}")
+    script = Script(codes, voices, seed)
+    for i, code in enumerate(codes):
+        part = lambda n: n * (i + 1) // len(codes) - n * i // len(codes)
+        script.add_sentences(code, "train", part(sentences))
+        script.add_sentences(code, "seen", part(sentences) // 40)
+        for split, n in (("train", items), ("seen", tests), ("new", tests)):
+            script.add_dialogues(code, split, part(n))
+    work = out + ".partial"
+    shutil.rmtree(work, ignore_errors=True)
+    for folder in ("user", "model", "words"):
+        os.makedirs(os.path.join(work, folder))
+    lasting = script.speak_users(work) | script.speak_model(work)
+    write_manifest(script.lines, work, out)
+    print(f"\n{'split':8}{'sentences':>10}{'dialogues':>11}{'minutes':>9}   user voices")
+    for split in ("train", "seen", "new"):
+        mine = [d for d in script.lines if d["split"] == split]
+        turns = [t for d in mine for t in d["turns"]]
+        print(f"{split:8}{sum(len(d['turns']) == 1 for d in mine):10}{sum(len(d['turns']) == 2 for d in mine):11}"
+              f"{sum(lasting[t['audio']] for t in turns) / 60:9.1f}   {len({t['voice'] for t in turns if t['role'] == 'user'})}")
+    n = len(LANGUAGES[codes[-1]].words)
+    print(f"Held out: a fifth of the {n}*{n - 1}*{n - 2} word triples, {len(HELD_OUT_PAIRS)} of 66 number pairs, "
+          f"the voices {', '.join(v for c in codes for v in LANGUAGES[c].new_voices)}.")
+    print(f"Wrote {len(script.lines)} lines, {sum(lasting.values()) / 3600:.2f} hours of sound, to {out}/manifest.jsonl")
