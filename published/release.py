@@ -18,9 +18,9 @@ import torch
 
 from files.atomic import copy, read_json, replace_when_done
 from files.checkpoint import open_safetensors
-from model import FLM, FLMConfig, build
-from training.parallel import fill
+from model import FLM, FLMConfig
 from streams import K, Vocab
+from training.parallel import assign_shard, build
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the temporal transformer: Qwen2.5; the whole: the FLM-Audio release
@@ -88,7 +88,7 @@ def load_tensors(model, files, folder, table, ignore=()):
         if tensor.shape != params[ours].shape:
             raise ValueError(f"{folder}: {theirs[0] if isinstance(theirs[0], str) else theirs[0][0]}: gives {tuple(tensor.shape)} "
                              f"where config.json asks for {tuple(params[ours].shape)}")
-        fill(params[ours], tensor)
+        assign_shard(params[ours], tensor)
     unknown = sorted(name for name in files.keys() - used if not name.startswith(tuple(ignore)))
     if unknown:
         raise ValueError(f"{folder}: unknown tensor {unknown[0]}" + (f" and {len(unknown) - 1} more" if unknown[1:] else ""))
@@ -139,8 +139,10 @@ def from_qwen(folder, config: FLMConfig, place=None):
     return model
 
 
-def load_release(folder, context):
-    """See FLM.from_pretrained."""
+def load_release(folder, context=8192):
+    """(model, its vocabulary) from the FLM-Audio release in `folder` (config.json, *.safetensors), on the CPU. What its silence
+    sounds like is not in there: the codec must tell. Raises ValueError for another kind of model, and for an unknown, missing
+    or misshaped tensor."""
     config, vocab = read_release_config(folder, context)
     table = dict(release_tensors(config))
     model = build(config, given=table)

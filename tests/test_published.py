@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model import FLM
-from published.release import export_release, from_qwen, qwen_tensors
+from published.release import export_release, from_qwen, load_release, qwen_tensors
 from test_model import C
 
 RELEASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden", "flm_release_tiny")
@@ -18,7 +18,7 @@ def test_the_release_computes_what_it_should():
     """golden.npz: what the release's own code computed from a small random checkpoint, in float32."""
     pytest.importorskip("safetensors")
     golden = {name: torch.from_numpy(x) for name, x in np.load(os.path.join(RELEASE, "golden.npz")).items()}
-    model, vocab = FLM.from_pretrained(RELEASE)
+    model, vocab = load_release(RELEASE)
     assert (vocab.wait, vocab.empty, vocab.codebook_size) == (130, 33, 32)
     grid = torch.cat([golden["text"][:, None], golden["speak"].mT, golden["listen"].mT], 1)
     with torch.no_grad():
@@ -30,11 +30,11 @@ def test_the_release_computes_what_it_should():
 
 def test_what_is_exported_is_what_was_loaded(tmp_path):
     load_file = pytest.importorskip("safetensors.torch").load_file
-    model, vocab = FLM.from_pretrained(RELEASE)
+    model, vocab = load_release(RELEASE)
     export_release(model, vocab, str(tmp_path))
     before, after = load_file(RELEASE + "/model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
-    again, same = FLM.from_pretrained(str(tmp_path))
+    again, same = load_release(str(tmp_path))
     assert same == vocab and again.config == model.config
 
 
