@@ -84,7 +84,7 @@ class CodecTask:
 
     def after(self, slices):
         """The codebooks learn by moving averages, not by gradients."""
-        self.model.learn([[torch.cat(x) for x in zip(*choices)] for choices in zip(*slices)])
+        self.model.update_codebooks([[torch.cat(x) for x in zip(*choices)] for choices in zip(*slices)])
 
     def state(self):
         return {"model": self.model.state_dict(), "letters": self.letters.state_dict()}
