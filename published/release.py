@@ -93,7 +93,8 @@ def load_tensors(model, files, folder, table, ignore=()):
         stacked = isinstance(theirs[0], list)
         tensor = torch.stack([concatenated(names).T for names in theirs]) if stacked else concatenated(theirs)
         if tensor.shape != params[ours].shape:
-            raise ValueError(f"{folder}: {theirs[0][0] if stacked else theirs[0]}: gives {tuple(tensor.shape)} "
+            name = theirs[0][0] if stacked else theirs[0]
+            raise ValueError(f"{folder}: {name}: gives {tuple(tensor.shape)} "
                              f"where config.json asks for {tuple(params[ours].shape)}")
         fill(params[ours], tensor)
     unknown = sorted(name for name in files.keys() - used if not name.startswith(tuple(ignore)))

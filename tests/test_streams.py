@@ -127,7 +127,8 @@ def test_acoustic_codes_enter_one_frame_late():
 
 
 def undelay(grid):
-    """The inverse of delay. The last max(delay) columns are not whole yet and are left out: (17, T) -> (17, T - 1)."""
+    """The inverse of delay. The last max(delay) columns are not whole yet and are left out: (17, T) -> (17, T
+    - 1)."""
     late = max(s.delay for s in STREAMS)
     T = grid.shape[1] - late
     return np.concatenate([grid[s.start:s.stop, s.delay:s.delay + T] for s in STREAMS])
