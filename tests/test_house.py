@@ -30,7 +30,7 @@ def tracked(*endings):
     names = done.stdout.splitlines()
     if done.returncode:
         names = [name for pattern in ("*", "*/*") for name in glob.glob(pattern, root_dir=ROOT)]
-    return sorted(name for name in names if name.endswith(endings) and os.path.exists(os.path.join(ROOT, name)))
+    return sorted(n for n in names if n.endswith(endings) and os.path.exists(os.path.join(ROOT, n)))
 
 
 def read(name):
