@@ -12,9 +12,8 @@
 Source: Moshi (arXiv 2410.00037), section 3.3; FLM-Audio, section 2.1, uses Mimi as it is.
 
 Why two front ends. SEANet learns its filters from raw samples, which takes GPU-days and a discriminator. The
-codec that trains on a laptop in minutes starts from what such filters end up near: log-mel frames in, an
-inverse Fourier transform out. Both are stacks of the same causal convolutions, so the transformer, the
-quantiser, the streaming and every public function are shared.
+codec that trains on a laptop in minutes is given what such filters end up near: log-mel frames in, an inverse
+Fourier transform out. Both are stacks of the same causal convolutions; everything else is shared.
 
 Streaming. Each layer that looks back keeps what it needs in a state that the caller holds: `init_state(B)`
 makes it, each step reads and updates it. Offline processing is one long step from a fresh state, so the two
@@ -72,8 +71,8 @@ CONFIGS = {
 
 
 class Conv(nn.Conv1d):
-    """Causal convolution, (B, C, stride*T) -> (B, C', T). State: the last samples of the input, zeros at
-    first."""
+    """Causal convolution, (B, C, stride*T) -> (B, C', T). State: the end of the input so far, at first
+    zeros."""
 
     def __init__(self, c_in, c_out, kernel, stride=1, groups=1, bias=True, repeat_first=False):
         super().__init__(c_in, c_out, kernel, stride=stride, groups=groups, bias=bias)
@@ -489,8 +488,7 @@ class Mimi(nn.Module):
         return self.decoder(x, state["decoder"])
 
     def encode(self, wav, chunk=125):
-        """(B, 1, N) samples -> (B, K, T) codes, T = ceil(N / 1920); chunk by chunk, so that memory is
-        bounded."""
+        """(B, 1, N) samples -> (B, K, T) codes, T = ceil(N / 1920); in chunks, to bound the memory."""
         wav = F.pad(wav, (0, -wav.shape[-1] % FRAME))
         state = self.init_state(len(wav))
         return torch.cat([self.encode_step(w, state) for w in wav.split(chunk * FRAME, -1)], -1)
