@@ -1,23 +1,23 @@
 """Mimi, the codec: 24 kHz waveform <-> 8 codes for each 80 ms frame (12.5 Hz), offline or frame by frame.
 
     wav (B, 1, 1920*T)
-      | front end       SEANet convolutions (Kyutai's Mimi) or a spectrogram (ours that learns in minutes)
+      | front end       SEANet convolutions (Kyutai's Mimi) or a spectrogram (ours, which trains in minutes)
       v (B, 512, 2*T)   25 Hz
       | transformer, stride-2 convolution
       v (B, 512, T)     12.5 Hz
       | split residual vector quantiser
       v
-    codes (B, 8, T)     row 0 semantic, rows 1-7 acoustic;  decoding is the mirror image
+    codes (B, 8, T)     row 0 semantic, rows 1-7 acoustic; the decoder is the mirror image
 
 Source: Moshi (arXiv 2410.00037), section 3.3; FLM-Audio, section 2.1, uses Mimi as it is.
 
-Why two front ends. SEANet learns its filters from raw samples, which takes GPU-days and a discriminator. A codec that
-must learn on a laptop in minutes is given what every such filter bank ends up near: log-mel frames in, an inverse
-Fourier transform out. Both are stacks of the same causal convolutions (a Fourier transform is a strided convolution with
-a fixed kernel), so the transformer, the quantiser, the streaming and every public function are shared.
+Why two front ends. SEANet learns its filters from raw samples, which takes GPU-days and a discriminator. The
+codec that trains on a laptop in minutes is given what such filters end up near: log-mel frames in, an inverse
+Fourier transform out. Both are stacks of the same causal convolutions; everything else is shared.
 
-Streaming. Every layer that looks back keeps what it needs in a state that the caller holds: `init_state(B)` makes it,
-each step reads and updates it. Offline work is one long step from a fresh state, so the two cannot differ.
+Streaming. Each layer that looks back keeps what it needs in a state that the caller holds: `init_state(B)`
+makes it, each step reads and updates it. Offline processing is one long step from a fresh state, so the two
+cannot differ.
 
 B batch, C channels, T frames or time steps, K codebooks, H heads, D channels of a head.
 """
@@ -34,8 +34,8 @@ from torch import nn
 from tqdm import tqdm
 
 from files.audio import SAMPLE_RATE, read_audio, write_audio
-from published import kyutai
 from files.checkpoint import from_fields, is_safetensors, load_checkpoint, load_weights
+from published import kyutai
 
 FRAME = 1920  # samples in one frame: 80 ms
 
@@ -43,7 +43,7 @@ FRAME = 1920  # samples in one frame: 80 ms
 @dataclass(frozen=True)
 class MimiConfig:
     frontend: str = "seanet"  # "seanet": Mimi as released; "spectral": trains from scratch in minutes
-    width: int = 64  # channels of the front end at its waveform side
+    width: int = 64  # channels of the front end next to the waveform
     ratios: tuple = (4, 5, 6, 8)  # strides of the front end, from the waveform; their product is 960: 25 Hz
     blocks: int = 1  # residual blocks at each stride (seanet) or in all (spectral)
     dim: int = 512  # channels of the transformers
@@ -51,27 +51,28 @@ class MimiConfig:
     decoder_layers: int = 8
     heads: int = 8
     mlp: int = 2048
-    context: int = 250  # steps of 25 Hz that attention sees: 10 s
-    codebooks: int = 8  # 1 semantic and the rest acoustic; the release trained 32
+    context: int = 250  # 25 Hz steps that attention sees: 10 s
+    codebooks: int = 8  # 1 semantic, the rest acoustic; the release trained 32
     codebook_size: int = 2048
     codebook_dim: int = 256
 
 
 CONFIGS = {
     "mimi": MimiConfig(),
-    # No transformer before the quantiser: the codes of a word then depend on little but the word, which makes them
-    # easier for a small language model to predict. The decoder may look back as far as it likes.
-    "tiny": MimiConfig("spectral", width=128, ratios=(240, 4), blocks=3, dim=192, encoder_layers=0, decoder_layers=2,
-                       heads=4, mlp=384, context=25, codebook_size=256, codebook_dim=64),
+    # No transformer before the quantiser: the codes of a word then depend on little but the word, so a small
+    # language model predicts them more easily. The decoder may look back as far as it likes.
+    "tiny": MimiConfig("spectral", width=128, ratios=(240, 4), blocks=3, dim=192, encoder_layers=0,
+                       decoder_layers=2, heads=4, mlp=384, context=25, codebook_size=256, codebook_dim=64),
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# causal layers: forward(x, state) reads the past from the state and leaves the newest past in it
+# ------------------------------------------------------------------------------------------------------------
+# causal layers: forward(x, state) reads the past from the state and writes the newest past back
 
 
 class Conv(nn.Conv1d):
-    """Causal convolution, (B, C, stride*T) -> (B, C', T). Its state is the end of the input so far, zeros at first."""
+    """Causal convolution, (B, C, stride*T) -> (B, C', T). State: the end of the input so far, at first
+    zeros."""
 
     def __init__(self, c_in, c_out, kernel, stride=1, groups=1, bias=True, repeat_first=False):
         super().__init__(c_in, c_out, kernel, stride=stride, groups=groups, bias=bias)
@@ -92,11 +93,14 @@ class Conv(nn.Conv1d):
                 state["started"].fill_(True)
             x = torch.cat([past, x], -1)
             state["past"].copy_(x[..., -self.past:].detach())
-        # One product of matrices. The library's convolution would rearrange the weights at each call, which over the few
-        # steps of a stream costs as much as the rest; and for the fewest, what counts is that they are read in order.
-        weight, windows = self.weight.flatten(1), x.unfold(-1, *self.kernel_size, *self.stride)  # (B, C, T, kernel)
-        if self.groups > 1:  # a filter for each channel
-            return (windows @ weight[..., None])[..., 0] + self.bias[:, None] if windows.shape[2] <= 8 else super().forward(x)
+        # One matrix product. For the few steps of a stream, conv1d would spend as much time on rearranging
+        # the weights as on the rest; here they are read in order.
+        weight = self.weight.flatten(1)
+        windows = x.unfold(-1, *self.kernel_size, *self.stride)  # (B, C, T, kernel)
+        if self.groups > 1 and windows.shape[2] > 8:
+            return super().forward(x)
+        if self.groups > 1:  # depthwise
+            return (windows @ weight[..., None])[..., 0] + self.bias[:, None]
         if windows.shape[2] <= 4:
             return F.linear(windows.transpose(1, 2).flatten(2), weight, self.bias).mT
         y = weight.expand(len(x), -1, -1) @ windows.mT.flatten(1, 2)
@@ -104,37 +108,39 @@ class Conv(nn.Conv1d):
 
 
 class ConvTranspose(nn.Module):
-    """Causal transposed convolution, (B, C, T) -> (B, C', stride*T). Each step gives a piece of `kernel` samples, of which
-    those beyond the stride are added to the next step's. Its state is this overhang; at the end of a sound it is dropped,
-    as Mimi does. The weight's layout lets each step of a stream read it once, in order."""
+    """Causal transposed convolution, (B, C, T) -> (B, C', stride*T). Each step gives `kernel` samples; those
+    beyond the stride overlap the next step's and are added to them. State: this overlap; at the end of the
+    audio it is dropped, as in Mimi. The weight's layout (C', kernel, C) lets each step of a stream read it
+    once, in order."""
 
     def __init__(self, c_in, c_out, kernel, stride, depthwise=False, bias=True):
         super().__init__()
-        assert kernel in (stride, 2 * stride), "a piece may overlap the next one only"
-        self.stride, self.over, self.depthwise = stride, kernel - stride, depthwise
+        assert kernel in (stride, 2 * stride), "a step may overlap the next one only"
+        self.stride, self.overlap, self.depthwise = stride, kernel - stride, depthwise
+        weight = torch.empty(c_out, kernel, 1 if depthwise else c_in)
         bound = (kernel * (1 if depthwise else c_out)) ** -0.5
-        self.weight = nn.Parameter(torch.empty(c_out, kernel, 1 if depthwise else c_in).uniform_(-bound, bound))
+        self.weight = nn.Parameter(weight.uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.zeros(c_out)) if bias else None
 
     def init_state(self, B):
-        return {"over": self.weight.new_zeros(B, len(self.weight), self.over)}
+        return {"overlap": self.weight.new_zeros(B, len(self.weight), self.overlap)}
 
     def forward(self, x, state):
         x = x.mT
         if self.depthwise:
-            pieces = x[..., None] * self.weight[..., 0]  # (B, T, C', kernel)
+            y = x[..., None] * self.weight[..., 0]  # (B, T, C', kernel)
         else:
-            pieces = F.linear(x, self.weight.flatten(0, 1)).unflatten(-1, self.weight.shape[:2])
-        y, over = pieces.split([self.stride, self.over], -1)
-        if self.over:
-            y = y + torch.cat([state["over"][:, None].to(y.dtype), over[:, :-1]], 1)
-            state["over"].copy_(over[:, -1].detach())
+            y = F.linear(x, self.weight.flatten(0, 1)).unflatten(-1, self.weight.shape[:2])
+        y, overlap = y.split([self.stride, self.overlap], -1)
+        if self.overlap:
+            y = y + torch.cat([state["overlap"][:, None].to(y.dtype), overlap[:, :-1]], 1)
+            state["overlap"].copy_(overlap[:, -1].detach())
         y = y.transpose(1, 2).flatten(2)
         return y if self.bias is None else y + self.bias[:, None]
 
 
-class Chain(nn.Sequential):
-    """Layers one after another; the state is the list of theirs (None for a layer without memory)."""
+class StreamingSequential(nn.Sequential):
+    """Layers one after another; the state is the list of their states (None for a layer without one)."""
 
     def init_state(self, B):
         return [layer.init_state(B) if hasattr(layer, "init_state") else None for layer in self]
@@ -145,12 +151,12 @@ class Chain(nn.Sequential):
         return x
 
 
-class Residual(Chain):
+class Residual(StreamingSequential):
     def forward(self, x, state):
         return x + super().forward(x, state)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # front end 1: SEANet, from raw samples (Mimi as released)
 
 
@@ -160,24 +166,25 @@ def seanet_encoder(c: MimiConfig):
     for r in c.ratios:
         layers += [*(seanet_block(n) for _ in range(c.blocks)), nn.ELU(), Conv(n, 2 * n, 2 * r, stride=r)]
         n *= 2
-    return Chain(*layers, nn.ELU(), Conv(n, c.dim, 3))
+    return StreamingSequential(*layers, nn.ELU(), Conv(n, c.dim, 3))
 
 
 def seanet_decoder(c: MimiConfig):
     n = c.width * 2 ** len(c.ratios)
     layers = [Conv(c.dim, n, 7)]
     for r in reversed(c.ratios):
-        layers += [nn.ELU(), ConvTranspose(n, n // 2, 2 * r, stride=r), *(seanet_block(n // 2) for _ in range(c.blocks))]
         n //= 2
-    return Chain(*layers, nn.ELU(), Conv(n, 1, 3))
+        layers += [nn.ELU(), ConvTranspose(2 * n, n, 2 * r, stride=r)]
+        layers += [seanet_block(n) for _ in range(c.blocks)]
+    return StreamingSequential(*layers, nn.ELU(), Conv(n, 1, 3))
 
 
 def seanet_block(n):
     return Residual(nn.ELU(), Conv(n, n // 2, 3), nn.ELU(), Conv(n // 2, n, 1))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# front end 2: a spectrogram, 100 frames a second, and back (trains in minutes)
+# ------------------------------------------------------------------------------------------------------------
+# front end 2: a spectrogram at 100 Hz, and back (trains in minutes)
 
 WINDOW = 960  # samples of one Fourier window: 40 ms, a new one every ratios[0] = 240 samples
 MELS = 80
@@ -185,18 +192,19 @@ MELS = 80
 
 def spectral_encoder(c: MimiConfig):
     hop, r = c.ratios
-    return Chain(LogMel(hop), Conv(MELS, c.width, 3), *(convnext(c.width) for _ in range(c.blocks)),
-                 Conv(c.width, c.dim, r, stride=r))
+    return StreamingSequential(
+        LogMel(hop), Conv(MELS, c.width, 3), *(convnext(c.width) for _ in range(c.blocks)),
+        Conv(c.width, c.dim, r, stride=r))
 
 
 def spectral_decoder(c: MimiConfig):
     hop, r = c.ratios
-    return Chain(ConvTranspose(c.dim, c.width, r, stride=r), *(convnext(c.width) for _ in range(c.blocks)),
-                 InverseFourier(c.width, hop))
+    return StreamingSequential(ConvTranspose(c.dim, c.width, r, stride=r),
+                               *(convnext(c.width) for _ in range(c.blocks)), InverseFourier(c.width, hop))
 
 
 def convnext(n):
-    """Depthwise convolution over time, then a small MLP at each step."""
+    """A depthwise convolution over time, then a small MLP at each step."""
     return Residual(Conv(n, n, 7, groups=n), Pointwise(n))
 
 
@@ -210,7 +218,7 @@ class Pointwise(nn.Module):
 
 
 def mel_filters(n_fft, n_mels=MELS):
-    """Triangles that are evenly spaced on the mel scale: (n_mels, n_fft//2 + 1)."""
+    """Triangular filters, evenly spaced on the mel scale: (n_mels, n_fft//2 + 1)."""
     top = 2595 * math.log10(1 + SAMPLE_RATE / 2 / 700)
     edges = 700 * (10 ** (torch.linspace(0, top, n_mels + 2) / 2595) - 1)
     f = torch.linspace(0, SAMPLE_RATE / 2, n_fft // 2 + 1)
@@ -220,7 +228,8 @@ def mel_filters(n_fft, n_mels=MELS):
 
 
 class LogMel(nn.Module):
-    """(B, 1, hop*T) -> (B, 80, T), a step for each window that has just ended. State: the windows' overlap."""
+    """(B, 1, hop*T) -> (B, 80, T), one step for each window that has just ended. State: the windows'
+    overlap."""
 
     def __init__(self, hop):
         super().__init__()
@@ -241,8 +250,8 @@ class LogMel(nn.Module):
 
 
 class InverseFourier(nn.Module):
-    """(B, C, T) -> (B, 1, hop*T): each step predicts the magnitudes and phases of one window; the windows overlap and are
-    summed. State: what the last windows add to samples that are not finished yet."""
+    """(B, C, T) -> (B, 1, hop*T): each step predicts magnitudes and phases of one window, and the windows are
+    overlap-added. State: what the last windows add to samples that are not complete yet."""
 
     def __init__(self, c_in, hop):
         super().__init__()
@@ -252,27 +261,41 @@ class InverseFourier(nn.Module):
         self.register_buffer("window", torch.hann_window(WINDOW), persistent=False)
 
     def init_state(self, B):
-        return {"over": self.window.new_zeros(B, WINDOW - self.hop)}
+        return {"overlap": self.window.new_zeros(B, WINDOW - self.hop)}
 
     def forward(self, x, state):
         magnitude, phase = self.head(self.norm(x.mT)).float().chunk(2, dim=-1)  # (B, T, bins)
         with torch.autocast(x.device.type, enabled=False):
-            return self.overlap(torch.polar(magnitude.clamp(max=6).exp(), phase), state)[:, None]
+            return self.overlap_add(torch.polar(magnitude.clamp(max=6).exp(), phase), state)[:, None]
 
-    def overlap(self, spectrum, state):
+    def overlap_add(self, spectrum, state):
         """(B, T, bins) -> (B, hop*T)"""
         B, T, _ = spectrum.shape
         n = WINDOW // self.hop
-        squares = 0.375 * n  # Hann windows, applied before and after, sum to this
-        pieces = (torch.fft.irfft(spectrum, WINDOW) * self.window / squares).view(B, T, n, self.hop)
-        y = sum(F.pad(pieces[:, :, i], (0, 0, i, n - 1 - i)) for i in range(n)).flatten(1)  # (B, hop * (T + n - 1))
-        y = torch.cat([y[:, :WINDOW - self.hop] + state["over"], y[:, WINDOW - self.hop:]], -1)
-        state["over"].copy_(y[:, T * self.hop:].detach())
+        squares = 0.375 * n  # the sum of n squared Hann windows: one is applied in analysis, one here
+        windows = (torch.fft.irfft(spectrum, WINDOW) * self.window / squares).view(B, T, n, self.hop)
+        y = sum(F.pad(windows[:, :, i], (0, 0, i, n - 1 - i)) for i in range(n)).flatten(1)
+        y = torch.cat([y[:, :WINDOW - self.hop] + state["overlap"], y[:, WINDOW - self.hop:]], -1)
+        state["overlap"].copy_(y[:, T * self.hop:].detach())
         return y[:, :T * self.hop]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# transformer over the 25 Hz steps: each sees itself and the context - 1 steps before it
+# ------------------------------------------------------------------------------------------------------------
+# transformer over the 25 Hz steps: each step attends to itself and the context - 1 steps before it
+
+
+@dataclass
+class KVCache:
+    """Keys and values of one layer for the last `context` steps: a ring buffer (B, 2, H, context, D)."""
+    kv: torch.Tensor
+
+    def update(self, k, v, slots):
+        """New k and v (B, H, T, D) -> the cached ones followed by the new ones; then the new ones are cached
+        in their slots (B, 1, 1, min(T, context), 1), expanded to k's heads and channels."""
+        new = torch.stack([k, v], 1)
+        k, v = torch.cat([self.kv.to(new.dtype), new], 3).unbind(1)
+        self.kv.scatter_(3, slots, new[..., -self.kv.shape[3]:, :].detach().to(self.kv.dtype))
+        return k, v
 
 
 class Transformer(nn.Module):
@@ -290,17 +313,17 @@ class Transformer(nn.Module):
         if not self.layers:
             return x
         T, C = x.shape[-1], self.context
-        # Keys are what the ring of the last C steps remembers, and the T new ones; before a stream's start there is nothing.
+        # Keys are the C cached steps and the T new ones. Before the start of a stream there is none.
         last = state["position"][:, None] - 1
-        past = last - (last - torch.arange(C, device=x.device)) % C  # (B, C) the step that each place of the ring holds
-        now = last + 1 + torch.arange(T, device=x.device)  # (B, T)
-        keys, now_ = torch.cat([past, now], 1)[:, None], now[..., None]
-        mask = (keys >= 0) & (keys <= now_) & (keys > now_ - C)  # (B, T, C + T)
-        turn = rotary(now, self.head_dim)
-        places = (now % C)[:, None, None, -C:, None].expand(-1, 2, self.heads, -1, self.head_dim)
+        cached = last - (last - torch.arange(C, device=x.device)) % C  # (B, C) the step in each slot
+        new = last + 1 + torch.arange(T, device=x.device)  # (B, T)
+        keys, queries = torch.cat([cached, new], 1)[:, None], new[..., None]
+        mask = (keys >= 0) & (keys <= queries) & (keys > queries - C)  # (B, T, C + T)
+        rotation = rotary(new, self.head_dim)
+        slots = (new % C)[:, None, None, -C:, None].expand(-1, 2, self.heads, -1, self.head_dim)
         x = x.mT
-        for layer, s in zip(self.layers, state["layers"], strict=True):
-            x = layer(x, turn, mask[:, None], places, s)
+        for layer, cache in zip(self.layers, state["layers"], strict=True):
+            x = layer(x, rotation, mask[:, None], slots, cache)
         state["position"] += T
         return x.mT
 
@@ -318,61 +341,61 @@ class TransformerLayer(nn.Module):
 
     def init_state(self, B):
         w = self.out_proj.weight
-        return {"kv": w.new_zeros(B, 2, self.heads, self.context, w.shape[0] // self.heads)}
+        return KVCache(w.new_zeros(B, 2, self.heads, self.context, w.shape[0] // self.heads))
 
-    def forward(self, x, turn, mask, places, state):  # (B, T, C)
-        qkv = self.in_proj(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
-        q, k = rotate(qkv[:2], turn)
-        new = torch.stack([k, qkv[2]], 1)  # (B, 2, H, T, D)
-        k, v = torch.cat([state["kv"].to(new.dtype), new], 3).unbind(1)
-        state["kv"].scatter_(3, places, new[..., -self.context:, :].detach().to(state["kv"].dtype))
+    def forward(self, x, rotation, mask, slots, cache):  # (B, T, C)
+        qkv = self.in_proj(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = rotate(qkv[:2], rotation)  # (B, H, T, D) each
+        k, v = cache.update(k, qkv[2], slots)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
         x = torch.addcmul(x, self.scale1, self.out_proj(y))
         return torch.addcmul(x, self.scale2, self.down(F.gelu(self.up(self.norm2(x)))))
 
 
 def rotary(position, D):
-    """By how much rotary position embedding turns each pair of channels at positions (B, T): complex (B, 1, T, D/2). The angles
-    are float64: after an hour, 90,000 steps, float32 would be off by up to 0.004."""
+    """Rotary position embedding at positions (B, T): cos + i sin of each pair of channels, (B, 1, T, D/2).
+    The angles are float64: after an hour, 90,000 steps, float32 would be off by up to 0.004."""
     rate = 10000 ** (-torch.arange(0, D, 2, device=position.device, dtype=torch.float32) / D)
     angle = (position[..., None].double() * rate)[:, None]
     return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
 
 
-def rotate(x, turn):
-    """Turn neighbouring pairs of the channels of x (..., B, H, T, D)."""
+def rotate(x, rotation):
+    """Rotate neighbouring pairs of the channels of x (..., B, H, T, D)."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# split residual vector quantiser: one semantic codebook beside a residual stack of acoustic ones
+# ------------------------------------------------------------------------------------------------------------
+# split residual vector quantiser: one semantic codebook next to a residual stack of acoustic ones
 
 
 class Codebook(nn.Module):
-    """Vectors kept as a running sum of what was assigned to them over a running count, as Mimi's files store them."""
+    """EMA vector quantisation: an embedding is a running sum of the vectors assigned to it over a running
+    count of them, as Mimi's files store it."""
 
     def __init__(self, size, dim):
         super().__init__()
         self.register_buffer("embedding_sum", torch.randn(size, dim))
         self.register_buffer("cluster_usage", torch.ones(size))
-        self.register_buffer("embedding", torch.empty(size, dim), persistent=False)  # (size, dim) the vectors themselves
-        self.register_buffer("closeness", torch.empty(size), persistent=False)  # (size,) -|e|^2 / 2
-        self.divide()
-        self.register_load_state_dict_post_hook(lambda book, _: book.divide())
+        self.register_buffer("embedding", torch.empty(size, dim), persistent=False)
+        self.register_buffer("neg_half_squared_norm", torch.empty(size), persistent=False)  # -|e|^2 / 2
+        self.update_embedding()
+        self.register_load_state_dict_post_hook(lambda codebook, _: codebook.update_embedding())
 
     @torch.no_grad()
-    def divide(self):
+    def update_embedding(self):
         self.embedding.copy_(self.embedding_sum / self.cluster_usage.clamp(min=1e-5)[:, None])
-        self.closeness.copy_(-0.5 * self.embedding.square().sum(1))
+        self.neg_half_squared_norm.copy_(-0.5 * self.embedding.square().sum(1))
 
     def nearest(self, x):  # (N, dim) -> (N,)
-        return torch.addmm(self.closeness, x, self.embedding.T).argmax(1)  # |x - e|^2 is least where x.e - |e|^2/2 is most
+        # argmin |x - e|^2 = argmax x.e - |e|^2 / 2
+        return torch.addmm(self.neg_half_squared_norm, x, self.embedding.T).argmax(1)
 
     @torch.no_grad()
-    def learn(self, x, codes, decay=0.97, dead=0.2):
-        """Exponential moving average towards the vectors x (N, dim) that chose the codes (N,); a code that hardly
-        anyone chooses starts anew at one of them."""
+    def ema_update(self, x, codes, decay=0.97, dead=0.2):
+        """Move the embeddings towards the vectors x (N, dim) assigned to the codes (N,). A dead code, whose
+        usage is below `dead`, restarts at one of the vectors."""
         one_hot = F.one_hot(codes, len(self.cluster_usage)).to(x.dtype)
         self.cluster_usage.lerp_(one_hot.sum(0), 1 - decay)
         self.embedding_sum.lerp_(one_hot.T @ x, 1 - decay)
@@ -380,11 +403,11 @@ class Codebook(nn.Module):
         sample = x[torch.randint(len(x), (len(restart),), device=x.device)]
         self.embedding_sum[restart] = sample[restart]
         self.cluster_usage[restart] = 1.0
-        self.divide()
+        self.update_embedding()
 
 
 class ResidualQuantizer(nn.Module):
-    """Each codebook quantises what those before it left over."""
+    """Each codebook quantises the residual of those before it."""
 
     def __init__(self, c: MimiConfig, codebooks):
         super().__init__()
@@ -394,39 +417,39 @@ class ResidualQuantizer(nn.Module):
 
     def encode(self, x):  # (B, C, T) -> (B, K, T)
         B, _, T = x.shape
-        with torch.autocast(x.device.type, enabled=False):  # distances to close neighbours need all digits
-            rest = F.linear(x.float().mT, self.input_proj.weight[..., 0]).flatten(0, 1)
+        with torch.autocast(x.device.type, enabled=False):  # close neighbours differ in the last digits only
+            residual = F.linear(x.float().mT, self.input_proj.weight[..., 0]).flatten(0, 1)
             codes = torch.empty(B, len(self.layers), T, dtype=torch.long, device=x.device)
             for k, layer in enumerate(self.layers):
-                found = layer.nearest(rest)
-                codes[:, k] = found.view(B, T)
+                code = layer.nearest(residual)
+                codes[:, k] = code.view(B, T)
                 if k + 1 < len(self.layers):
-                    rest = rest - layer.embedding[found]
+                    residual = residual - layer.embedding[code]
         return codes
 
     def decode(self, codes):  # (B, K, T) -> (B, C, T)
         x = sum(layer.embedding[codes[:, k]] for k, layer in enumerate(self.layers[:codes.shape[1]]))
         return self.output_proj(x.mT)
 
-    def forward(self, x, depth):
-        """Quantise for training: x (B, C, T), each item with its first depth (B,) codebooks. Gradients pass straight
-        through. Returns the result (B, C, T), how far x stayed from its codes, and what each codebook may learn from:
-        [(vectors (B*T, dim), their codes (B*T,)), ...]. Full precision, as in encode."""
+    def forward(self, x, n_codebooks):
+        """Quantise for training: x (B, C, T), each item with its first n_codebooks (B,). Gradients pass
+        straight through. Returns the quantised x (B, C, T), the commitment loss, and what each codebook is
+        updated with: [(vectors (B*T, dim), their codes (B*T,)), ...]. Full precision, as in encode."""
         x = self.input_proj(x.float()).mT  # (B, T, dim)
-        rest, out, commitment, chosen = x, torch.zeros_like(x), x.new_zeros(()), []
+        residual, out, commitment, assigned = x, torch.zeros_like(x), x.new_zeros(()), []
         for k, layer in enumerate(self.layers):
-            used = (depth > k)[:, None, None]
-            vectors = rest.detach().flatten(0, 1)
+            used = (n_codebooks > k)[:, None, None]
+            vectors = residual.detach().flatten(0, 1)
             codes = layer.nearest(vectors)
-            chosen.append((vectors, codes))
-            found = layer.embedding[codes].view_as(rest)
-            commitment = commitment + ((rest - found.detach()).square() * used).mean()
-            out, rest = out + found * used, rest - found.detach()
+            assigned.append((vectors, codes))
+            quantised = layer.embedding[codes].view_as(residual)
+            commitment = commitment + ((residual - quantised.detach()).square() * used).mean()
+            out, residual = out + quantised * used, residual - quantised.detach()
         out = x + (out - x).detach()
-        return self.output_proj(out.mT), commitment / len(self.layers), chosen
+        return self.output_proj(out.mT), commitment / len(self.layers), assigned
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the codec
 
 
@@ -437,12 +460,14 @@ class Mimi(nn.Module):
         assert math.prod(c.ratios) * 2 == FRAME, f"{c.ratios} does not give 12.5 frames a second"
         encoder, decoder = {"seanet": (seanet_encoder, seanet_decoder),
                             "spectral": (spectral_encoder, spectral_decoder)}[c.frontend]
-        self.encoder = Chain(encoder(c), Transformer(c, c.encoder_layers),
-                             Conv(c.dim, c.dim, 4, stride=2, bias=False, repeat_first=True))
+        self.encoder = StreamingSequential(
+            encoder(c), Transformer(c, c.encoder_layers),
+            Conv(c.dim, c.dim, 4, stride=2, bias=False, repeat_first=True))
         self.semantic = ResidualQuantizer(c, 1)
         self.acoustic = ResidualQuantizer(c, c.codebooks - 1)
-        self.decoder = Chain(ConvTranspose(c.dim, c.dim, 4, stride=2, depthwise=True, bias=False),
-                             Transformer(c, c.decoder_layers), decoder(c))
+        self.decoder = StreamingSequential(
+            ConvTranspose(c.dim, c.dim, 4, stride=2, depthwise=True, bias=False),
+            Transformer(c, c.decoder_layers), decoder(c))
 
     def init_state(self, B):
         """The state of B streams at their start, for encode_step and decode_step."""
@@ -457,23 +482,13 @@ class Mimi(nn.Module):
     @torch.no_grad()
     def decode_step(self, codes, state):
         """(B, K, n) codes -> (B, 1, 1920*n) samples; the state moves on by n frames."""
-        return self.decoder(self.dequantize(codes), state["decoder"])
-
-    def keep(self, K):
-        """Forget all but the first K codebooks."""
-        self.config = dataclasses.replace(self.config, codebooks=K)
-        del self.acoustic.layers[K - 1:]
-
-    def codebooks(self):
-        """(K, codebook_size, codebook_dim): the vectors that the codes stand for."""
-        return torch.stack([layer.embedding for layer in (*self.semantic.layers, *self.acoustic.layers)])
-
-    def dequantize(self, codes):  # (B, K, T) -> (B, C, T)
         x = self.semantic.decode(codes[:, :1])
-        return x + self.acoustic.decode(codes[:, 1:]) if codes.shape[1] > 1 else x
+        if codes.shape[1] > 1:
+            x = x + self.acoustic.decode(codes[:, 1:])
+        return self.decoder(x, state["decoder"])
 
     def encode(self, wav, chunk=125):
-        """(B, 1, N) samples -> (B, K, T) codes, T = ceil(N / 1920); chunk by chunk, so that memory is bounded."""
+        """(B, 1, N) samples -> (B, K, T) codes, T = ceil(N / 1920); in chunks, to bound the memory."""
         wav = F.pad(wav, (0, -wav.shape[-1] % FRAME))
         state = self.init_state(len(wav))
         return torch.cat([self.encode_step(w, state) for w in wav.split(chunk * FRAME, -1)], -1)
@@ -483,48 +498,61 @@ class Mimi(nn.Module):
         state = self.init_state(len(codes))
         return torch.cat([self.decode_step(c, state) for c in codes.split(chunk, -1)], -1)
 
-    def forward(self, wav, depth):
-        """One training pass: wav (B, 1, 1920*T) -> its reconstruction, the quantised semantic part (B, C, T), the commitment
-        loss, and for each codebook what `learn` wants. depth (B,): how many codebooks each item uses (quantiser dropout)."""
+    def forward(self, wav, n_codebooks):
+        """One training pass: wav (B, 1, 1920*T) -> its reconstruction, the quantised semantic part (B, C, T),
+        the commitment loss, and the assignments for `update_codebooks`. n_codebooks (B,): how many each item
+        uses (quantiser dropout)."""
         state = self.init_state(len(wav))
         x = self.encoder(wav, state["encoder"])
         with torch.autocast(x.device.type, enabled=False):
-            semantic, loss1, chosen1 = self.semantic(x, depth)
-            acoustic, loss2, chosen2 = self.acoustic(x, depth - 1)
-        return self.decoder(semantic + acoustic, state["decoder"]), semantic, loss1 + loss2, chosen1 + chosen2
+            semantic, loss1, assigned1 = self.semantic(x, n_codebooks)
+            acoustic, loss2, assigned2 = self.acoustic(x, n_codebooks - 1)
+        y = self.decoder(semantic + acoustic, state["decoder"])
+        return y, semantic, loss1 + loss2, assigned1 + assigned2
 
-    def learn(self, chosen):
-        """Move the codebooks towards what chose them: for each of them (vectors (N, dim), codes (N,))."""
-        for layer, (vectors, codes) in zip((*self.semantic.layers, *self.acoustic.layers), chosen, strict=True):
-            layer.learn(vectors, codes)
+    def update_codebooks(self, assigned):
+        """EMA update of each codebook with what was assigned to it: [(vectors (N, dim), codes (N,)), ...]."""
+        layers = (*self.semantic.layers, *self.acoustic.layers)
+        for layer, (vectors, codes) in zip(layers, assigned, strict=True):
+            layer.ema_update(vectors, codes)
+
+    def codebooks(self):
+        """The embeddings of all codes, (K, codebook_size, codebook_dim)."""
+        return torch.stack([layer.embedding for layer in (*self.semantic.layers, *self.acoustic.layers)])
+
+    def keep_codebooks(self, K, where="this codec"):
+        """Drop all but the first K codebooks. ValueError if there are fewer."""
+        if not 1 <= K <= self.config.codebooks:
+            raise ValueError(f"{where}: has 1 to {self.config.codebooks} codebooks to offer, not {K}")
+        self.config = dataclasses.replace(self.config, codebooks=K)
+        del self.acoustic.layers[K - 1:]
 
     @staticmethod
     def from_pretrained(path, num_codebooks=8, config=CONFIGS["mimi"], device="cpu"):
-        """Mimi as published, with its first num_codebooks of 32: Kyutai's tokenizer-e351c8d8-checkpoint125.safetensors or
-        the transformers library's kyutai/mimi model.safetensors. Raises ValueError for any tensor that is unknown, missing
-        or of another shape."""
-        weights, most = kyutai.read(path)
-        if not 1 <= num_codebooks <= most:
-            raise ValueError(f"{path}: has 1 to {most} codebooks to offer, not {num_codebooks}")
-        mimi = Mimi(dataclasses.replace(config, codebooks=most))
-        kyutai.fill(mimi, weights, config.heads, path)
-        mimi.keep(num_codebooks)
+        """Mimi as published, with its first num_codebooks of 32: Kyutai's
+        tokenizer-e351c8d8-checkpoint125.safetensors or the transformers library's kyutai/mimi
+        model.safetensors. Raises ValueError for any tensor that is unknown, missing or of another shape."""
+        weights, available = kyutai.read_weights(path)
+        mimi = Mimi(dataclasses.replace(config, codebooks=available))
+        kyutai.load_weights(mimi, weights, config.heads, path)
+        mimi.keep_codebooks(num_codebooks, path)
         return mimi.to(device).eval()
 
     @staticmethod
-    def load(path, device="cpu"):
-        """The codec that `train.py --config codec` wrote, or Mimi as published with 8 codebooks. Raises ValueError if the
-        file is neither."""
+    def load(path, device="cpu", num_codebooks=None):
+        """The codec that `train.py --config codec` wrote, or Mimi as published, with its first num_codebooks
+        (default: all of ours, 8 of Mimi's). Raises ValueError if the file is neither."""
         if is_safetensors(path):
-            return Mimi.from_pretrained(path, device=device)
+            return Mimi.from_pretrained(path, num_codebooks or 8, device=device)
         saved = load_checkpoint(path, "codec")
         mimi = Mimi(from_fields(MimiConfig, saved["config"], path))
         load_weights(mimi, saved["model"], path)
+        mimi.keep_codebooks(num_codebooks or mimi.config.codebooks, path)
         return mimi.to(device).eval()
 
 
 def tensors(state):
-    """All tensors of a nested state, in a fixed order; each has the stream as its first dimension."""
+    """All tensors of a nested state, in a fixed order; the first dimension of each is the stream."""
     if isinstance(state, torch.Tensor):
         yield state
     elif dataclasses.is_dataclass(state):
@@ -535,19 +563,20 @@ def tensors(state):
 
 
 def restore(state, rows, other):
-    """These rows of a batch, a list of numbers, become those of another state, in place: of init_state(len(rows)), and they begin
-    anew."""
+    """Overwrite these rows of a batch, a list of numbers, with another state, in place. With
+    init_state(len(rows)) these streams start anew."""
     for old, new in zip(tensors(state), tensors(other), strict=True):
         old[rows] = new
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # a file through the codec
 
 
 def log_spectral_distance(x, y, filters=None):
-    """How far two sounds (N,) are apart, in dB: root mean square over frequency of the difference of their power spectra in
-    dB, mean over windows of 43 ms. With filters (bands, 513): of bands instead of single frequencies."""
+    """Distance of two waveforms (N,) in dB: root mean square over frequency of the difference of their power
+    spectra in dB, mean over windows of 43 ms. With filters (bands, 513): over bands instead of single
+    frequencies."""
     total, windows = 0.0, 0
     for pair in zip(x.split(60 * SAMPLE_RATE), y.split(60 * SAMPLE_RATE)):
         power = [torch.stft(F.pad(p, (512, 512)), 1024, 256, window=torch.hann_window(1024), center=False,
@@ -558,40 +587,40 @@ def log_spectral_distance(x, y, filters=None):
     return total / windows
 
 
+def reconstruct(codec, wav):
+    """(N,) samples -> the decoded codes (N,), frame by frame as in a conversation."""
+    state, out = codec.init_state(1), []
+    frames = F.pad(wav, (0, -len(wav) % FRAME)).to(codec.codebooks().device).split(FRAME)
+    for frame in tqdm(frames, "encode, decode", unit="frame", mininterval=0.5):
+        out.append(codec.decode_step(codec.encode_step(frame[None, None], state), state)[0, 0].cpu())
+    return torch.cat(out)[:len(wav)]
+
+
 def main():
     parser = argparse.ArgumentParser(
-        description="Encode a sound file and decode it again, frame by frame.",
+        description="Encode an audio file and decode it again, frame by frame.",
         epilog="examples: python mimi.py in.wav out.wav    python mimi.py in.mp3 out.flac --codebooks 4 "
                "--checkpoint tokenizer-e351c8d8-checkpoint125.safetensors")
-    parser.add_argument("input", help="any sound file; several channels are mixed into one")
-    parser.add_argument("output", help="24 kHz, as long as the input; the ending says the format")
+    parser.add_argument("input", help="any audio file; several channels are mixed into one")
+    parser.add_argument("output", help="24 kHz, as long as the input; the file extension sets the format")
     parser.add_argument("--codebooks", type=int, help="how many of the codec's codebooks to use (default: 8)")
     parser.add_argument("--checkpoint", default="out/codec/checkpoint.pt",
-                        help="a codec of train.py, or Mimi as published (.safetensors) (default: %(default)s)")
+                        help="of train.py, or Mimi as published (.safetensors) (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     try:
-        if is_safetensors(args.checkpoint):
-            codec = Mimi.from_pretrained(args.checkpoint, args.codebooks or 8, device=args.device)
-        else:
-            codec = Mimi.load(args.checkpoint, args.device)
-            if args.codebooks and not 1 <= args.codebooks <= codec.config.codebooks:
-                raise ValueError(f"--codebooks {args.codebooks}: {args.checkpoint} has 1 to {codec.config.codebooks}")
-            codec.keep(args.codebooks or codec.config.codebooks)
-        K = codec.config.codebooks
+        codec = Mimi.load(args.checkpoint, args.device, args.codebooks)
         wav = read_audio(args.input)
-        state, out, begun = codec.init_state(1), [], time.perf_counter()
-        frames = F.pad(wav, (0, -len(wav) % FRAME)).to(args.device).split(FRAME)
-        for frame in tqdm(frames, "encode, decode", unit="frame", mininterval=0.5):
-            out.append(codec.decode_step(codec.encode_step(frame[None, None], state), state)[0, 0].cpu())
-        took = time.perf_counter() - begun
-        out = torch.cat(out)[:len(wav)]
+        start = time.perf_counter()
+        out = reconstruct(codec, wav)
+        seconds = time.perf_counter() - start
         write_audio(args.output, out)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
-    rate = K * math.log2(codec.config.codebook_size) * SAMPLE_RATE / FRAME
-    print(f"{rate:.0f} bits per second ({K} codebooks of {codec.config.codebook_size}), "
-          f"{len(wav) / SAMPLE_RATE / took:.1f} times real time, log-spectral distance {log_spectral_distance(wav, out):.1f} dB")
+    K, size = codec.config.codebooks, codec.config.codebook_size
+    print(f"{K * math.log2(size) * SAMPLE_RATE / FRAME:.0f} bits per second ({K} codebooks of {size}), "
+          f"{len(wav) / SAMPLE_RATE / seconds:.1f} times real time, "
+          f"log-spectral distance {log_spectral_distance(wav, out):.1f} dB")
     print(f"Wrote {args.output} ({len(wav) / SAMPLE_RATE:.2f} s)")
 
 

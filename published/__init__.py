@@ -1,1 +1,1 @@
-"""Weights that others have published, read strictly: Qwen2.5, the FLM-Audio release, Mimi."""
+"""Published weights, loaded strictly: Qwen2.5, the FLM-Audio release, Mimi."""

@@ -1,18 +1,19 @@
-"""Mimi as published, in two files' layouts: Kyutai's, and the transformers library's. Both hold the same weights.
+"""Mimi as published, under the names of two files: Kyutai's, and the transformers library's. Both hold the
+same weights.
 
     encoder.model.0.conv.conv.weight                  Kyutai's
     encoder.layers.0.conv.weight                      the transformers library's
-    encoder.0.0.weight                                here
+    encoder.0.0.weight                                ours
 
-Strict: every tensor of a file is accounted for, and an unknown, missing or misshaped one is a ValueError that names it.
-"""
+Strict: every tensor of a file is accounted for; an unknown, missing or misshaped one is a ValueError that
+names it. """
 import re
 
 import torch
 
 from files.checkpoint import open_safetensors
 
-MIMI_NAMES = [  # what a tensor is called in Kyutai's or in the transformers library's file -> what it is called here, in turn
+RENAMES = [  # (pattern in a published name, replacement), applied in turn
     (r"^(encoder|decoder)_transformer\.(transformer\.)?", r"\1.1."),
     (r"^encoder\.(model|layers)\.", "encoder.0."),
     (r"^decoder\.(model|layers)\.", "decoder.2."),
@@ -36,43 +37,50 @@ MIMI_NAMES = [  # what a tensor is called in Kyutai's or in the transformers lib
 ]
 
 
-def read(path):
-    """(its tensors by their published names, how many codebooks it has)"""
+def read_weights(path):
+    """({published name: tensor}, number of codebooks)"""
     file = open_safetensors(path)
     weights = {name: file.get_tensor(name) for name in file.keys()}
-    acoustic = [name for name in weights if name.endswith("cluster_usage") and ("rvq_rest" in name or "acoustic" in name)]
+    acoustic = [n for n in weights if n.endswith("cluster_usage") and ("rvq_rest" in n or "acoustic" in n)]
     return weights, 1 + len(acoustic)
 
 
-def fill(module, weights, heads, where):
-    """Put tensors under their published names into module."""
+def load_weights(module, weights, heads, where):
+    """Load {published name: tensor} into a Mimi. where: the file, for error messages."""
     ours, origin = {}, {}
     for published, tensor in weights.items():
         name = published
-        for pattern, replacement in MIMI_NAMES:
+        for pattern, replacement in RENAMES:
             name = re.sub(pattern, replacement, name)
         if name in ours:
             raise ValueError(f"{where}: holds the same tensor twice, as {origin[name]} and {published}")
         if not name.endswith(".initialized"):
             ours[name], origin[name] = tensor, published
-    # The transformers library keeps q, k and v apart, and a head's channels in the order (0, 2, 4, ..., 1, 3, 5, ...).
-    neighbours = lambda w: w.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    join_qkv(ours, origin, heads, where)
+    for name, layer in module.named_modules():  # transposed convolutions: (C, C', kernel) -> (C', kernel, C)
+        if hasattr(layer, "depthwise") and name + ".weight" in ours and ours[name + ".weight"].ndim == 3:
+            order = (0, 2, 1) if layer.depthwise else (1, 2, 0)
+            ours[name + ".weight"] = ours[name + ".weight"].permute(order)
+    expected = module.state_dict()
+    for name in ours.keys() - expected.keys():
+        raise ValueError(f"{where}: unknown tensor {origin[name]}; not a Mimi, or one of another size")
+    for name in expected.keys() - ours.keys():
+        raise ValueError(f"{where}: has no tensor for {name}; not a Mimi, or one of another size")
+    for name, tensor in ours.items():
+        if tensor.shape != expected[name].shape:
+            found, right = tuple(tensor.shape), tuple(expected[name].shape)
+            raise ValueError(f"{where}: {origin.get(name, name)} is {found}, not {right}")
+    module.load_state_dict(ours)
+
+
+def join_qkv(ours, origin, heads, where):
+    """The transformers library stores q, k and v apart, and the channels of a head in the order 0, 2, 4, ...,
+    1, 3, 5, ...: join them in place, with pairs of channels next to each other."""
+    interleave = lambda w: w.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
     for name in [n for n in ours if n.endswith(".self_attn.q_proj.weight")]:
         layer = name.removesuffix("self_attn.q_proj.weight")
         try:
             q, k, v = (ours.pop(f"{layer}self_attn.{x}_proj.weight") for x in "qkv")
-            ours[layer + "in_proj.weight"] = torch.cat([neighbours(q), neighbours(k), v])
+            ours[layer + "in_proj.weight"] = torch.cat([interleave(q), interleave(k), v])
         except (KeyError, RuntimeError) as e:
             raise ValueError(f"{where}: {origin[name]} does not fit with its keys and values ({e})") from None
-    for name, layer in module.named_modules():
-        if hasattr(layer, "depthwise") and name + ".weight" in ours and ours[name + ".weight"].ndim == 3:
-            ours[name + ".weight"] = ours[name + ".weight"].permute((0, 2, 1) if layer.depthwise else (1, 2, 0))
-    wanted = module.state_dict()
-    for name in ours.keys() - wanted.keys():
-        raise ValueError(f"{where}: unknown tensor {origin[name]}; not a Mimi, or one of another size")
-    for name in wanted.keys() - ours.keys():
-        raise ValueError(f"{where}: has no tensor for {name}; not a Mimi, or one of another size")
-    for name, tensor in ours.items():
-        if tensor.shape != wanted[name].shape:
-            raise ValueError(f"{where}: {origin.get(name, name)} is {tuple(tensor.shape)}, not {tuple(wanted[name].shape)}")
-    module.load_state_dict(ours)

@@ -1,11 +1,12 @@
-"""Qwen2.5's language model, and the FLM-Audio release that contains it: read and written.
+"""Qwen2.5's language model, and the FLM-Audio release that contains it: loading and exporting.
 
-    their tensors  ---- a table of names ---->  ours        q, k, v -> one matrix; a matrix for each of K positions -> a stack
+    their tensors  ---- a table of names ---->  ours      q, k, v -> one matrix;
+                                                          one matrix for each of K positions -> a stack
 
-All strict: every tensor of a file is accounted for, and an unknown, missing or misshaped one is a ValueError that names it.
-What the published models compute is compared with their own code's numbers in tests/.
+Strict: every tensor of a file is accounted for; an unknown, missing or misshaped one is a ValueError that
+names it. The tests compare with numbers that the published models' own code computed.
 
-    python -m published.release out/7b flm-audio-mine        a model of ours, laid out as the release is
+    python -m published.release out/7b flm-audio-mine        export a model of ours in the release's format
 """
 import argparse
 import dataclasses
@@ -22,12 +23,12 @@ from model import FLM, FLMConfig
 from streams import K, Vocab
 from training.parallel import assign_shard, build
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the temporal transformer: Qwen2.5; the whole: the FLM-Audio release
+# ------------------------------------------------------------------------------------------------------------
+# tables of names. The temporal transformer is Qwen2.5; the whole model is the FLM-Audio release
 
 
 def qwen_tensors(c: FLMConfig, prefix, embedding):
-    """What the published tensors of the temporal transformer become: (name here, names there, whose rows are put together)."""
+    """The temporal transformer's tensors: (our name, the published names whose tensors are concatenated)."""
     yield "text.weight", [embedding]
     for i in range(c.layers):
         ours, theirs = f"blocks.{i}.", f"{prefix}layers.{i}."
@@ -44,7 +45,8 @@ def qwen_tensors(c: FLMConfig, prefix, embedding):
 
 
 def release_tensors(c: FLMConfig):
-    """The same for the whole model. A list of lists: one matrix for each of the K positions, here transposed and stacked."""
+    """The same for the whole model. A list of lists: one matrix for each of the K positions, transposed and
+    stacked."""
     yield from qwen_tensors(c, "model.", "model.embed_tokens.text_embeddings.weight")
     for side in ("speak", "listen"):
         for k in range(K):
@@ -56,21 +58,28 @@ def release_tensors(c: FLMConfig):
         yield f"depth.codes.{k}.weight", [f"{depth}transformer.wtes.{k}.weight"]
     for i in range(c.depth_layers):
         ours, theirs = f"depth.blocks.{i}.", f"{depth}transformer.h.{i}."
-        for name, there in (("norm1", "ln_1"), ("norm2", "ln_2"), ("qkv", "attn.c_attn"), ("out", "attn.c_proj")):
-            yield f"{ours}{name}.weight", [f"{theirs}{there}.weight"]
-        yield f"{ours}gate_up", [[f"{theirs}mlps.{k}.{x}_proj.weight" for x in ("gate", "up")] for k in range(K)]
-        yield f"{ours}down", [[f"{theirs}mlps.{k}.down_proj.weight"] for k in range(K)]
+        renames = {"norm1": "ln_1", "norm2": "ln_2", "qkv": "attn.c_attn", "out": "attn.c_proj"}
+        for name, published in renames.items():
+            yield f"{ours}{name}.weight", [f"{theirs}{published}.weight"]
+        mlps = [f"{theirs}mlps.{k}." for k in range(K)]
+        yield f"{ours}gate_up", [[f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight"] for mlp in mlps]
+        yield f"{ours}down", [[f"{mlp}down_proj.weight"] for mlp in mlps]
     yield "depth.norm.weight", [depth + "transformer.ln_f.weight"]
     yield "depth.heads", [[f"{depth}lm_heads.{k}.weight"] for k in range(K)]
 
 
+# ------------------------------------------------------------------------------------------------------------
+# loading
+
+
 @torch.no_grad()
 def load_tensors(model, files, folder, table, ignore=()):
-    """Fill parameters from the open files of a folder (see open_all), one tensor at a time. table: {name here: names there}. Every
-    tensor there is accounted for, but those whose names begin with `ignore`: ValueError for an unknown, missing or misshaped one."""
+    """Load parameters from the open files of a folder (see open_all), one tensor at a time. table: {our name:
+    published names}. ValueError for a missing or misshaped tensor, and for an unknown one unless its name
+    starts with one of `ignore`."""
     params, used = dict(model.named_parameters()), set()
 
-    def read(names):
+    def concatenated(names):
         for name in names:
             if name not in files:
                 raise ValueError(f"{folder}: has no tensor {name}")
@@ -81,21 +90,21 @@ def load_tensors(model, files, folder, table, ignore=()):
             raise ValueError(f"{folder}: {' and '.join(names)} do not fit together ({e})") from None
 
     for ours, theirs in table.items():
-        if isinstance(theirs[0], list):
-            tensor = torch.stack([read(names).T for names in theirs])
-        else:
-            tensor = read(theirs)
+        stacked = isinstance(theirs[0], list)
+        tensor = torch.stack([concatenated(names).T for names in theirs]) if stacked else concatenated(theirs)
         if tensor.shape != params[ours].shape:
-            raise ValueError(f"{folder}: {theirs[0] if isinstance(theirs[0], str) else theirs[0][0]}: gives {tuple(tensor.shape)} "
+            name = theirs[0][0] if stacked else theirs[0]
+            raise ValueError(f"{folder}: {name}: gives {tuple(tensor.shape)} "
                              f"where config.json asks for {tuple(params[ours].shape)}")
         assign_shard(params[ours], tensor)
     unknown = sorted(name for name in files.keys() - used if not name.startswith(tuple(ignore)))
     if unknown:
-        raise ValueError(f"{folder}: unknown tensor {unknown[0]}" + (f" and {len(unknown) - 1} more" if unknown[1:] else ""))
+        more = f" and {len(unknown) - 1} more" if unknown[1:] else ""
+        raise ValueError(f"{folder}: unknown tensor {unknown[0]}{more}")
 
 
 def open_all(folder):
-    """{name of a tensor: the open file that holds it}, of a folder's *.safetensors files"""
+    """{name of a tensor: the open file that holds it} for all *.safetensors files of a folder"""
     files = [open_safetensors(path) for path in sorted(glob.glob(os.path.join(folder, "*.safetensors")))]
     if not files:
         raise FileNotFoundError(f"{folder}: holds no *.safetensors file")
@@ -103,19 +112,20 @@ def open_all(folder):
 
 
 def read_config(folder, kinds):
-    """config.json, whose model_type must be one of these; the language model's part of it if it has one."""
+    """The fields of config.json, whose model_type must be one of these; those of its text_config come
+    first."""
     path = os.path.join(folder, "config.json")
     c = read_json(path)
-    part = c.get("text_config", {}) if isinstance(c, dict) else None
-    if not isinstance(part, dict):
+    text_config = c.get("text_config", {}) if isinstance(c, dict) else None
+    if not isinstance(text_config, dict):
         raise ValueError(f"{path}: not a model's config")
     if c.get("model_type") not in kinds:
         raise ValueError(f"{path}: is of a {c.get('model_type')}, not of {' or '.join(kinds)}")
-    return {**c, **part}
+    return {**c, **text_config}
 
 
 def qwen_fields(c, where):
-    """The fields of FLMConfig that a config.json of Qwen2.5's kind tells."""
+    """The fields of FLMConfig that Qwen2.5's config.json tells. where: its folder, for error messages."""
     try:
         rope = c.get("rope_parameters") or {}
         return dict(layers=c["num_hidden_layers"], width=c["hidden_size"], heads=c["num_attention_heads"],
@@ -127,22 +137,23 @@ def qwen_fields(c, where):
 
 
 def from_qwen(folder, config: FLMConfig, place=None):
-    """A model with the language model in `folder` (Qwen2.5 or the language part of Qwen2.5-VL, as published) as its temporal
-    transformer, and with config's depth transformer, codec and context, which are new. place: see build."""
+    """A model whose temporal transformer is the published language model in `folder` (Qwen2.5, or the
+    language part of Qwen2.5-VL). The rest is new: config's depth transformer, audio embeddings and context.
+    place: see build."""
     c = read_config(folder, ("qwen2", "qwen2_5_vl", "qwen2_5_vl_text"))
     config = dataclasses.replace(config, **qwen_fields(c, folder))
     files = open_all(folder)
     prefix = next((p for p in ("model.language_model.", "model.") if p + "norm.weight" in files), "model.")
     table = dict(qwen_tensors(config, prefix, prefix + "embed_tokens.weight"))
     model = build(config, place, given=table)
-    load_tensors(model, files, folder, table, ignore=("visual.", "model.visual.", *(["lm_head."] if config.tied else [])))
+    ignore = ["visual.", "model.visual."] + ["lm_head."] * config.tied
+    load_tensors(model, files, folder, table, ignore)
     return model
 
 
-def load_release(folder, context=8192):
-    """(model, its vocabulary) from the FLM-Audio release in `folder` (config.json, *.safetensors), on the CPU. What its silence
-    sounds like is not in there: the codec must tell. Raises ValueError for another kind of model, and for an unknown, missing
-    or misshaped tensor."""
+def load_release(folder, context):
+    """The FLM-Audio release, or an export of ours: (model, vocab). context: frames that attention sees.
+    Raises ValueError or OSError."""
     config, vocab = read_release_config(folder, context)
     table = dict(release_tensors(config))
     model = build(config, given=table)
@@ -151,53 +162,72 @@ def load_release(folder, context=8192):
 
 
 def read_release_config(folder, context):
-    """(FLMConfig, Vocab) that the release's config.json tells."""
+    """(FLMConfig, Vocab) of the release's config.json."""
     c = read_config(folder, ("FLMAudio",))
     try:
         depth, ids, mup = c["aud_depthgpt"], c["mm_token_info"], c.get("use_mup", False)
-        odd = [k for k in ("use_cmlp", "use_rmsnorm", "use_swiglu") if not depth[k]] + ["bias"] * depth["bias"]
-        if odd or c["aud_channel"] != K or c["aud_vocab_size"] != ids["aud_emp_token_id"] + 1:
-            raise ValueError(f"not the release's kind of model: {', '.join(odd) or 'its audio channels or ids'}")
-        config = FLMConfig(**qwen_fields(c, folder), depth_layers=depth["n_layer"], depth_width=depth["n_embd"],
-                           depth_heads=depth["n_head"], empty=ids["aud_emp_token_id"], context=context,
-                           input_scale=c["input_mult"] if mup else 1.0,
-                           output_scale=c["output_mult"] / c["mup_scale_factor"] if mup else 1.0)
-        none = -1  # the release keeps no ids for these
-        return config, Vocab(c["vocab_size"], ids["text_wait_token_id"], none, none, ids["aud_pad_token_id"], ids["aud_emp_token_id"], ())
+        empty, codebook_size = ids["aud_emp_token_id"], ids["aud_pad_token_id"]
+        odd = [k for k in ("use_cmlp", "use_rmsnorm", "use_swiglu") if not depth[k]]
+        odd += ["bias"] * depth["bias"]
+        if odd or c["aud_channel"] != K or c["aud_vocab_size"] != empty + 1:
+            odd = ", ".join(odd) or "its audio channels or ids"
+            raise ValueError(f"not the release's kind of model: {odd}")
+        config = FLMConfig(
+            **qwen_fields(c, folder), depth_layers=depth["n_layer"], depth_width=depth["n_embd"],
+            depth_heads=depth["n_head"], empty=empty, context=context,
+            input_scale=c["input_mult"] if mup else 1.0,
+            output_scale=c["output_mult"] / c["mup_scale_factor"] if mup else 1.0)
+        # -1: the release has no <asr> and <answer> tokens
+        return config, Vocab(c["vocab_size"], ids["text_wait_token_id"], -1, -1, codebook_size, empty, ())
     except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{folder}/config.json: {type(e).__name__}: {e}") from None
 
 
+# ------------------------------------------------------------------------------------------------------------
+# exporting
+
+
 @torch.no_grad()
 def export_release(model, vocab, folder):
-    """Write model as the FLM-Audio release is laid out: folder/config.json and folder/model.safetensors."""
+    """Write a model in the FLM-Audio release's format: folder/config.json and folder/model.safetensors."""
     from safetensors.torch import save_file
     c, params, out = model.config, dict(model.named_parameters()), {}
-    rows = {"qkv": [c.width, c.kv_heads * c.width // c.heads, c.kv_heads * c.width // c.heads]}
+    qkv_rows = [c.width, c.kv_heads * c.width // c.heads, c.kv_heads * c.width // c.heads]
     for ours, theirs in release_tensors(c):
-        stacked = isinstance(theirs[0], list)
-        for tensor, names in zip(params[ours].mT if stacked else [params[ours]], theirs if stacked else [theirs]):
-            sizes = rows["qkv"] if len(names) == 3 else [len(tensor) // len(names)] * len(names)
+        if not isinstance(theirs[0], list):
+            pairs = [(params[ours], theirs)]
+        else:
+            pairs = zip(params[ours].mT, theirs)
+        for tensor, names in pairs:
+            sizes = qkv_rows if len(names) == 3 else [len(tensor) // len(names)] * len(names)
             out |= {name: part.contiguous() for name, part in zip(names, tensor.split(sizes))}
-    saved = dict(
-        model_type="FLMAudio", architectures=["FLMAudioForCausalLM"], num_hidden_layers=c.layers, hidden_size=c.width,
-        num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.width // c.heads, intermediate_size=c.mlp,
-        vocab_size=c.vocab_size, tie_word_embeddings=c.tied, rms_norm_eps=c.norm_eps, rope_theta=c.rope_base, rope_scaling=None,
-        max_position_embeddings=c.context, hidden_act="silu", attention_bias=True, disable_att_o_bias=True, mlp_bias=False,
-        use_mup=True, input_mult=c.input_scale, output_mult=c.output_scale, mup_scale_factor=1.0, aud_channel=K,
-        aud_vocab_size=c.empty + 1, aud_depthgpt=dict(n_layer=c.depth_layers, n_embd=c.depth_width, n_head=c.depth_heads, bias=False,
-                                                      dropout=0.0, use_cmlp=True, use_rmsnorm=True, use_swiglu=True),
-        mm_token_info=dict(aud_emp_token_id=vocab.empty, aud_pad_token_id=vocab.codebook_size, text_wait_token_id=vocab.wait))
     with replace_when_done(os.path.join(folder, "model.safetensors")) as temporary:
         save_file(out, temporary, metadata={"format": "pt"})
     with replace_when_done(os.path.join(folder, "config.json")) as temporary, open(temporary, "w") as f:
-        json.dump(saved, f, indent=1)
+        json.dump(release_config(c, vocab), f, indent=1)
+
+
+def release_config(c, vocab):
+    """config.json as a dict: the inverse of read_release_config."""
+    depth = dict(n_layer=c.depth_layers, n_embd=c.depth_width, n_head=c.depth_heads, bias=False, dropout=0.0,
+                 use_cmlp=True, use_rmsnorm=True, use_swiglu=True)
+    ids = dict(aud_emp_token_id=vocab.empty, aud_pad_token_id=vocab.codebook_size,
+               text_wait_token_id=vocab.wait)
+    return dict(
+        model_type="FLMAudio", architectures=["FLMAudioForCausalLM"], num_hidden_layers=c.layers,
+        hidden_size=c.width, num_attention_heads=c.heads, num_key_value_heads=c.kv_heads,
+        head_dim=c.width // c.heads, intermediate_size=c.mlp, vocab_size=c.vocab_size,
+        tie_word_embeddings=c.tied, rms_norm_eps=c.norm_eps, rope_theta=c.rope_base, rope_scaling=None,
+        max_position_embeddings=c.context, hidden_act="silu", attention_bias=True, disable_att_o_bias=True,
+        mlp_bias=False, use_mup=True,
+        input_mult=c.input_scale, output_mult=c.output_scale, mup_scale_factor=1.0, aud_channel=K,
+        aud_vocab_size=c.empty + 1, aud_depthgpt=depth, mm_token_info=ids)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("run", help="folder that train.py wrote")
-    parser.add_argument("folder", help="where the release's layout of it shall be")
+    parser.add_argument("folder", help="folder to write the export to")
     args = parser.parse_args()
     try:
         model, vocab, _ = FLM.load(os.path.join(args.run, "checkpoint.pt"))

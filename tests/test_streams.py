@@ -4,17 +4,17 @@ import dataclasses
 import numpy as np
 import pytest
 
-from streams import (K, LISTEN, ROWS, SPEAK, STREAMS, TEXT, Utterance, Vocab, asr, asr_response_tts, delay, free_response_tts, language, pack,
-                     recorded, response_tts, tts, word_aligned)
 from files.tokenizer import load_tokenizer, make_tokenizer
+from streams import (K, LISTEN, ROWS, SPEAK, STREAMS, TEXT, Utterance, Vocab, asr, asr_response_tts, delay,
+                     free_response_tts, language, pack, recorded, response_tts, tts, word_aligned)
 
-# words 0..9, <wait> W, <asr> A, <answer> R; sounds 0..63, empty E; silence begins with 1, then is 0 for ever
+# words 0..9, <wait> W, <asr> A, <answer> R; codes 0..63, empty E; silence starts with 1, then repeats 0
 W, A, R, E = 10, 11, 12, 64
 V = Vocab.own(13, 64, ((1,) * K, (0,) * K))
 
 
 def said(tokens, first, frames, tail=0, starts=None):
-    """frames of speech with the codes first, first+1, ...; then the tail, 9 each."""
+    """Frames of speech with the codes first, first+1, ...; then a tail of 9s."""
     codes = [first + i for i in range(frames)] + [9] * tail
     return Utterance(tokens, np.repeat(np.array(codes)[:, None], K, 1), frames, starts)
 
@@ -24,7 +24,7 @@ MODEL = said([5, 6, 7], 30, 5, tail=1, starts=[0, 2, 3])
 
 
 def check(grid, text, speak, listen):
-    """The same code stands in all K rows of a channel, so one row tells it."""
+    """speak, listen: the one code that all K rows of the channel have in each frame."""
     assert grid.shape == (ROWS, len(text))
     assert grid[TEXT].tolist() == text
     for row in grid[SPEAK]:
@@ -79,7 +79,7 @@ def test_response_tts_with_two_turns():
           listen=[20, 21, 22, 9] + [0] * 7 + [20, 21, 22, 9, 0, 0])
 
 
-def test_free_user_input_stops_text_and_sound_half_a_second_after_it_begins():
+def test_free_user_input_stops_text_and_audio_half_a_second_after_it_begins():
     long = said([5] * 12, 30, 14)
     loud = said([8], 20, 8)
     check(free_response_tts([(USER, long), (loud, MODEL)], [0, 0], [3, None], [None, None], V),
@@ -91,19 +91,21 @@ def test_free_user_input_stops_text_and_sound_half_a_second_after_it_begins():
 
 def test_free_user_input_after_the_answer_is_response_tts():
     turns, gaps = [(USER, MODEL), (USER, MODEL)], [1, 2]
-    assert (free_response_tts(turns, gaps, [None, None], [None, None], V) == response_tts(turns, gaps, V)).all()
+    free = free_response_tts(turns, gaps, [None, None], [None, None], V)
+    assert (free == response_tts(turns, gaps, V)).all()
 
 
-def test_a_users_murmur_changes_nothing_but_what_is_heard():
+def test_a_users_backchannel_changes_nothing_but_the_listen_rows():
     turns, gaps = [(USER, MODEL)], [1]
-    plain, murmured = response_tts(turns, gaps, V), free_response_tts(turns, gaps, [None], [(2, said([], 50, 2))], V)
-    assert (plain[:LISTEN.start] == murmured[:LISTEN.start]).all()
-    check(murmured, text=[W, W, W, W, 5, 6, 7, W, W, W, W], speak=[0] * 6 + [30, 31, 32, 33, 34],
+    plain = response_tts(turns, gaps, V)
+    backchannel = free_response_tts(turns, gaps, [None], [(2, said([], 50, 2))], V)
+    assert (plain[:LISTEN.start] == backchannel[:LISTEN.start]).all()
+    check(backchannel, text=[W, W, W, W, 5, 6, 7, W, W, W, W], speak=[0] * 6 + [30, 31, 32, 33, 34],
           listen=[1, 20, 21, 22, 9, 0, 0, 0, 50, 51, 0])
 
 
 def test_what_the_model_says_while_the_user_speaks():
-    """Its text stands two frames before its sound, as always; the answer comes as if nothing had been."""
+    """Its text comes two frames before its audio, as always; the answer is unchanged."""
     long = dataclasses.replace(said([8], 20, 7), interjections=((3, said([9], 50, 2)),))
     check(response_tts([(long, MODEL)], [0], V),
           text=[W, 9, W, W, W, W, W, 5, 6, 7, W, W, W, W],
@@ -113,7 +115,7 @@ def test_what_the_model_says_while_the_user_speaks():
 
 def test_word_aligned():
     check(word_aligned([(USER, MODEL)], [1], V),
-          text=[W, W, W, W, W, W, 5, W, 6, 7, W],  # each with its own sound: frames 0, 2 and 3 of the answer
+          text=[W, W, W, W, W, W, 5, W, 6, 7, W],  # each with its own audio: frames 0, 2 and 3 of the answer
           speak=[0] * 6 + [30, 31, 32, 33, 34],
           listen=[1, 20, 21, 22, 9] + [0] * 6)
 
@@ -127,7 +129,8 @@ def test_acoustic_codes_enter_one_frame_late():
 
 
 def undelay(grid):
-    """The inverse of delay. The last max(delay) columns are not whole yet and are left out: (17, T) -> (17, T - 1)."""
+    """The inverse of delay. The last max(delay) columns are not whole yet and are left out: (17, T) -> (17, T
+    - 1)."""
     late = max(s.delay for s in STREAMS)
     T = grid.shape[1] - late
     return np.concatenate([grid[s.start:s.stop, s.delay:s.delay + T] for s in STREAMS])
@@ -151,7 +154,8 @@ def test_pack_joins_cuts_and_delays():
 def test_a_recorded_conversation():
     listen, speak = said([], 20, 10).codes, said([], 40, 10).codes
     check(recorded(listen, speak, [(1, [3], None), (4, [5, 6, 7], 9), (5, [8, 9, 9], 6)], V),
-          text=[3, W, 5, 6, 7, 8, W, W, W, W],  # at once; two frames ahead; when the one before is written, and broken off
+          # at once; two frames ahead; when the one before is written, and cut off
+          text=[3, W, 5, 6, 7, 8, W, W, W, W],
           speak=[40 + i for i in range(10)], listen=[20 + i for i in range(10)])
 
 
@@ -162,7 +166,8 @@ def test_tokenizer_specials_follow_the_words():
     assert t.encode_ordinary("<answer>") == list(b"<answer>")  # a user's text never becomes a special token
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"ranks": {"%%": 1}, "pattern": "x"}', '{"ranks": 3, "pattern": "x"}'])
+@pytest.mark.parametrize("text", [
+    "", "[]", "{}", '{"ranks": {"%%": 1}, "pattern": "x"}', '{"ranks": 3, "pattern": "x"}'])
 def test_a_damaged_tokenizer_file_is_a_clear_error(tmp_path, text):
     path = tmp_path / "tokenizer.json"
     path.write_text(text)

@@ -107,7 +107,7 @@ class CodecTask:
     def after_step(self, kept, step):
         """The codebooks learn by moving averages, not by gradients. kept: what loss returned third, of each micro-batch."""
         torch.manual_seed(step)  # for codes that restart
-        self.model.learn([[torch.cat(x) for x in zip(*choices)] for choices in zip(*kept)])
+        self.model.update_codebooks([[torch.cat(x) for x in zip(*choices)] for choices in zip(*kept)])
 
     def state(self):
         return {"model": self.model.state_dict(), "letters": self.letters.state_dict()}
