@@ -1,20 +1,21 @@
-"""Dialogues as text -> the same, spoken by a synthesiser."""
+"""Written dialogues -> spoken dialogues, by a synthesiser."""
 import json
 import os
 import random
 import shutil
 
-from files.manifest import write_manifest
-from toy.voices import begin_speaking, speak_all
+from files.atomic import check_output
+from files.manifest import SPOKEN, write_manifest
+from toy.voices import get_synthesiser, speak_all
 from toy.world import LANGUAGES
 
 
 def speak_dialogues(source, out, voices, seed, tts):
-    """Dialogues as text, lines {"turns": [{"role": "user", "text": "..."}, {"role": "model", "text": "..."}, ...]}, perhaps with
-    "lang" -> the same with sound, in the folder `out`. A dialogue's user keeps one voice."""
-    begin_speaking(out, tts)
+    """Written dialogues, lines {"turns": [{"role": "user", "text": "..."}, {"role": "model", "text": "..."}, ...]}, perhaps
+    with "lang" -> the same with audio, in the folder `out`. The user keeps one voice throughout a dialogue."""
+    out, work = check_output(out, SPOKEN)
+    get_synthesiser(tts)  # raises an error if it is not there
     rng, lines, jobs = random.Random(seed), [], []
-    work = out + ".partial"
     with open(source, encoding="utf-8") as f:
         for number, line in enumerate(f, 1):
             try:
@@ -35,7 +36,7 @@ def speak_dialogues(source, out, voices, seed, tts):
         raise ValueError(f"{source}: holds no dialogue")
     shutil.rmtree(work, ignore_errors=True)
     os.makedirs(os.path.join(work, "turns"))
-    seconds = sum(ends[-1] for ends in speak_all(jobs, "turns"))
+    seconds = sum(ends[-1] for ends in speak_all(jobs, "turns", tts))
     write_manifest(lines, work, out)
-    print(f"Wrote {len(lines)} dialogues, {seconds / 3600:.2f} hours of sound, to {out}/manifest.jsonl; "
+    print(f"Wrote {len(lines)} dialogues, {seconds / 3600:.2f} hours of audio, to {out}/manifest.jsonl; "
           f"next: python prepare.py encode --data {out}")

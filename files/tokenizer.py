@@ -5,6 +5,8 @@ An encoded folder holds its tokeniser as tokenizer.json: {"pattern", "ranks", "s
 import base64
 import json
 import os
+import re
+import unicodedata
 from collections import Counter
 
 import tiktoken
@@ -28,11 +30,26 @@ def load_tokenizer(path):
 def make_tokenizer(ranks, pattern, specials=()):
     """A byte-level BPE of ranks {bytes: rank}. Its specials, in order, follow its words, and after them come ours."""
     names = [*specials, "<wait>", "<asr>", "<answer>"]
-    return tiktoken.Encoding("nanoflm", pat_str=pattern, mergeable_ranks=ranks,
+    return tiktoken.Encoding("own" if pattern == PATTERN else "published", pat_str=pattern, mergeable_ranks=ranks,
                              special_tokens={name: len(ranks) + i for i, name in enumerate(names)})
 
 
-PATTERN = r" ?[^\s]+|\s+"  # BPE merges within these: a word with the space before it
+PATTERN = r" ?[^\s]+|\s+"  # of our own tokenisers: BPE merges within a word and the space before it
+# Thai to Burmese, Khmer, Chinese and Japanese: scripts that put no space between words
+NO_SPACES = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3000-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]")
+
+
+def words_of(text):
+    """The words of a text as our own tokenisers see them, each with a space before it."""
+    return re.findall(PATTERN, " " + unicodedata.normalize("NFC", text))
+
+
+def encode_words(text, tokenizer):
+    """The tokens of each word of a text, in one list a word. Each word has a space before it, also the first: so it has
+    the same tokens anywhere. But a published vocabulary knows text of a script without such spaces as it is written."""
+    as_written = tokenizer.name == "published" and NO_SPACES.search(text)
+    words = unicodedata.normalize("NFC", text).split()
+    return [tokenizer.encode_ordinary(w if as_written and i == 0 else " " + w) for i, w in enumerate(words)]
 
 
 def get_tokenizer(name, words, vocab_size):
