@@ -1,10 +1,10 @@
 """Data: recordings and their text -> codes and tokens, which train.py reads.
 
-    python prepare.py toy                                          speak the toy world: audio and a manifest, data/toy
-    python prepare.py speak dialogues.jsonl --out data/mine        written dialogues -> spoken ones
-    python prepare.py librispeech FOLDER --out data/libri          a corpus as it was downloaded -> a manifest
-    python prepare.py mix --data data/toy --out data/mixed         dialogues -> conversations as a microphone hears them
-    python prepare.py encode --data data/toy                       audio -> Mimi codes, text -> tokens
+    python prepare.py toy                                   speak the toy world: audio and a manifest
+    python prepare.py speak talks.jsonl --out data/mine     written dialogues -> spoken ones
+    python prepare.py librispeech FOLDER --out data/libri   a corpus as it was downloaded -> a manifest
+    python prepare.py mix --data data/toy --out data/mixed  dialogues -> conversations as a microphone hears them
+    python prepare.py encode --data data/toy                audio -> Mimi codes, text -> tokens
 
 files/manifest.py says what a manifest may hold, files/encoded.py what the folder of codes and tokens holds.
 Shapes: B clips, N samples, T frames of 80 ms, K codebooks.
@@ -33,7 +33,7 @@ from tqdm import tqdm
 from corpora.dialogues import speak_dialogues
 from corpora.mix import mix
 from corpora.readers import CORPORA, collect
-from files.atomic import check_output, copy, move_folder, read_json, replace_when_done
+from files.atomic import check_output, copy, move_folder, read_json, replace_when_done, write_text
 from files.audio import SAMPLE_RATE, read_audio
 from files.encoded import ENCODED, SHARD, VERSION, sha256, write_index
 from files.manifest import clip_key, read_manifest, seconds_of, spoken_parts
@@ -41,11 +41,12 @@ from files.tokenizer import encode_words, get_tokenizer, load_tokenizer, words_o
 from mimi import FRAME, Mimi
 from toy.script import make_toy
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # a shard: SHARD lines of a manifest as codes and tokens
 
-# Every clip is encoded with silence before and after it, as it will be heard in a conversation. The codec looks back, so
-# the frames after the last word still carry it. The lead is thrown away; the tail is kept: frames speech, speech + 1, ...
+# Every clip is encoded with silence before and after it, as it will be heard in a conversation. The codec
+# looks back, so the frames after the last word still carry it. The lead is thrown away; the tail is kept:
+# frames speech, speech + 1, ...
 LEAD, TAIL = 6, 5  # frames
 
 
@@ -69,9 +70,9 @@ class Shard:
         return self.codec.encode(wavs[:, None].to(device)).mT.cpu().numpy()
 
     def encode_clips(self, lines, copies):
-        """Encode every clip of these lines once, those of a user to train with `copies` times. A user's clips begin anywhere
-        in a frame and have another gain each time."""
-        rng, versions = random.Random(self.number), {}  # clip -> [(samples by which it begins late in a frame, gain)]
+        """Encode every clip of these lines once, those of a user to train with `copies` times. A user's clips
+        begin anywhere in a frame and have another gain each time."""
+        rng, versions = random.Random(self.number), {}  # clip -> [(samples by which it begins late, gain)]
         for d in lines:
             for part in spoken_parts(d):
                 user = part.get("role") == "user"
@@ -100,14 +101,16 @@ class Shard:
         """A line of a manifest as training reads it."""
         line = {k: d[k] for k in ("id", "kind", "split", "annotated", "lang") if k in d}
         if "turns" in d:
-            part = lambda t: {"text": t["text"], **tokens_of(t, self.tokenizer), "copies": self.places[clip_key(t)]}
+            part = lambda t: {"text": t["text"], **tokens_of(t, self.tokenizer),
+                              "copies": self.places[clip_key(t)]}
             line["turns"] = [{"role": t["role"], **part(t)} for t in d["turns"]]
             if "interjections" in d:
                 line["interjections"] = [{"at": t["at"], **part(t)} for t in d["interjections"]]
             return line
         wav = read_audio(d["path"], mono=False)
         if len(wav) != 2:
-            raise ValueError(f"{d['path']}: has {len(wav)} channels; a conversation has two, the model left, the user right")
+            raise ValueError(f"{d['path']}: has {len(wav)} channels; a conversation has two, "
+                             "the model left, the user right")
         line["speak"], line["listen"] = (self.add(c) for c in self.encode_audio(wav))
         line["sentences"] = [{"frame": frame(s["start"]), **tokens_of(s, self.tokenizer),
                               **({"cut": frame(s["cut"])} if "cut" in s else {})}
@@ -132,12 +135,13 @@ def start_encoder(manifest, work, copies, skip_broken, device, threads=None):
     global ENCODER  # what this process needs for each shard
     if threads:
         torch.set_num_threads(threads)
-    codec, tokenizer = Mimi.load(os.path.join(work, "codec.pt"), device), load_tokenizer(os.path.join(work, "tokenizer.json"))
-    ENCODER = manifest, work, copies, skip_broken, codec, tokenizer
+    codec, tokenizer = os.path.join(work, "codec.pt"), os.path.join(work, "tokenizer.json")
+    ENCODER = manifest, work, copies, skip_broken, Mimi.load(codec, device), load_tokenizer(tokenizer)
 
 
 def encode_shard(task):
-    """task: (number, where its lines begin in the manifest). Write NUMBER.npy, then NUMBER.jsonl: now both are whole."""
+    """task: (number, where its lines begin in the manifest). Write NUMBER.npy, then NUMBER.jsonl: now both
+    are whole."""
     number, begin = task
     manifest, work, copies, skip_broken, codec, tokenizer = ENCODER
     with contextlib.redirect_stderr(io.StringIO()):  # the broken lines have been reported by now
@@ -148,18 +152,20 @@ def encode_shard(task):
     path = os.path.join(work, f"{number:05}")
     with replace_when_done(path + ".npy") as temporary, open(temporary, "wb") as f:
         np.save(f, np.concatenate(shard.codes))
-    with replace_when_done(path + ".jsonl") as temporary, open(temporary, "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(line) + "\n" for line in encoded)
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # glibc keeps the memory of tensors of ever new sizes
+    write_text(path + ".jsonl", "".join(json.dumps(line) + "\n" for line in encoded))
+    # Without this glibc keeps the memory of the tensors of many sizes that a shard leaves, and grows with
+    # each shard.
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # a manifest: all of its shards
 
 
 def encode(data, codec, tokenizer, vocab_size, copies, skip_broken, processes, device):
-    """data/manifest.jsonl and its audio -> data/encoded. If it is killed, the next run with the same settings continues."""
+    """data/manifest.jsonl and its audio -> data/encoded. If it is killed, the next run with the same settings
+    continues."""
     begun, manifest = time.monotonic(), os.path.join(data, "manifest.jsonl")
     out, work = check_output(os.path.join(data, "encoded"), ENCODED, replace=True)
     mimi, (lines, words) = Mimi.load(codec, device), survey(manifest, skip_broken)
@@ -171,20 +177,19 @@ def encode(data, codec, tokenizer, vocab_size, copies, skip_broken, processes, d
             "codebook_size": mimi.config.codebook_size, "codebooks": mimi.config.codebooks,
             "silence": mimi.encode(torch.zeros(1, 1, 32 * FRAME, device=device))[0].T.tolist(),
             "copies": copies, "shards": shard_offsets(manifest)}
-    if not os.path.isfile(os.path.join(work, "meta.json")) or read_json(os.path.join(work, "meta.json")) != meta:
+    path = os.path.join(work, "meta.json")
+    if not os.path.isfile(path) or read_json(path) != meta:  # not from a run with these settings
         shutil.rmtree(work, ignore_errors=True)
         copy(codec, os.path.join(work, "codec.pt"))
-        for name, text in (("tokenizer.json", saved), ("meta.json", json.dumps(meta))):
-            with replace_when_done(os.path.join(work, name)) as temporary, open(temporary, "w", encoding="utf-8") as f:
-                f.write(text)
+        write_text(os.path.join(work, "tokenizer.json"), saved)
+        write_text(path, json.dumps(meta))
     encode_shards(meta["shards"], processes or (os.cpu_count() if device == "cpu" else 1),
                   (manifest, work, copies, skip_broken, device))
-    write_index(work, len(meta["shards"]))
-    frames = sum(len(np.load(os.path.join(work, f"{i:05}.npy"), mmap_mode="r")) for i in range(len(meta["shards"])))
+    frames = write_index(work, len(meta["shards"]))
     move_folder(work, out)
     hours, took = frames * FRAME / SAMPLE_RATE / 3600, (time.monotonic() - begun) / 3600
-    print(f"Wrote {frames} frames ({hours:.2f} hours of audio, {hours / took:.0f} hours an hour{peak_memory()}) "
-          f"of {lines} lines to {out}")
+    speed = f"{hours / took:.0f} hours an hour{peak_memory()}"
+    print(f"Wrote {frames} frames ({hours:.2f} hours of audio, {speed}) of {lines} lines to {out}")
 
 
 def survey(manifest, skip_broken):
@@ -213,17 +218,18 @@ def shard_offsets(manifest):
 def encode_shards(offsets, processes, settings):
     """All shards that are not there yet. settings: the arguments of start_encoder."""
     _, work, *_ = settings
-    tasks = [(i, begin) for i, begin in enumerate(offsets) if not os.path.exists(os.path.join(work, f"{i:05}.jsonl"))]
+    done = lambda i: os.path.exists(os.path.join(work, f"{i:05}.jsonl"))
+    tasks = [(i, begin) for i, begin in enumerate(offsets) if not done(i)]
+    n = min(processes, len(tasks))
     with tqdm(total=len(offsets), initial=len(offsets) - len(tasks), desc="encode", unit="shard") as bar:
-        if min(processes, len(tasks)) < 2:
+        if n < 2:
             start_encoder(*settings)
             for _ in map(encode_shard, tasks):
                 bar.update()
-            return
-        # processes of one thread each do more together than one process with several
-        with multiprocessing.get_context("spawn").Pool(min(processes, len(tasks)), start_encoder, (*settings, 1)) as pool:
-            for _ in pool.imap_unordered(encode_shard, tasks):
-                bar.update()
+        else:  # n processes with one thread each are faster than one with n threads
+            with multiprocessing.get_context("spawn").Pool(n, start_encoder, (*settings, 1)) as pool:
+                for _ in pool.imap_unordered(encode_shard, tasks):
+                    bar.update()
 
 
 def peak_memory():
@@ -236,8 +242,9 @@ def peak_memory():
     return f", at most {peak / (1e9 if sys.platform == 'darwin' else 1e6):.2f} GB a process"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the commands: name, function, what it does, example, flags (name, default, help); ... is a flag that must be given
+# ------------------------------------------------------------------------------------------------------------
+# the commands: name, function, what it does, example, flags (name, default, help); ... is a flag that must be
+# given
 
 OUT, SEED = ("--out", ..., "folder to write"), ("--seed", 1, "of all random choices")
 TTS = ("--tts", None, "another synthesiser than espeak-ng: a command with {text}, {voice} and {out}")
@@ -262,12 +269,12 @@ COMMANDS = (
         ("--data", "data/toy", "folder with the manifest of the dialogues"),
         ("--out", "data/mixed", "folder to write"),
         ("--conversations", 2000, "how many"),
-        ("--noise", None, "folder with audio files of noise, at any depth; without it noise is generated"), SEED)),
+        ("--noise", None, "folder with audio files of noise at any depth (default: generated)"), SEED)),
     ("encode", encode, "audio -> codes, text -> tokens", "--data data/libri --tokenizer data/toy/encoded", (
         ("--data", "data/toy", "folder with the manifest"),
         ("--codec", "out/codec/checkpoint.pt", "what train.py --config codec wrote, or Mimi as published"),
-        ("--tokenizer", "bpe", "bpe: learned here; bytes; or a folder: another encoded one, or Qwen2.5's with "
-                               "tokenizer.json, or vocab.json and merges.txt"),
+        ("--tokenizer", "bpe", "bpe: learned here; bytes; or a folder: another encoded one, or Qwen2.5's, "
+                               "with tokenizer.json or with vocab.json and merges.txt"),
         ("--vocab-size", 512, "of a tokeniser that is learned"),
         ("--copies", 1, "of each user turn, at other places in a frame and with another gain"),
         ("--processes", 0, "0: one for each core, or one on a GPU"),
@@ -277,7 +284,8 @@ COMMANDS = (
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, function, help, example, flags in COMMANDS:
         command = commands.add_parser(name, help=help, description=CORPORA.get(name, function).__doc__,
@@ -289,8 +297,8 @@ def main():
             elif default is ...:
                 command.add_argument(flag, help=help, **({"required": True} if flag.startswith("-") else {}))
             else:
-                shown = "" if default is None else f" (default: {default})"
-                command.add_argument(flag, default=default, type=str if default is None else type(default), help=help + shown)
+                kind, shown = (str, "") if default is None else (type(default), f" (default: {default})")
+                command.add_argument(flag, default=default, type=kind, help=help + shown)
     args = vars(parser.parse_args())
     try:
         args.pop("run")(**args)

@@ -11,8 +11,9 @@ from toy.world import LANGUAGES
 
 
 def speak_dialogues(source, out, voices, seed, tts):
-    """Written dialogues, lines {"turns": [{"role": "user", "text": "..."}, {"role": "model", "text": "..."}, ...]}, perhaps
-    with "lang" -> the same with audio, in the folder `out`. The user keeps one voice throughout a dialogue."""
+    """Written dialogues, lines {"turns": [{"role": "user", "text": "..."}, {"role": "model", "text": "..."},
+    ...]}, perhaps with "lang" -> the same with audio, in the folder `out`. The user keeps one voice
+    throughout a dialogue."""
     out, work = check_output(out, SPOKEN)
     get_synthesiser(tts)  # raises an error if it is not there
     rng, lines, jobs = random.Random(seed), [], []
@@ -21,11 +22,12 @@ def speak_dialogues(source, out, voices, seed, tts):
             try:
                 d = json.loads(line)
                 language = LANGUAGES[d.get("lang", "en")]
-                voice = {"user": rng.choice(language.user_voices(voices, seed)), "model": language.model_voice}
+                user = rng.choice(language.user_voices(voices, seed))
                 for i, t in enumerate(d["turns"]):
                     if t["role"] != ("user", "model")[i % 2] or not t["text"].strip():
                         raise ValueError("user and model take turns, the user first, and each says something")
-                    t["voice"], t["audio"] = voice[t["role"]], f"turns/{number:06d}-{i}.flac"
+                    t["voice"] = user if t["role"] == "user" else language.model_voice
+                    t["audio"] = f"turns/{number:06d}-{i}.flac"
                     jobs.append((os.path.join(work, t["audio"]), [t["text"]], [], t["voice"], 165, 50))
                 if not d["turns"] or len(d["turns"]) % 2:
                     raise ValueError("it needs turns, and the last one is the model's")

@@ -1,4 +1,4 @@
-"""Dialogues -> conversations as a microphone hears them (FLM-Audio, section 3.2): free user input, noise, gain, leakage.
+"""Dialogues -> conversations with interruptions, noise, gain and leakage (FLM-Audio, section 3.2).
 
     python prepare.py mix --data data/toy --out data/mixed
 """
@@ -30,8 +30,8 @@ def change_gain(x, rng):
 
 
 def make_noise(n, files, rng):
-    """n samples of noise, segment after segment, each scaled to -70 to -40 dB or, with probability 0.3, silent. From files, or
-    else generated: white to brown."""
+    """n samples of noise, segment after segment, each scaled to -70 to -40 dB or, with probability 0.3,
+    silent. From files, or else generated: white to brown."""
     out = []
     while sum(map(len, out)) < n:
         length = int(rng.uniform(0.5, 3.0) * SAMPLE_RATE)
@@ -40,16 +40,18 @@ def make_noise(n, files, rng):
             begin = rng.randrange(max(1, len(x) - length))
             x = x[begin:begin + length]
         else:
-            spectrum = torch.randn(length // 2 + 1, 2, generator=torch.Generator().manual_seed(rng.getrandbits(60)))
-            slope = (torch.arange(length // 2 + 1) / length * SAMPLE_RATE + 50) ** -rng.uniform(0.0, 1.0)  # above 50 Hz
-            x = torch.fft.irfft(torch.view_as_complex(spectrum) * slope, length)
+            n_bins, generator = length // 2 + 1, torch.Generator().manual_seed(rng.getrandbits(60))
+            spectrum = torch.view_as_complex(torch.randn(n_bins, 2, generator=generator))
+            hertz = torch.arange(n_bins) / length * SAMPLE_RATE
+            x = torch.fft.irfft(spectrum * (hertz + 50) ** -rng.uniform(0.0, 1.0), length)
         silent = rng.random() < 0.3
         out.append(x * 0 if silent else x * 10 ** ((rng.uniform(-70, -40) - decibels(x)) / 20))
     return torch.cat(out)[:n]
 
 
 def leak(listen, speak, rng):
-    """The loudspeaker's audio (N,) comes back into the microphone's: weaker (gain 0 to 0.2) and later (0.1 to 0.5 s)."""
+    """The loudspeaker's audio (N,) comes back into the microphone's: weaker (gain 0 to 0.2) and later (0.1 to
+    0.5 s)."""
     delay = round(rng.uniform(0.1, 0.5) * SAMPLE_RATE)
     echo = F.pad(speak, (delay, 0))[:len(listen)] * rng.uniform(0, 0.2)
     return listen + F.pad(echo, (0, len(listen) - len(echo)))
@@ -71,9 +73,10 @@ def read_turn(turn):
 
 
 def schedule(turns, rng):
-    """When each turn of [(user, model), ...] is spoken. With probability 0.7 the user interrupts an answer with the next turn,
-    and half a second later the model stops. Returns [{"user", "model": samples; "start", "answer", "cut": when the user
-    starts, the answer starts, it is cut (or None); "text"}, ...] and the end, all in samples."""
+    """When each turn of [(user, model), ...] is spoken. With probability 0.7 the user interrupts an answer
+    with the next turn, and half a second later the model stops. Returns [{"user", "model": samples; "start",
+    "answer", "cut": when the user starts, the answer starts, it is cut (or None); "text"}, ...] and the end,
+    all in samples."""
     plan, t = [], 0
     for i, (user, model) in enumerate(turns):
         x, y = read_turn(user), read_turn(model)
@@ -87,13 +90,14 @@ def schedule(turns, rng):
         interrupted = i < len(turns) - 1 and rng.random() < 0.7
         t = answer + (rng.randint(FRAME, len(y)) if interrupted else len(y))
         cut = t + REACTION * FRAME if interrupted else None
-        plan.append({"user": x, "model": y, "start": start, "answer": answer, "cut": cut, "text": model["text"]})
+        plan.append({"user": x, "model": y, "text": model["text"],
+                     "start": start, "answer": answer, "cut": cut})
     return plan, t
 
 
 def converse(turns, backchannels, noises, rng):
-    """turns [(user, model), ...] of a manifest -> the speak and the listen channel (N,), and the model's sentences. The
-    user's backchannels do not stop an answer."""
+    """turns [(user, model), ...] of a manifest -> the speak and the listen channel (N,), and the model's
+    sentences. The user's backchannels do not stop an answer."""
     plan, end = schedule(turns, rng)
     n = end + round(rng.uniform(0.5, 1.5) * SAMPLE_RATE)
     n += -n % FRAME
@@ -102,7 +106,8 @@ def converse(turns, backchannels, noises, rng):
         add_at(listen, p["user"], p["start"])
         end = min(p["answer"] + len(p["model"]), n if p["cut"] is None else p["cut"])
         add_at(speak, p["model"][:end - p["answer"]], p["answer"])
-        sentences.append({"role": "model", "start": p["answer"] / SAMPLE_RATE, "end": end / SAMPLE_RATE, "text": p["text"]})
+        start, end = p["answer"] / SAMPLE_RATE, end / SAMPLE_RATE
+        sentences.append({"role": "model", "start": start, "end": end, "text": p["text"]})
         if p["cut"] is not None:
             sentences[-1]["cut"] = p["cut"] / SAMPLE_RATE
         elif backchannels and rng.random() < 0.3:
@@ -134,7 +139,8 @@ def read_dialogues(data):
 def mix(data, out, conversations, noise, seed):
     """Dialogues of data/manifest.jsonl -> recorded conversations in the folder `out`, with its manifest."""
     out, work = check_output(out, SPOKEN)
-    noises = sorted(filter(os.path.isfile, glob.glob(os.path.join(noise, "**"), recursive=True))) if noise else []
+    noises = glob.glob(os.path.join(noise, "**"), recursive=True) if noise else []
+    noises = sorted(filter(os.path.isfile, noises))
     if noise and not noises:
         raise ValueError(f"{noise}: holds no file of noise")
     dialogues, backchannels = read_dialogues(data)

@@ -26,8 +26,9 @@ def ljspeech(folder):
 
 
 def conversations(path):
-    """Stereo conversations in the format of moshi-finetune, the model left and the user right: lines {"path", "duration"}, and
-    beside each audio file a .json with {"alignments": [[word, [start, end], speaker], ...]}."""
+    """Stereo conversations in the format of moshi-finetune, the model left and the user right: lines {"path",
+    "duration"}, and beside each audio file a .json with {"alignments": [[word, [start, end], speaker],
+    ...]}."""
     with open(path, encoding="utf-8") as f:
         for number, line in enumerate(f, 1):
             try:
@@ -41,8 +42,8 @@ def conversations(path):
 
 
 def sentences_of(words, pause=0.8, longest=20.0):
-    """Words (text, start, end, speaker) in order -> sentences. A new one begins after a full stop or a pause (seconds),
-    or when one becomes too long (seconds)."""
+    """Words (text, start, end, speaker) in order -> sentences. A new one begins after a full stop or a pause
+    (seconds), or when one becomes too long (seconds)."""
     out = []
     for role in ("model", "user"):
         last = None

@@ -9,9 +9,10 @@ import shutil
 
 @contextlib.contextmanager
 def replace_when_done(path, flush=True):
-    """`with replace_when_done(path) as temporary:` write the temporary file. If all went well it is flushed to the disk
-    and replaces `path`; if not, it is removed. Its random name is safe even between containers that share the folder.
-    flush=False: for one of many small files in a folder that move_folder flushes (it saves 5 ms a file)."""
+    """`with replace_when_done(path) as temporary:` write the temporary file. If all went well it is flushed
+    to the disk and replaces `path`; if not, it is removed. Its random name is safe even between containers
+    that share the folder. flush=False: for one of many small files in a folder that move_folder flushes (it
+    saves 5 ms a file)."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     temporary = f"{path}.{secrets.token_hex(8)}.tmp"
     try:
@@ -26,9 +27,10 @@ def replace_when_done(path, flush=True):
 
 
 def check_output(out, ours="", replace=False):
-    """Check that a folder can be written, before hours of work go into it. Returns `out` without a slash at its end, and
-    the folder out.partial to work in, which then becomes `out`. What a killed run left in out.partial and, with replace,
-    `out` itself will be deleted: they may only hold names of the pattern `ours`. Raises ValueError."""
+    """Check that a folder can be written, before hours of work go into it. Returns `out` without a slash at
+    its end, and the folder out.partial to work in, which then becomes `out`. What a killed run left in
+    out.partial and, with replace, `out` itself will be deleted: they may only hold names of the pattern
+    `ours`. Raises ValueError."""
     out = os.path.normpath(out)
     if os.path.lexists(out) and not replace:
         raise ValueError(f"{out}: is there already; remove it, or name another folder with --out")
@@ -42,7 +44,7 @@ def check_output(out, ours="", replace=False):
             raise ValueError(f"{folder}: is a link or a file, where a folder will be written; remove it")
         for name in sorted(os.listdir(folder)):
             if not re.fullmatch(rf"({ours})(\..+\.tmp)?", name):
-                raise ValueError(f"{folder}: would be deleted, but {name} in it is not from this command; move it away")
+                raise ValueError(f"{folder}: would be deleted, but {name} in it is not ours; move it away")
     return out, out + ".partial"
 
 
@@ -52,6 +54,11 @@ def move_folder(work, out):
         os.sync()
     shutil.rmtree(out, ignore_errors=True)
     os.rename(work, out)
+
+
+def write_text(path, text):
+    with replace_when_done(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
+        f.write(text)
 
 
 def copy(source, target):

@@ -14,9 +14,9 @@ SAMPLE_RATE = 24_000  # of all audio in this project
 
 
 def read_audio(path, mono=True, start=0.0, end=None):
-    """Any file that soundfile reads, or its part from start to end (seconds), -> float32 samples at 24 kHz: (N,), or
-    (channels, N) if not mono. Raises ValueError or OSError with the file's name if the file is missing, empty, cut off or
-    holds samples that are not finite."""
+    """Any file that soundfile reads, or its part from start to end (seconds), -> float32 samples at 24 kHz:
+    (N,), or (channels, N) if not mono. Raises ValueError or OSError with the file's name if the file is
+    missing, empty, cut off or holds samples that are not finite."""
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such file")
     if os.path.isdir(path):
@@ -26,7 +26,7 @@ def read_audio(path, mono=True, start=0.0, end=None):
             rate = f.samplerate
             first, last = round(start * rate), f.frames if end is None else round(end * rate)
             if not 0 <= first <= last <= f.frames:
-                raise ValueError(f"{path}: lasts {f.frames / rate:.2f} s; there is no part from {start} to {end} s")
+                raise ValueError(f"{path}: lasts {f.frames / rate:.2f} s, not from {start} to {end} s")
             f.seek(first)
             x = f.read(last - first, dtype="float32", always_2d=True).T
     except (soundfile.LibsndfileError, RuntimeError) as e:
@@ -58,7 +58,8 @@ def cut_off(path):
 
 
 def resample(x, rate):
-    """(channels, N) at `rate` -> at 24 kHz: one strided convolution with a bank of Kaiser-windowed sinc filters."""
+    """(channels, N) at `rate` -> at 24 kHz: one strided convolution with a bank of Kaiser-windowed sinc
+    filters."""
     if rate == SAMPLE_RATE:
         return x
     bank, old, new = resampling_filters(rate)
@@ -70,7 +71,8 @@ def resample(x, rate):
 
 @functools.lru_cache(4)
 def resampling_filters(rate, width=64, rolloff=0.9476, beta=14.77):
-    """A filter for each of the `new` samples that take the place of `old` ones: (new, 1, 2*half + old), old, new."""
+    """A filter for each of the `new` samples that take the place of `old` ones: (new, 1, 2*half + old), old,
+    new."""
     g = math.gcd(rate, SAMPLE_RATE)
     old, new = rate // g, SAMPLE_RATE // g
     cut = min(old, new) * rolloff
@@ -83,8 +85,8 @@ def resampling_filters(rate, width=64, rolloff=0.9476, beta=14.77):
 
 
 def write_audio(path, x, flush=True):
-    """float samples at 24 kHz, (N,) or (channels, N), -> 16-bit file, whole or not at all; the ending says the format.
-    flush: see replace_when_done."""
+    """float samples at 24 kHz, (N,) or (channels, N), -> 16-bit file, whole or not at all; the ending says
+    the format. flush: see replace_when_done."""
     x = np.asarray(x, dtype=np.float32)
     kind = os.path.splitext(path)[1][1:].upper()
     if kind not in soundfile.available_formats():

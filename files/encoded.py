@@ -7,7 +7,7 @@
     00000.jsonl       those lines: tokens, and the place of each clip's codes {"shard", "offset", "frames"}
     index.npy         for each line of all shards, where it is and what it is good for: a row of LINE
 
-A folder may have thousands of shards and millions of lines. Only the index is held in memory, 44 bytes a line; lines
+There may be thousands of shards and millions of lines. Only the index is held in memory, 44 bytes a line. Lines
 and codes are read from the disk when they are asked for, and no file stays open.
 """
 import hashlib
@@ -25,33 +25,37 @@ SHARD = 500  # lines
 ENCODED = r"(meta|tokenizer)\.json|codec\.pt|index\.npy|\d{5}\.(npy|jsonl)"  # the names in the folder
 
 LINE = np.dtype([
-    ("shard", "<u4"), ("byte", "<u8"), ("size", "<u4"),  # the line is `size` bytes from `byte` on in the shard's .jsonl
+    ("shard", "<u4"), ("byte", "<u8"), ("size", "<u4"),  # where the line is in the .jsonl
     ("split", "S5"), ("kind", "S12"),  # "" if the manifest has no kind
     ("turns", "<u2"), ("role", "S6"),  # the number of turns, and who has the first: user, model or either
     ("annotated", "?"), ("interjections", "?"), ("sentences", "?")])  # has sentences: a recorded conversation
 
 
 def write_index(folder, shards):
-    """folder/index.npy, from this number of shards that are there already."""
-    parts = [np.zeros(0, LINE)]
+    """Write folder/index.npy from the number of shards that are there. Returns the number of frames of codes
+    in them."""
+    parts, frames = [np.zeros(0, LINE)], 0
     for shard in range(shards):
+        frames += len(np.load(os.path.join(folder, f"{shard:05}.npy"), mmap_mode="r"))
         rows, byte = [], 0
         with open(os.path.join(folder, f"{shard:05}.jsonl"), "rb") as f:
             for text in f:
                 d = json.loads(text)
                 turns = d.get("turns", [])
-                rows.append((shard, byte, len(text), d["split"].encode(), str(d.get("kind", "")).encode(), len(turns),
-                             turns[0]["role"].encode() if turns else b"", d["annotated"],
-                             bool(d.get("interjections")), "sentences" in d))
+                kind, role = str(d.get("kind", "")).encode(), turns[0]["role"].encode() if turns else b""
+                rows.append((shard, byte, len(text), d["split"].encode(), kind, len(turns), role,
+                             d["annotated"], bool(d.get("interjections")), "sentences" in d))
                 byte += len(text)
         parts.append(np.array(rows, LINE))
     with replace_when_done(os.path.join(folder, "index.npy")) as temporary, open(temporary, "wb") as f:
         np.save(f, np.concatenate(parts), allow_pickle=False)
+    return frames
 
 
 def read_encoded(folders):
-    """Open one folder, or several with commas between them, as EncodedData. Raises ValueError or OSError if one is not
-    there, is of another version, or was made with another codec or tokeniser than the first one."""
+    """Open one folder, or several with commas between them, as EncodedData. Raises ValueError or OSError if
+    one is not there, is of another version, or was made with another codec or tokeniser than the first
+    one."""
     metas, indexes, shards = [], [], []
     for folder in folders.split(","):
         try:
@@ -60,7 +64,8 @@ def read_encoded(folders):
             name = e.filename or str(e).split(":")[0]
             raise FileNotFoundError(f"{name}: not there; `python prepare.py encode` makes it") from None
         except (KeyError, TypeError) as e:
-            raise ValueError(f"{folder}: is not what `python prepare.py encode` writes ({type(e).__name__}: {e})") from None
+            reason = f"{type(e).__name__}: {e}"
+            raise ValueError(f"{folder}: is not what `python prepare.py encode` writes ({reason})") from None
         metas.append(meta)
         for name in ("codec", "tokenizer"):
             if meta[name + "_sha256"] != metas[0][name + "_sha256"]:
@@ -72,14 +77,17 @@ def read_encoded(folders):
 
 
 def read_folder(folder):
-    """meta.json with the paths of the codec and the tokeniser and its "text_size"; and the index. All files are there."""
+    """meta.json with the paths of the codec and the tokeniser and its "text_size"; and the index. All files
+    are there."""
     meta = read_json(os.path.join(folder, "meta.json"))
     if meta["version"] != VERSION:
-        raise ValueError(f"{folder}: is of version {meta['version']}, not {VERSION}; run `python prepare.py encode` again")
+        raise ValueError(f"{folder}: is of version {meta['version']}, not {VERSION}; "
+                         "run `python prepare.py encode` again")
     for name, file in (("codec", "codec.pt"), ("tokenizer", "tokenizer.json")):
         meta[name] = os.path.join(folder, file)
         if sha256(meta[name]) != meta[name + "_sha256"]:
-            raise ValueError(f"{folder}: was encoded with another {name} than {meta[name]} now is; encode it again")
+            raise ValueError(f"{folder}: was encoded with another {name} than {meta[name]} now is; "
+                             "encode it again")
     meta["text_size"] = load_tokenizer(meta["tokenizer"]).n_vocab
     for shard in range(len(meta["shards"])):
         for ending in ("npy", "jsonl"):
@@ -97,8 +105,8 @@ def read_folder(folder):
 class EncodedData:
     """Lines and codes of one or several encoded folders.
 
-    meta: of the first folder, with "text_size", the tokeniser's vocabulary, and the paths "codec" and "tokenizer".
-    index (lines,): an array of LINE, whose columns group the lines without reading them.
+    meta: of the first folder, with "text_size", the tokeniser's vocabulary, and the paths "codec" and
+    "tokenizer". index (lines,): an array of LINE, whose columns group the lines without reading them.
 
         data = read_encoded("data/toy/encoded,data/mixed/encoded")
         dialogues = np.flatnonzero((data.index["split"] == b"train") & (data.index["turns"] > 1))
@@ -135,7 +143,8 @@ class EncodedData:
         return f"{self.shards[place['shard']][0]}.npy from frame {place['offset']}"
 
     def codes(self, place):
-        """The codes at a place {"shard", "offset", "frames"} of a line: (frames, K) int16. Raises ValueError if damaged."""
+        """The codes at a place {"shard", "offset", "frames"} of a line: (frames, K) int16. Raises ValueError
+        if damaged."""
         K, size, n = self.meta["codebooks"], self.meta["codebook_size"], place["frames"]
         with open(self.shards[place["shard"]][0] + ".npy", "rb") as f:
             f.seek(8)
@@ -143,7 +152,8 @@ class EncodedData:
             f.seek(header + place["offset"] * K * 2)
             codes = np.fromfile(f, "<i2", n * K)
         if len(codes) < n * K or codes.size and not 0 <= codes.min() <= codes.max() < size:
-            raise ValueError(f"{self.where(place)}: damaged, not {n} frames of codes below {size}; encode it again")
+            raise ValueError(f"{self.where(place)}: damaged, not {n} frames of codes below {size}; "
+                             "encode it again")
         return codes.reshape(n, K)
 
 

@@ -1,14 +1,14 @@
 """Manifests: text files that say what is spoken where, one JSON object to a line (FLM-Audio, section 3).
 
-    {"audio": "a.flac", "text": "It is late."}                                  a recording: post-training
+    {"audio": "a.flac", "text": "It is late."}                              a recording: post-training
         optional: "start", "end" in seconds, "lang", "annotated": by a person (true) or by a machine (false)
-    {"turns": [                                                                 a dialogue: fine-tuning
+    {"turns": [                                                             a dialogue: fine-tuning
       {"role": "user",  "text": "repeat cat red moon", "audio": "user/000007.flac"},
       {"role": "model", "text": "cat red moon",        "audio": "model/cat-red-moon.flac"}]}
         optional in a turn: "starts", the second at which each word starts
-        optional: "interjections" [{"text", "audio", "at"}]: what the model says while the user speaks, and when
-    {"audio": "talk.wav", "sentences": [                                        a recorded conversation in stereo, the
-      {"role": "model", "start": 0.5, "end": 1.9, "text": "It is late."}]}      model left and the user right: fine-tuning
+        optional: "interjections" [{"text", "audio", "at"}]: what the model says while the user speaks
+    {"audio": "talk.wav", "sentences": [                                    a conversation in stereo, the
+      {"role": "model", "start": 0.5, "end": 1.9, "text": "It is late."}]}  model left, the user right: fine-tuning
         optional in a sentence: "cut", the second at which an interruption ends it
 
 Each line may have a "split": "train"; or "seen" and "new", which are held out (of known and of new voices).
@@ -25,13 +25,13 @@ import soundfile
 from files.atomic import move_folder, replace_when_done
 
 SPLITS = ("train", "seen", "new")
-SPOKEN = r"manifest\.jsonl|user|model|words|turns|talks"  # the names in a folder that a command of prepare.py writes
+SPOKEN = r"manifest\.jsonl|user|model|words|turns|talks"  # the names in the folders that prepare.py writes
 
 
 def read_manifest(path, skip_broken=False, begin=(0, 0), lines=None):
-    """Yield the lines of a manifest as check_line returns them, from `begin` (byte, line number) on, at most `lines`.
-    A broken line or a missing audio file is a ValueError with the line's number, or, with skip_broken, a message on
-    stderr."""
+    """Yield the lines of a manifest as check_line returns them, from `begin` (byte, line number) on, at most
+    `lines`. A broken line or a missing audio file is a ValueError with the line's number, or, with
+    skip_broken, a message on stderr."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such manifest; `python prepare.py toy` makes one")
     with open(path, "rb") as f:
@@ -41,15 +41,15 @@ def read_manifest(path, skip_broken=False, begin=(0, 0), lines=None):
                 yield check_line(line, number, os.path.dirname(path))
             except (ValueError, OSError) as e:
                 if not skip_broken:
-                    raise ValueError(f"{path}, line {number}: {e} (--skip-broken goes on without it)") from None
+                    raise ValueError(f"{path}, line {number}: {e} (--skip-broken leaves it out)") from None
                 print(f"skipped {path}, line {number}: {e}", file=sys.stderr)
 
 
 def check_line(line, number, folder):
-    """A line of a manifest in one form: {"split", "annotated", "turns": [{"role", "text", "path", "start", "end"}]},
-    perhaps with "interjections": [{"text", "path", "at"}]; or, for a recorded conversation, {"split", "annotated",
-    "path", "sentences": [{"role", "text", "start", "end"}]}. A recording becomes a single turn of the role "either".
-    Raises ValueError or OSError."""
+    """A line of a manifest in one form: {"split", "annotated", "turns": [{"role", "text", "path", "start",
+    "end"}]}, perhaps with "interjections": [{"text", "path", "at"}]; or, for a recorded conversation,
+    {"split", "annotated", "path", "sentences": [{"role", "text", "start", "end"}]}. A recording becomes a
+    single turn of the role "either". Raises ValueError or OSError."""
     d = json.loads(line)
     if not isinstance(d, dict):
         raise ValueError("is not an object {...}")
@@ -68,9 +68,11 @@ def check_line(line, number, folder):
     interjections = d.get("interjections", [])
     if not isinstance(interjections, list):
         raise ValueError("interjections are a list of {text, audio, at}")
-    what, needed = ("turn", ("role", "text", "audio")) if turns else ("sentence", ("role", "text", "start", "end"))
     for part in parts:
-        check_part(part, what, needed)
+        if turns:
+            check_part(part, "turn", ("role", "text", "audio"))
+        else:
+            check_part(part, "sentence", ("role", "text", "start", "end"))
     for part in interjections:
         check_part(part, "interjection", ("text", "audio", "at"))
     if turns and len(parts) > 1 and [p["role"] for p in parts] != ["user", "model"] * (len(parts) // 2):
@@ -98,7 +100,8 @@ FIELDS = {**dict.fromkeys(("role", "text", "audio"), ("text", is_text)),
 
 
 def check_part(part, what, needed):
-    """Raise ValueError unless a turn, sentence or interjection has the needed fields, and those it has are valid."""
+    """Raise ValueError unless a turn, sentence or interjection has the needed fields, and those it has are
+    valid."""
     for key, (kind, valid) in FIELDS.items():
         if not isinstance(part, dict) or key in needed and key not in part:
             raise ValueError(f"a {what} needs the field {key!r}")

@@ -2,8 +2,8 @@
 
     python prepare.py toy        data/toy: user/*.flac, model/*.flac, manifest.jsonl
 
-To keep the world small, the model's voice speaks word by word, each word beginning on a frame; the users speak whole
-sentences at any time.
+To keep the world small, the model's voice speaks word by word, each word beginning on a frame. The users
+speak whole sentences at any time.
 """
 import os
 import random
@@ -16,12 +16,13 @@ from files.audio import SAMPLE_RATE, read_audio, write_audio
 from files.manifest import SPOKEN, spoken_parts, write_manifest
 from mimi import FRAME
 from toy.voices import get_synthesiser, speak_all
-from toy.world import HELD_OUT_PAIRS, KIND_PROPORTIONS, LANGUAGES, cut_in_two, make_request, make_sentence, make_story
+from toy.world import (HELD_OUT_PAIRS, KIND_PROPORTIONS, LANGUAGES, cut_in_two, make_request, make_sentence,
+                       make_story)
 
 
 def on_frames(words, gap=0.04):
-    """Put words (samples) one after another, each on the start of a frame and with `gap` seconds of silence or more after
-    it. Returns the samples, and the second at which each word starts."""
+    """Put words (samples) one after another, each on the start of a frame and with `gap` seconds of silence
+    or more after it. Returns the samples, and the second at which each word starts."""
     padded = [np.pad(w, (0, int(gap * SAMPLE_RATE))) for w in words]
     padded = [np.pad(w, (0, -len(w) % FRAME)) for w in padded]
     starts = np.cumsum([0] + [len(w) for w in padded[:-1]]) / SAMPLE_RATE
@@ -33,8 +34,8 @@ def model_turn(text):
 
 
 def interject(story, ends, hazard):
-    """What the model says while the user tells a story whose parts end at these seconds: a backchannel after each clause;
-    after a hazard, a moment later, the warning."""
+    """What the model says while the user tells a story whose parts end at these seconds: a backchannel after
+    each clause; after a hazard, a moment later, the warning."""
     out = []
     for i, end in enumerate(ends[1:-1]):
         if i == hazard:
@@ -56,7 +57,8 @@ class Script:
 
     def add(self, code, kind, split, request=None, answer=None, pauses=()):
         """Add a line and return it. request: the parts of the user's turn; answer: the model's turn."""
-        voice, turns = self.rng.choice(LANGUAGES[code].new_voices if split == "new" else self.known_voices[code]), []
+        voices = LANGUAGES[code].new_voices if split == "new" else self.known_voices[code]
+        voice, turns = self.rng.choice(voices), []
         if request:
             audio = f"user/{len(self.lines):06d}.flac"
             turns.append({"role": "user", "voice": voice, "text": " ".join(request), "audio": audio})
@@ -93,22 +95,26 @@ class Script:
                 self.add(code, kind, split, [request], answer)
 
     def speak_users(self, work, tts):
-        """Speak all user turns: {audio file: seconds}. Add the model's interjections, whose times are known now."""
-        jobs = [(os.path.join(work, t["audio"]), parts, pauses, t["voice"],
-                 self.rng.randint(140, 190), self.rng.randint(35, 65)) for t, parts, pauses in self.user_turns]
+        """Speak all user turns: {audio file: seconds}. Add the model's interjections, whose times are known
+        now."""
+        speed_and_pitch = lambda: (self.rng.randint(140, 190), self.rng.randint(35, 65))
+        jobs = [(os.path.join(work, t["audio"]), parts, pauses, t["voice"], *speed_and_pitch())
+                for t, parts, pauses in self.user_turns]
         spoken = speak_all(jobs, "sentences, requests, stories", tts)
         ends = {t["audio"]: e for (t, _, _), e in zip(self.user_turns, spoken)}
         for line, hazard in self.stories:
-            line["interjections"] = interject(LANGUAGES[line["lang"]].story, ends[line["turns"][0]["audio"]], hazard)
+            story, audio = LANGUAGES[line["lang"]].story, line["turns"][0]["audio"]
+            line["interjections"] = interject(story, ends[audio], hazard)
         return {audio: e[-1] for audio, e in ends.items()}
 
     def speak_model(self, work, tts):
-        """Speak all model turns: {audio file: seconds}. Each word is spoken once, and then put together on frames."""
+        """Speak all model turns: {audio file: seconds}. Each word is spoken once, and then put together on
+        frames."""
         turns = [(d["lang"], t) for d in self.lines for t in spoken_parts(d) if t["role"] == "model"]
         words = sorted({(code, w) for code, t in turns for w in t["text"].split()})
         paths = [os.path.join(work, f"words/{code}-{w}.flac") for code, w in words]
-        speak_all([(path, [w], [], LANGUAGES[code].model_voice, 170, 50) for path, (code, w) in zip(paths, words)],
-                  "words", tts)
+        jobs = [(path, [w], [], LANGUAGES[c].model_voice, 170, 50) for path, (c, w) in zip(paths, words)]
+        speak_all(jobs, "words", tts)
         words = {key: read_audio(path).numpy() for key, path in zip(words, paths)}
         shutil.rmtree(os.path.join(work, "words"))
         seconds = {}
@@ -142,9 +148,11 @@ def make_toy(out, lang, items, tests, sentences, voices, seed, tts):
     write_manifest(script.lines, work, out)
     show_table(script.lines, seconds)
     n = len(LANGUAGES[codes[-1]].words)
-    print(f"Held out: a fifth of the {n}*{n - 1}*{n - 2} word triples, {len(HELD_OUT_PAIRS)} of 66 number pairs, "
-          f"the voices {', '.join(v for c in codes for v in LANGUAGES[c].new_voices)}.")
-    print(f"Wrote {len(script.lines)} lines, {sum(seconds.values()) / 3600:.2f} hours of audio, to {out}/manifest.jsonl")
+    voices = ", ".join(v for c in codes for v in LANGUAGES[c].new_voices)
+    print(f"Held out: a fifth of the {n}*{n - 1}*{n - 2} word triples, "
+          f"{len(HELD_OUT_PAIRS)} of 66 number pairs, the voices {voices}.")
+    hours = sum(seconds.values()) / 3600
+    print(f"Wrote {len(script.lines)} lines, {hours:.2f} hours of audio, to {out}/manifest.jsonl")
 
 
 def show_table(lines, seconds):

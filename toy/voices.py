@@ -1,6 +1,6 @@
 """Speech synthesis: espeak-ng, or any other command.
 
-    text, voice, speed, pitch  --synthesiser-->  samples  --trim, level-->  speech at 24 kHz, -23 dB, no silence around it
+    text, voice, speed, pitch --synthesiser--> samples --trim, normalise--> 24 kHz, -23 dB, no silence around it
 """
 import _ctypes
 import ctypes
@@ -18,8 +18,8 @@ from files.audio import SAMPLE_RATE, read_audio, resample, write_audio
 
 
 class Espeak:
-    """espeak-ng by ctypes. The library keeps hidden state from one call to the next, so it is loaded anew for each
-    utterance (4 ms): the same arguments always give the same samples."""
+    """espeak-ng by ctypes. The library keeps hidden state from one call to the next, so it is loaded anew for
+    each utterance (4 ms): the same arguments always give the same samples."""
 
     rate = 22_050
 
@@ -73,10 +73,13 @@ class OtherSynthesiser:
     def speak(self, text, voice, speed, pitch):
         with tempfile.TemporaryDirectory() as folder:
             out = os.path.join(folder, "speech.wav")
-            words = [w.replace("{text}", text).replace("{voice}", voice).replace("{out}", out) for w in self.words]
+            words = self.words
+            for name, value in (("{text}", text), ("{voice}", voice), ("{out}", out)):
+                words = [w.replace(name, value) for w in words]
             done = subprocess.run(words, capture_output=True, text=True)
             if done.returncode or not os.path.exists(out):
-                raise ValueError(f"--tts: {shlex.join(words)} failed: {done.stderr.strip()[-300:] or 'it wrote no file'}")
+                reason = done.stderr.strip()[-300:] or "it wrote no file"
+                raise ValueError(f"--tts: {shlex.join(words)} failed: {reason}")
             return read_audio(out).numpy()
 
 
@@ -85,8 +88,8 @@ def get_synthesiser(tts):
 
 
 def speak(synthesiser, parts, pauses, voice, speed, pitch):
-    """Speak parts of text with pauses (seconds) between them, trimmed and normalised: samples at 24 kHz, and the second at
-    which each part ends."""
+    """Speak parts of text with pauses (seconds) between them, trimmed and normalised: samples at 24 kHz, and
+    the second at which each part ends."""
     parts = [torch.from_numpy(synthesiser.speak(text, voice, speed, pitch)) for text in parts]
     parts = [trim(resample(x[None], synthesiser.rate)[0].numpy()) for x in parts]
     x = normalise(np.concatenate(parts))
@@ -124,8 +127,8 @@ def speak_to_file(job):
 
 
 def speak_all(jobs, what, tts):
-    """Speak every job (path, texts, pauses between them, voice, speed, pitch) to its file, on all cores. Returns for each
-    the seconds at which its parts end."""
+    """Speak every job (path, texts, pauses between them, voice, speed, pitch) to its file, on all cores.
+    Returns for each the seconds at which its parts end."""
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"  # Windows
     with multiprocessing.get_context(method).Pool(os.cpu_count(), start_worker, (tts,)) as pool:
         return list(tqdm(pool.imap(speak_to_file, jobs, chunksize=8), what, len(jobs), unit="clip"))

@@ -1,4 +1,4 @@
-"""The toy world: the smallest world that needs everything a spoken chatbot needs. A user asks, the model answers:
+"""The toy world: the smallest that needs everything a spoken chatbot needs. A user asks, the model answers:
 
     repeat cat red moon          -> cat red moon            hear anything, say anything
     what comes after six         -> seven                   know something
@@ -6,12 +6,12 @@
     count from three to seven    -> three four ... seven    a long answer
     chant cat red moon           -> five times those        a longer one, good to interrupt
 
-or tells a story, clause by clause: the model gives backchannels in between, and warns at once if something is on fire.
-All of it in English, in Mandarin (从 三 数到 七), or in both.
+or tells a story, clause by clause: the model gives backchannels in between, and warns at once if something is
+on fire. All of it in English, in Mandarin (从 三 数到 七), or in both.
 
-Held out, never trained on: a fifth of all word triples and of all number pairs, and two of the user voices. Besides the
-dialogues there are sentences, words in any order, said by a user or the model: a line with a single turn. They take
-the place of the audio books of the paper's post-training.
+Held out, never trained on: a fifth of all word triples and of all number pairs, and two of the user voices.
+Besides the dialogues there are sentences, words in any order, said by a user or the model: a line with a single
+turn. They take the place of the audio books of the paper's post-training.
 """
 import hashlib
 import random
@@ -19,12 +19,13 @@ from dataclasses import dataclass
 
 # Voice variants of espeak-ng, without f2, f3 and f5, whose breath noise differs.
 VARIANTS = "m1 m2 m3 m4 m5 m6 m7 f1 f4 Andy Annie steph linda belinda".split()
-KIND_PROPORTIONS = {"repeat": 0.38, "count": 0.3, "next": 0.08, "opposite": 0.08, "chant": 0.1, "story": 0.06}  # of dialogues
+KIND_PROPORTIONS = {"repeat": 0.38, "count": 0.3, "next": 0.08, "opposite": 0.08, "chant": 0.1, "story": 0.06}
 CHANT_REPEATS = 5  # an answer of six seconds
 
 
 class Language:
-    """What is said in one language, with a space between any two words, and the voices of espeak-ng that say it."""
+    """What is said in one language, with a space between any two words, and the voices of espeak-ng that say
+    it."""
 
     def __init__(self, numbers, opposites, others, requests, story, accents, model_voice, new_voices):
         self.numbers = numbers.split()
@@ -47,8 +48,8 @@ class Language:
 
 @dataclass(frozen=True)
 class Story:
-    """A user's long story: clauses with pauses between them. In a pause the model gives a backchannel; at a hazard it warns
-    at once."""
+    """A user's long story: clauses with pauses between them. In a pause the model gives a backchannel; at a
+    hazard it warns at once."""
     begin: str
     clause: str
     nouns: str
@@ -63,11 +64,12 @@ class Story:
 
 LANGUAGES = {
     "en": Language("one two three four five six seven eight nine ten eleven twelve",
-                   "big/small hot/cold left/right day/night up/down", "red green cat fish sun moon tree apple",
+                   "big/small hot/cold left/right day/night up/down",
+                   "red green cat fish sun moon tree apple",
                    ["repeat {}", "count from {} to {}", "what comes after {}", "opposite of {}", "chant {}"],
-                   Story("listen", "the {} is {}", "cat fish sun moon tree apple", "big small hot cold red green",
-                         "the {} is on fire", "the end", "nice story", "watch out there is a fire",
-                         "mhm", ("mhm", "yeah", "okay")),
+                   Story("listen", "the {} is {}", "cat fish sun moon tree apple",
+                         "big small hot cold red green", "the {} is on fire", "the end", "nice story",
+                         "watch out there is a fire", "mhm", ("mhm", "yeah", "okay")),
                    "en-us en-gb-x-rp gmw/en en-gb-scotland en-us-nyc en-gb-x-gbcwmd", "en-us+m3",
                    "en-us+f1 en-gb-x-rp+m7"),
     "zh": Language("一 二 三 四 五 六 七 八 九 十 十一 十二",
@@ -117,7 +119,8 @@ def cut_in_two(request, rng):
 
 
 def make_story(lang, clauses, hazard, rng):
-    """The parts of a story with this number of clauses. hazard: the number of the clause that is a hazard, or None."""
+    """The parts of a story with this number of clauses. hazard: the number of the clause that is a hazard, or
+    None."""
     s, parts = lang.story, [lang.story.begin]
     for i in range(clauses):
         noun, adjective = rng.choice(s.nouns.split()), rng.choice(s.adjectives.split())
@@ -126,8 +129,8 @@ def make_story(lang, clauses, hazard, rng):
 
 
 def make_sentence(lang, vocabulary, rng):
-    """One to four words in any order, for post-training. The next word cannot be guessed from the text, so a model that
-    transcribes it must hear every word. Nothing that is held out occurs in it."""
+    """One to four words in any order, for post-training. The next word cannot be guessed from the text, so a
+    model that transcribes it must hear every word. Nothing that is held out occurs in it."""
     while True:
         words = [rng.choice(vocabulary) for _ in range(rng.randint(1, 4))]
         numbers = [lang.numbers.index(w) for w in words if w in lang.numbers]
