@@ -3,14 +3,13 @@
     python prepare.py toy                                   speak the toy world: audio and a manifest
     python prepare.py speak talks.jsonl --out data/mine     written dialogues -> spoken ones
     python prepare.py librispeech FOLDER --out data/libri   a corpus as it was downloaded -> a manifest
-    python prepare.py mix --data data/toy --out data/mixed  dialogues -> conversations as a microphone hears them
+    python prepare.py mix --data data/toy --out data/mixed  dialogues -> conversations as they are heard
     python prepare.py encode --data data/toy                audio -> Mimi codes, text -> tokens
 
 files/manifest.py says what a manifest may hold, files/encoded.py what the folder of codes and tokens holds.
 Shapes: B clips, N samples, T frames of 80 ms, K codebooks.
 """
 import argparse
-import base64
 import contextlib
 import ctypes
 import functools
@@ -37,12 +36,15 @@ from files.atomic import check_output, copy, move_folder, read_json, replace_whe
 from files.audio import SAMPLE_RATE, read_audio
 from files.encoded import ENCODED, SHARD, VERSION, sha256, write_index
 from files.manifest import clip_key, read_manifest, seconds_of, spoken_parts
-from files.tokenizer import encode_words, get_tokenizer, load_tokenizer, words_of
+from files.tokenizer import dump_tokenizer, encode_words, get_tokenizer, load_tokenizer, words_of
 from mimi import FRAME, Mimi
 from toy.script import make_toy
 
 # ------------------------------------------------------------------------------------------------------------
-# a shard: SHARD lines of a manifest as codes and tokens
+# a shard: SHARD lines of a manifest
+#
+#     audio --codec-->     00000.npy    codes (frames, K), one clip after another
+#     text --tokeniser-->  00000.jsonl  for each line its tokens, and where the codes of its clips are
 
 # Every clip is encoded with silence before and after it, as it will be heard in a conversation. The codec
 # looks back, so the frames after the last word still carry it. The lead is thrown away; the tail is kept:
@@ -51,7 +53,7 @@ LEAD, TAIL = 6, 5  # frames
 
 
 class Shard:
-    """The codes of a shard, and where they are: NUMBER.npy, one clip after another."""
+    """The codes of a shard, and where they are."""
 
     def __init__(self, number, codec, tokenizer):
         self.number, self.codec, self.tokenizer = number, codec, tokenizer
@@ -140,8 +142,7 @@ def start_encoder(manifest, work, copies, skip_broken, device, threads=None):
 
 
 def encode_shard(task):
-    """task: (number, where its lines begin in the manifest). Write NUMBER.npy, then NUMBER.jsonl: now both
-    are whole."""
+    """task: (number, where its lines begin). The .jsonl is written last, so if it is there both are whole."""
     number, begin = task
     manifest, work, copies, skip_broken, codec, tokenizer = ENCODER
     with contextlib.redirect_stderr(io.StringIO()):  # the broken lines have been reported by now
@@ -153,8 +154,7 @@ def encode_shard(task):
     with replace_when_done(path + ".npy") as temporary, open(temporary, "wb") as f:
         np.save(f, np.concatenate(shard.codes))
     write_text(path + ".jsonl", "".join(json.dumps(line) + "\n" for line in encoded))
-    # Without this glibc keeps the memory of the tensors of many sizes that a shard leaves, and grows with
-    # each shard.
+    # glibc keeps the memory of tensors of ever new sizes, more with each shard, until it is told not to
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -169,11 +169,9 @@ def encode(data, codec, tokenizer, vocab_size, copies, skip_broken, processes, d
     begun, manifest = time.monotonic(), os.path.join(data, "manifest.jsonl")
     out, work = check_output(os.path.join(data, "encoded"), ENCODED, replace=True)
     mimi, (lines, words) = Mimi.load(codec, device), survey(manifest, skip_broken)
-    saved = get_tokenizer(tokenizer, words, vocab_size)
-    saved["ranks"] = {base64.b64encode(b).decode(): r for b, r in saved["ranks"].items()}
-    saved = json.dumps(saved)
+    tokenizer = dump_tokenizer(get_tokenizer(tokenizer, words, vocab_size))
     meta = {"version": VERSION, "codec_sha256": sha256(codec), "manifest_sha256": sha256(manifest),
-            "tokenizer_sha256": hashlib.sha256(saved.encode()).hexdigest(),
+            "tokenizer_sha256": hashlib.sha256(tokenizer.encode()).hexdigest(),
             "codebook_size": mimi.config.codebook_size, "codebooks": mimi.config.codebooks,
             "silence": mimi.encode(torch.zeros(1, 1, 32 * FRAME, device=device))[0].T.tolist(),
             "copies": copies, "shards": shard_offsets(manifest)}
@@ -181,7 +179,7 @@ def encode(data, codec, tokenizer, vocab_size, copies, skip_broken, processes, d
     if not os.path.isfile(path) or read_json(path) != meta:  # not from a run with these settings
         shutil.rmtree(work, ignore_errors=True)
         copy(codec, os.path.join(work, "codec.pt"))
-        write_text(os.path.join(work, "tokenizer.json"), saved)
+        write_text(os.path.join(work, "tokenizer.json"), tokenizer)
         write_text(path, json.dumps(meta))
     encode_shards(meta["shards"], processes or (os.cpu_count() if device == "cpu" else 1),
                   (manifest, work, copies, skip_broken, device))
@@ -243,8 +241,7 @@ def peak_memory():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# the commands: name, function, what it does, example, flags (name, default, help); ... is a flag that must be
-# given
+# the commands: name, function, what it does, example, flags (name, default or ... if it must be given, help)
 
 OUT, SEED = ("--out", ..., "folder to write"), ("--seed", 1, "of all random choices")
 TTS = ("--tts", None, "another synthesiser than espeak-ng: a command with {text}, {voice} and {out}")

@@ -7,8 +7,8 @@
     00000.jsonl       those lines: tokens, and the place of each clip's codes {"shard", "offset", "frames"}
     index.npy         for each line of all shards, where it is and what it is good for: a row of LINE
 
-There may be thousands of shards and millions of lines. Only the index is held in memory, 44 bytes a line. Lines
-and codes are read from the disk when they are asked for, and no file stays open.
+There may be thousands of shards and millions of lines. Only the index is held in memory, 44 bytes a line.
+Lines and codes are read from the disk when they are asked for, and no file stays open.
 """
 import hashlib
 import json

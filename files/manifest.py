@@ -7,8 +7,8 @@
       {"role": "model", "text": "cat red moon",        "audio": "model/cat-red-moon.flac"}]}
         optional in a turn: "starts", the second at which each word starts
         optional: "interjections" [{"text", "audio", "at"}]: what the model says while the user speaks
-    {"audio": "talk.wav", "sentences": [                                    a conversation in stereo, the
-      {"role": "model", "start": 0.5, "end": 1.9, "text": "It is late."}]}  model left, the user right: fine-tuning
+    {"audio": "talk.wav", "sentences": [                                    a conversation in stereo, model
+      {"role": "model", "start": 0.5, "end": 1.9, "text": "It is late."}]}  left and user right: fine-tuning
         optional in a sentence: "cut", the second at which an interruption ends it
 
 Each line may have a "split": "train"; or "seen" and "new", which are held out (of known and of new voices).
@@ -104,10 +104,10 @@ def check_part(part, what, needed):
     valid."""
     for key, (kind, valid) in FIELDS.items():
         if not isinstance(part, dict) or key in needed and key not in part:
-            raise ValueError(f"a {what} needs the field {key!r}")
+            raise ValueError(f"the {what} needs the field {key!r}")
         optional = key == "end" and key not in needed and part.get(key) is None  # up to the end of the file
         if key in part and not valid(part[key]) and not optional:
-            raise ValueError(f"the field {key!r} of a {what} is {kind}, not {part[key]!r}")
+            raise ValueError(f"the {what}'s field {key!r} is {kind}, not {part[key]!r}")
     if part.get("role", "either") not in ("user", "model", "either"):
         raise ValueError(f"a role is user or model, not {part['role']!r}")
     start, end, words = part.get("start", 0.0), part.get("end"), part["text"].split()

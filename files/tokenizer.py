@@ -28,9 +28,14 @@ def load_tokenizer(path):
         raise ValueError(f"{path}: not a tokeniser that prepare.py wrote ({e})") from None
 
 
+def dump_tokenizer(saved):
+    """What get_tokenizer returns -> the text of a tokenizer.json."""
+    ranks = {base64.b64encode(b).decode(): r for b, r in saved["ranks"].items()}
+    return json.dumps({**saved, "ranks": ranks})
+
+
 def make_tokenizer(ranks, pattern, specials=()):
-    """A byte-level BPE of ranks {bytes: rank}. Its specials, in order, follow its words, and after them come
-    ours."""
+    """A byte-level BPE of ranks {bytes: rank}. After its words come its special tokens, in order, and then ours."""
     names = [*specials, "<wait>", "<asr>", "<answer>"]
     specials = {name: len(ranks) + i for i, name in enumerate(names)}
     kind = "own" if pattern == PATTERN else "published"
@@ -49,9 +54,9 @@ def words_of(text):
 
 
 def encode_words(text, tokenizer):
-    """The tokens of each word of a text, in one list a word. Each word has a space before it, also the first:
-    so it has the same tokens anywhere. But a published vocabulary knows text of a script without such spaces
-    as it is written."""
+    """The tokens of each word of a text: a list of lists. Every word gets a space before it, the first one too, so
+    that it has the same tokens at any place. Only for a published vocabulary, text in a script without spaces
+    stays as it is written, as in what that vocabulary was made from."""
     as_written = tokenizer.name == "published" and NO_SPACES.search(text)
     words = unicodedata.normalize("NFC", text).split()
     return [tokenizer.encode_ordinary(w if as_written and i == 0 else " " + w) for i, w in enumerate(words)]

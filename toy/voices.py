@@ -1,6 +1,6 @@
 """Speech synthesis: espeak-ng, or any other command.
 
-    text, voice, speed, pitch --synthesiser--> samples --trim, normalise--> 24 kHz, -23 dB, no silence around it
+    text, voice, speed, pitch --synthesiser--> samples --trim, normalise--> 24 kHz, -23 dB
 """
 import _ctypes
 import ctypes

@@ -10,8 +10,8 @@ or tells a story, clause by clause: the model gives backchannels in between, and
 on fire. All of it in English, in Mandarin (从 三 数到 七), or in both.
 
 Held out, never trained on: a fifth of all word triples and of all number pairs, and two of the user voices.
-Besides the dialogues there are sentences, words in any order, said by a user or the model: a line with a single
-turn. They take the place of the audio books of the paper's post-training.
+Besides the dialogues there are sentences, words in any order, said by a user or the model: lines of one turn.
+They take the place of the audio books of the paper's post-training.
 """
 import hashlib
 import random
