@@ -129,7 +129,7 @@ def read_encoded(folders):
                 meta = json.load(f)
             if meta["version"] != prepare.VERSION:
                 raise ValueError(f"{folder}: is of version {meta['version']}, not {prepare.VERSION}; run `python prepare.py encode` again")
-            meta["tokenizer"] = os.path.join(folder, "tokenizer.json")
+            meta["tokenizer"], meta["codec"] = (os.path.join(folder, f) for f in ("tokenizer.json", "codec.pt"))
             metas.append(meta)
             meta["text_size"] = load_tokenizer(meta["tokenizer"]).n_vocab
             for number in range(len(meta["shards"])):

@@ -41,7 +41,7 @@ def test_answers_are_right_and_tests_are_held_out(lang, kind):
     test = {make_request(lang, kind, True, rng) for _ in range(400)}
     pair = lambda answer: frozenset(lang.numbers.index(w) for w in (answer.split()[0], answer.split()[-1]))
     for request, answer in train | test:
-        asked = [w for w in request.split() if w not in lang.little]
+        asked = [w for w in request.split() if w not in lang.function_words]
         if kind == "repeat":
             assert asked == answer.split() and len(asked) == 3
         elif kind == "count":
