@@ -17,9 +17,8 @@ B rows in a batch, T frames in a row, K codebooks.
 """
 import argparse
 import dataclasses
-import json
+import functools
 import math
-import os
 import random
 import sys
 from dataclasses import dataclass
@@ -30,12 +29,10 @@ from torch import nn
 
 import mimi
 import model
-import prepare
 import streams
 from files.audio import SAMPLE_RATE
 from files.checkpoint import load_weights
-from files.manifest import spoken_parts
-from files.tokenizer import load_tokenizer
+from files.encoded import read_encoded
 from mimi import FRAME, Mimi
 from published.release import from_qwen
 from streams import K, LISTEN, SPEAK, TEXT, Utterance, Vocab, blank, pack
@@ -119,110 +116,70 @@ ALPHA_1, ALPHA_2, BETA = 1.0, 0.5, 1.0  # Eq. 3: semantic, acoustic, monologue; 
 # layouts into batches
 
 
-def read_encoded(folders):
-    """What `prepare.py encode` wrote, from one folder or several with commas between: (meta, lines, memory-mapped codes of
-    each shard). Raises ValueError if their codecs or tokenisers differ, or are no longer what the folders were made with."""
-    metas, lines, codes = [], [], []
-    for folder in folders.split(","):
-        try:
-            with open(os.path.join(folder, "meta.json")) as f:
-                meta = json.load(f)
-            if meta["version"] != prepare.VERSION:
-                raise ValueError(f"{folder}: is of version {meta['version']}, not {prepare.VERSION}; run `python prepare.py encode` again")
-            meta["tokenizer"], meta["codec"] = (os.path.join(folder, f) for f in ("tokenizer.json", "codec.pt"))
-            metas.append(meta)
-            meta["text_size"] = load_tokenizer(meta["tokenizer"]).n_vocab
-            for number in range(len(meta["shards"])):
-                with open(os.path.join(folder, f"{number:05}.jsonl"), encoding="utf-8") as f:
-                    some = [json.loads(line) for line in f]
-                for place in (p for d in some for p in places(d)):
-                    place["shard"] = len(codes)
-                lines += some
-                codes.append(np.load(os.path.join(folder, f"{number:05}.npy"), mmap_mode="r"))
-        except FileNotFoundError as e:
-            raise FileNotFoundError(f"{e.filename}: not there; `python prepare.py encode` makes it") from None
-        except (KeyError, TypeError, json.JSONDecodeError) as e:
-            raise ValueError(f"{folder}: is not what `python prepare.py encode` writes ({type(e).__name__}: {e})") from None
-        for name in ("codec", "tokenizer"):
-            if not os.path.isfile(meta[name]) or prepare.sha256(meta[name]) != meta[name + "_sha256"]:
-                raise ValueError(f"{folder}: was encoded with another {name} than {meta[name]} now is; encode it again")
-            if meta[name + "_sha256"] != metas[0][name + "_sha256"]:
-                raise ValueError(f"{folder}: was encoded with another {name} than {folders.split(',')[0]}")
-    return metas[0], lines, codes
-
-
-def places(line):
-    if "turns" not in line:
-        return [line["listen"], line["speak"]]
-    return [c for t in spoken_parts(line) for c in t["copies"]]
-
-
-def by_annotation(turns, roles):
-    """Turns of these roles: (those that a machine transcribed, those that a person did)."""
-    return tuple([t for t, annotated in turns if annotated == by_hand and t["role"] in roles] for by_hand in (False, True))
-
-
 class Conversations:
     """The lines of `prepare.py encode`, sorted by what the layouts are made of, and batches of their grids."""
 
-    def __init__(self, data):
-        self.meta, lines, self.codes = read_encoded(data)
-        meta = self.meta
+    def __init__(self, folders):
+        self.encoded = read_encoded(folders)
+        meta, index = self.encoded.meta, self.encoded.index
         self.vocab = Vocab.own(meta["text_size"], meta["codebook_size"], tuple(map(tuple, meta["silence"])))
-        # split -> turns for hearing and for speaking, dialogues, recorded conversations, users' backchannels
+        # split -> numbers of lines, or (line, turn) of single clips: [transcribed by a machine, by a person]
         self.heard, self.said, self.dialogues, self.free, self.recorded, self.backchannels = {}, {}, {}, {}, {}, {}
         for split in ("train", "seen"):
-            mine = [d for d in lines if d["split"] == split]
-            self.backchannels[split] = [t for d in mine if d.get("kind") == "backchannel" for t in d["turns"]]
-            mine = [d for d in mine if d.get("kind") != "backchannel"]
-            turns = [(t, d["annotated"]) for d in mine if "interjections" not in d for t in d.get("turns", ())]
-            self.heard[split] = by_annotation(turns, ("user", "either"))
-            self.said[split] = by_annotation(turns, ("model", "either"))
-            self.free[split] = [list(zip([{**t, "interjections": d.get("interjections", ())} for t in d["turns"][::2]],
-                                         d["turns"][1::2])) for d in mine if len(d.get("turns", ())) > 1]
-            # in fine-tuning 1 the model only speaks when the user has ended; interjections are for 2
-            self.dialogues[split] = [turns for turns in self.free[split] if not turns[0][0]["interjections"]]
-            self.recorded[split] = [d for d in mine if "sentences" in d]
-        self.fingerprint = f"{meta['codec_sha256'][:16]} {meta['tokenizer_sha256'][:16]} {len(lines)} lines"
+            mine, backchannel = index["split"] == split.encode(), index["kind"] == b"backchannel"
+            self.backchannels[split] = np.flatnonzero(mine & backchannel)
+            mine &= ~backchannel
+            self.recorded[split] = np.flatnonzero(mine & index["sentences"])
+            self.free[split] = np.flatnonzero(mine & (index["turns"] > 1))
+            mine &= ~index["interjections"]  # in fine-tuning 1 the model only speaks when the user has ended
+            self.dialogues[split] = np.flatnonzero(mine & (index["turns"] > 1))
+            by = [mine & (index["annotated"] == by_hand) for by_hand in (False, True)]
+            self.heard[split], self.said[split] = ([clips(index, some, role) for some in by] for role in (b"user", b"model"))
+        self.line = functools.lru_cache(20_000)(self.encoded.line)
+        self.fingerprint = f"{meta['codec_sha256'][:16]} {meta['tokenizer_sha256'][:16]} {len(index)} lines"
         self.used = None  # a list, while somebody wants to know where a batch is from
 
     def sources(self, layout, split):
         return {"tts": self.said, "asr": self.heard, "recorded": self.recorded, "response_tts": self.free,
                 "free_response_tts": self.free}.get(layout, self.dialogues)[split]
 
+    def holds(self, layout, split):
+        return any(map(np.size, self.sources(layout, split)))
+
+    def dialogue(self, number):
+        """[(user, model), ...] of a line; what the model says during the user's first turn is in that."""
+        line = self.line(number)
+        turns = [{**line["turns"][0], "interjections": line.get("interjections", ())}, *line["turns"][1:]]
+        return list(zip(turns[::2], turns[1::2]))
+
     def utterance(self, turn, rng):
         copy = rng.choice(turn["copies"])
         frame = lambda seconds: -(-(round(seconds * SAMPLE_RATE) + copy["late"]) // FRAME)
         said = [(frame(t["at"]), self.utterance(t, rng)) for t in turn.get("interjections", ())]
-        return Utterance(turn["tokens"], self.read_codes(copy), copy["speech"], turn.get("starts"), said)
+        return Utterance(turn["tokens"], self.codes(copy), copy["speech"], turn.get("starts"), said)
 
-    def read_codes(self, place):
+    def codes(self, place):
         """(n, K) codes."""
-        shard = self.codes[place["shard"]]
-        name = f"{shard.filename} from frame {place['offset']}"
-        codes = shard[place["offset"]:place["offset"] + place["frames"]]
         if self.used is not None:
-            self.used.append(name)
-        if len(codes) < place["frames"] or codes.size and not 0 <= codes.min() <= codes.max() < self.vocab.codebook_size:
-            raise ValueError(f"{name}: damaged, not {place['frames']} frames of codes below {self.vocab.codebook_size}; "
-                             "encode it again")
-        return codes
+            self.used.append(self.encoded.where(place))
+        return self.encoded.codes(place)
 
     def grid(self, layout, stage, split, rng):
         """One sample of a layout, undelayed: (17, any number of frames)."""
         v, sources = self.vocab, self.sources(layout, split)
         if layout in ("tts", "asr"):
-            turn = rng.choice(rng.choices(sources, [len(s) * w for s, w in zip(sources, stage.sources)])[0])
+            line, turn = rng.choice(rng.choices(sources, [len(s) * w for s, w in zip(sources, stage.sources)])[0])
+            u = self.utterance(self.line(line)["turns"][turn], rng)
             pause = blank(rng.randint(2, 12), v, v.empty)
-            return np.concatenate([pause, getattr(streams, layout)(self.utterance(turn, rng), v)], 1)
+            return np.concatenate([pause, getattr(streams, layout)(u, v)], 1)
         if layout == "recorded":
-            d = rng.choice(sources)
+            d = self.line(rng.choice(sources))
             sentences = [(s["frame"], s["tokens"], s.get("cut")) for s in d["sentences"]]
-            grid = streams.recorded(self.read_codes(d["listen"]), self.read_codes(d["speak"]), sentences, v)
+            grid = streams.recorded(self.codes(d["listen"]), self.codes(d["speak"]), sentences, v)
             return grid[:, rng.randrange(max(1, grid.shape[1] - stage.frames // 2)):]  # from anywhere
-        turns = rng.choice(sources)
+        turns = self.dialogue(rng.choice(sources))
         if len(turns) == 1:  # several short ones after each other
-            turns = turns + [t for _ in range(rng.randint(0, 2)) for t in rng.choice(sources)]
+            turns += [t for _ in range(rng.randint(0, 2)) for t in self.dialogue(rng.choice(sources))]
         turns = [(self.utterance(a, rng), self.utterance(b, rng)) for a, b in turns]
         if layout == "language":
             return streams.language(turns, v)
@@ -238,8 +195,9 @@ class Conversations:
         interrupts = [rng.randint(1, answer.speech) if rng.random() < 0.7 else None for _, answer in turns[:-1]] + [None]
         gaps = gaps[:1] + [gap if at is None else 0 for gap, at in zip(gaps[1:], interrupts)]
         known = self.backchannels[split]
-        backchannels = [(rng.randrange(answer.speech), self.utterance(rng.choice(known), rng))
-                        if at is None and known and rng.random() < 0.4 else None for (_, answer), at in zip(turns, interrupts)]
+        backchannel = lambda: self.utterance(self.line(rng.choice(known))["turns"][0], rng)
+        backchannels = [(rng.randrange(answer.speech), backchannel()) if at is None and len(known) and rng.random() < 0.4
+                        else None for (_, answer), at in zip(turns, interrupts)]
         return streams.free_response_tts(turns, gaps, interrupts, backchannels, self.vocab)
 
     def row(self, stage, shares, split, rng):
@@ -258,12 +216,22 @@ class Conversations:
         """(B, 17, T) and (B, T-1): see row. rows: which of the batch's rows to make (default: all); each has random numbers
         of its own, so that it does not depend on who makes the others. progress: how much of the stage is over, 0 to 1."""
         shares = {name: max(0, a + (b - a) * progress) for name, (a, b) in stage.layouts.items()
-                  if any(self.sources(name, split))}
+                  if self.holds(name, split)}
         if not any(shares.values()):
             raise ValueError(f"{stage.name}: the data holds nothing for {', '.join(stage.layouts)} ({split})")
         seeds = [rng.getrandbits(64) for _ in range(stage.batch)]
         made = [self.row(stage, shares, split, random.Random(seeds[i])) for i in rows or range(stage.batch)]
         return tuple(torch.from_numpy(np.stack(x)) for x in zip(*made))
+
+
+def clips(index, mask, role):
+    """(line, turn) of each turn of a role in the lines of a mask, (n, 2). In a dialogue user and model take turns."""
+    single = np.flatnonzero(mask & (index["turns"] == 1) & np.isin(index["role"], (role, b"either")))
+    dialogues = np.flatnonzero(mask & (index["turns"] > 1))
+    n = index["turns"][dialogues].astype(int) // 2
+    turns = 2 * (np.arange(n.sum()) - np.repeat(n.cumsum() - n, n)) + (role == b"model")
+    lines = np.concatenate([single, np.repeat(dialogues, n)])
+    return np.stack([lines, np.concatenate([np.zeros_like(single), turns])], 1)
 
 
 def frames_to_learn(grid, v, shares, rng):
@@ -336,14 +304,14 @@ class ModelTask:
             raise ValueError(f"{init}: has {self.config.vocab_size} words, fewer than the {self.vocab.text_size} of the "
                              "data's tokeniser; encode with --tokenizer and this folder")
         self.modules, self.from_nothing = self.model, not init
-        codebooks = Mimi.load(self.data.meta["codec"], device).codebooks()
+        codebooks = Mimi.load(self.data.encoded.meta["codec"], device).codebooks()
         self.model.init_audio(codebooks, seed=seed, assign=parallel.assign_shard)
         self.fingerprint, self.batch = self.data.fingerprint, self.data.batch
-        self.files = {"tokenizer.json": self.data.meta["tokenizer"], "codec.pt": self.data.meta["codec"]}
+        self.files = {"tokenizer.json": self.data.encoded.meta["tokenizer"], "codec.pt": self.data.encoded.meta["codec"]}
 
     def holds(self, stage, split):
         """Whether the data has something for a stage."""
-        return any(any(self.data.sources(name, split)) for name in stage.layouts)
+        return any(self.data.holds(name, split) for name in stage.layouts)
 
     def tokens(self, batch):
         return batch[0].numel()

@@ -195,7 +195,7 @@ def test_a_corpus_as_it_is_downloaded(kind, world, tmp_path):
     layout = {"recorded": (1, 1)} if kind == "conversations" else {"tts": (1, 1), "asr": (1, 1)}
     loss, parts, _ = loss_of(task, train.Stage("one", 1, 2, 1e-3, 0, 48, layout))
     loss.backward()
-    assert torch.isfinite(loss) and parts["mono"] > 0
+    assert torch.isfinite(loss) and parts["text_loss"] > 0
     with pytest.raises(ValueError, match="the data holds nothing for response_tts"):
         loss_of(task, train.Stage("one", 1, 2, 1e-3, 0, 48, {"response_tts": (1, 1)}))
 
@@ -209,7 +209,7 @@ def test_a_recording_may_be_a_part_of_a_file(world, tmp_path):
     assert [d["turns"][0]["copies"][0]["speech"] for d in lines] == [15, 10]
     assert [(d["annotated"], d["lang"]) for d in lines] == [(False, "de"), (True, "de")]
     task = train.ModelTask(FLM, str(tmp_path / "encoded"), "cpu")
-    assert [len(s) for s in task.heard["train"]] == [len(s) for s in task.said["train"]] == [1, 1]
+    assert [len(s) for s in task.data.heard["train"]] == [len(s) for s in task.data.said["train"]] == [1, 1]
 
 
 def test_annotated_recordings_are_used_more_in_post_training_2():
