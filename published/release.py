@@ -151,7 +151,7 @@ def from_qwen(folder, config: FLMConfig, place=None):
     return model
 
 
-def load_release(folder, context):
+def load_release(folder, context=8192):
     """The FLM-Audio release, or an export of ours: (model, vocab). context: frames that attention sees.
     Raises ValueError or OSError."""
     config, vocab = read_release_config(folder, context)

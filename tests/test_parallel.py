@@ -1,4 +1,5 @@
 """Several processes (gloo, on the CPU) train as one does, survive being killed, and read each other's checkpoints."""
+import dataclasses
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import test_train
 import train
 from conftest import FLM, ROOT
 from files.checkpoint import load_checkpoint
+from training import parallel, plan, run
 from training.muon import make_optimizer
 
 SCRIPT = """
@@ -32,13 +34,14 @@ parallel.end()
 """
 
 
-def start(processes, data, out, save_every=0, precision="float32", piece=0):
+def start(processes, data, out, save_every=0, precision="float32", piece=0, script=None, args=None):
     """processes: 0 for none of torchrun's. piece: model.PIECE."""
-    script = os.path.join(str(out) + ".py")
+    text, script = script or SCRIPT.format(root=ROOT, tests=os.path.join(ROOT, "tests")), str(out) + ".py"
+    args = (save_every, precision, piece) if args is None else args
     with open(script, "w") as f:
-        f.write(SCRIPT.format(root=ROOT, tests=os.path.join(ROOT, "tests")))
+        f.write(text)
     with_torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
-    return subprocess.Popen([sys.executable, *with_torchrun, script, str(data), str(out), str(save_every), precision, str(piece)],
+    return subprocess.Popen([sys.executable, *with_torchrun, script, str(data), str(out), *map(str, args)],
                             stdout=subprocess.DEVNULL, stderr=open(str(out) + ".log", "a"), start_new_session=True)
 
 
@@ -166,3 +169,140 @@ def test_a_damaged_shard_names_itself(world, tmp_path):
     task = train.ModelTask(FLM, str(tmp_path / "encoded"), "cpu")
     with pytest.raises(ValueError, match=r"00000.npy from frame \d+: damaged"):
         task.batch(test_train.SHORT[0], 0.5, "train", random.Random(0))
+
+
+HELD = """
+import sys; sys.path[:0] = [{root!r}, {tests!r}]
+import dataclasses, json, conftest, test_train, torch, train; from training import parallel
+from training import parallel, plan, run
+from training.muon import make_optimizer
+data, out = sys.argv[1:]
+device = parallel.begin("cpu")
+task = train.ModelTask(conftest.FLM, data, device, precision="bfloat16")
+task.from_nothing = False  # AdamW, as a pretrained model
+stage = dataclasses.replace(test_train.SHORT[0], batch=4, micro_batch=1)
+optimizer = make_optimizer(task.modules, False)
+run = train.Run(task, [stage], out, optimizer)
+tables, rows = [], []
+def look(block, args):
+    tables.append(args[1]), rows.append(len(args[0]))
+task.model.blocks[0].register_forward_pre_hook(look)
+batch = next(run.batches(stage))
+totals = run.totals(batch)
+run.backward(lambda micro: task.loss(stage, micro, totals), batch)
+optimizer.step()
+bytes_of = lambda tensors: sum(parallel.local(x).nbytes for x in tensors)
+states = [x for s in optimizer.state.values() for k, x in s.items() if k != "step"]
+parallel.reshard(task.model)
+held = dict(weights=bytes_of(run.params), gradients=bytes_of(p.grad for p in run.params), optimiser=bytes_of(states))
+run.held_out(stage)
+right = train.model.rotary(torch.arange(stage.frames - 1), 8, conftest.FLM.rope_base)[0]
+table = all(t.dtype == torch.float32 and torch.equal(t, right) for t in tables)
+if parallel.rank() == 0:
+    json.dump(dict(held, table=table, rows=max(rows), world=parallel.world_size()), open(out + "/held.json", "w"))
+parallel.end()
+"""
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_what_a_process_holds_is_what_the_plan_says(world, tmp_path, processes):
+    """Weights, gradients after several micro-batches, and the optimiser's state, in bytes. Rotary tables are float32 and the
+    same, and a held-out loss is computed by micro-batches too."""
+    out = tmp_path / "held"
+    out.mkdir()
+    script = HELD.format(root=ROOT, tests=os.path.join(ROOT, "tests"))
+    process = start(processes, world / "toy/encoded", out, script=script, args=())
+    wait(process, out)
+    held = json.loads((out / "held.json").read_text())
+    stage = dataclasses.replace(test_train.SHORT[0], batch=4, micro_batch=1)
+    planned = plan.plan(FLM, stage, max(1, processes))
+    assert held["weights"] == pytest.approx(planned.weights, rel=0.02)  # rows are shared in whole numbers
+    assert held["gradients"] == pytest.approx(planned.gradients, rel=0.02)
+    assert held["optimiser"] == pytest.approx(planned.optimiser, rel=0.02)
+    assert held["table"] and held["rows"] == 1 and held["world"] == max(1, processes)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_says_so_in_one_line(world, tmp_path, number, code):
+    out = tmp_path / "o"
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import signal, train; signal.signal(signal.SIGINT, signal.default_int_handler); train.main()",
+         "--data", str(world / "toy/encoded"), "--out", str(out), "--device", "cpu"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    wait_until((out / "log.jsonl").exists, process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "stopped and saved at step" in err.splitlines()[-1] and "Traceback" not in err
+    assert load_checkpoint(str(out / "checkpoint.pt"), "flm")["progress"]["step"] >= 1
+
+
+def test_one_of_several_processes_says_what_was_written(world, tmp_path):
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py",
+                           "--config", "tiny", "--steps", "5", "--batch", "2", "--layers", "1", "--width", "32", "--heads", "2",
+                           "--mlp", "32", "--frames", "32", "--data", str(world / "toy/encoded"), "--out", str(tmp_path / "x"),
+                           "--device", "cpu"], capture_output=True, text=True, cwd=ROOT, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Wrote ") == 1
+    assert "layers=1, width=32" in done.stdout
+
+
+def test_a_second_training_in_the_same_folder_is_refused(world, tmp_path):
+    stage = [dataclasses.replace(test_train.SHORT[0], steps=1)]
+    with run.lock(str(tmp_path)), pytest.raises(ValueError, match="another training writes to it"):
+        train.train(train.ModelTask(FLM, str(world / "toy/encoded"), "cpu"), stage, str(tmp_path))
+    train.train(train.ModelTask(FLM, str(world / "toy/encoded"), "cpu"), stage, str(tmp_path))
+
+
+def tensors_of(number):
+    return {"model a": torch.full((7, 3), float(number)), "step a": torch.tensor(float(number))}
+
+
+def test_a_sharded_checkpoint_survives_what_an_earlier_save_left(tmp_path):
+    """A leftover .partial with foreign files does not get into the new checkpoint, and the old one goes last."""
+    parallel.save(str(tmp_path), 1, tensors_of(1), {"n": 1})
+    partial = tmp_path / "shards-00000002.partial"
+    partial.mkdir()
+    (partial / "1-of-2.pt").write_bytes(b"of another world")
+    (tmp_path / "shards-00000001/notes.txt").write_text("not ours")
+    parallel.save(str(tmp_path), 2, tensors_of(2), {"n": 2})
+    assert os.listdir(tmp_path) == ["shards-00000002"]
+    facts, (saved,) = parallel.read(parallel.newest(str(tmp_path)))
+    assert facts == {"n": 2} and torch.equal(saved["model a"], tensors_of(2)["model a"])
+    parallel.save(str(tmp_path), 2, tensors_of(3), {"n": 3})  # the same step again
+    assert parallel.read(parallel.newest(str(tmp_path)))[0] == {"n": 3}
+    (tmp_path / "shards-00000002/0-of-1.pt").unlink()
+    with pytest.raises(ValueError, match="some of its files are missing"):
+        parallel.read(parallel.newest(str(tmp_path)))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_hundred_kills_inside_a_save_never_cost_the_checkpoint(tmp_path):
+    parallel.save(str(tmp_path), 0, tensors_of(0), {"n": 0})
+    rng, last = random.Random(0), 0
+    for kill in range(100):
+        child = os.fork()
+        if child == 0:
+            for n in range(last + 1, last + 1000):
+                parallel.save(str(tmp_path), n, tensors_of(n), {"n": n})
+            os._exit(0)
+        time.sleep(rng.random() * 0.02)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        facts, (saved,) = parallel.read(parallel.newest(str(tmp_path)))
+        assert facts["n"] >= last and (saved["model a"] == facts["n"]).all()
+        last = facts["n"]
+    assert last > 10
+
+
+def test_saving_takes_a_twentieth_of_the_time_at_most(world, tmp_path):
+    r = test_train.new_run(world, tmp_path / "o", save_every=0)
+    next(stages := r.unfinished_stages())
+    saves = []
+    r.save = lambda: saves.append(r.step)
+    batch = next(r.batches(r.stage))
+    for r.save_took, expected in ((0.0, 1), (100.0, 0)):
+        saves.clear()
+        r.end_step(batch, {"loss": torch.tensor(1.0)}, 1e-3)
+        assert len(saves) == expected
+    stages.close()
