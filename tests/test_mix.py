@@ -64,7 +64,7 @@ def test_a_hesitation_is_put_where_it_is_soft():
 
 
 def test_conversations_with_free_user_input(tmp_path):
-    """Each of the user's and the model's sounds is a constant, so the mix tells who speaks when."""
+    """The audio of the user and of the model is a constant each, so the mix tells who speaks when."""
     for name, level, seconds in (("user", 0.1, 1.0), ("model", 0.3, 2.0), ("mhm", 0.01, 0.3)):
         x = np.full(int(seconds * SAMPLE_RATE), level)
         soundfile.write(tmp_path / f"{name}.wav", x, SAMPLE_RATE, subtype="FLOAT")

@@ -1,4 +1,4 @@
-"""The manifest, corpora, and sound -> codes."""
+"""The manifest, corpora, and audio -> codes."""
 import json
 import os
 import shutil
@@ -24,7 +24,7 @@ from train import STAGES
 
 
 def test_codes_are_those_of_a_live_stream(world):
-    """A turn's stored codes are what the codec gives when the sound comes after silence, frame by frame."""
+    """A turn's stored codes are what the codec gives when the audio comes after silence, frame by frame."""
     codec = Mimi.load(str(world / "codec.pt"))
     codes = np.load(world / "toy/encoded/00000.npy")
     for line in list(open(world / "toy/encoded/00000.jsonl"))[-6:]:
@@ -74,13 +74,13 @@ def broken(world, tmp_path, what):
         text[1] = '{"id": 1}'
     elif what == "odd role":
         text[1] = text[1].replace('"user"', '"waiter"')
-    elif what == "no sound":
+    elif what == "no audio":
         text[1] = text[1].replace("/user/", "/nowhere/")
     (folder / "manifest.jsonl").write_text("\n".join(text) + "\n")
     return folder
 
 
-@pytest.mark.parametrize("what", ["not json", "no turns", "odd role", "no sound"])
+@pytest.mark.parametrize("what", ["not json", "no turns", "odd role", "no audio"])
 def test_a_broken_line_is_named_and_may_be_skipped(world, tmp_path, what, capsys):
     folder = broken(world, tmp_path, what)
     with pytest.raises(ValueError, match="line 2"):
