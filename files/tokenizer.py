@@ -35,7 +35,8 @@ def dump_tokenizer(saved):
 
 
 def make_tokenizer(ranks, pattern, specials=()):
-    """A byte-level BPE of ranks {bytes: rank}. After its words come its special tokens, in order, and then ours."""
+    """A byte-level BPE of ranks {bytes: rank}. After its words come its special tokens, in order, and then
+    ours."""
     names = [*specials, "<wait>", "<asr>", "<answer>"]
     specials = {name: len(ranks) + i for i, name in enumerate(names)}
     kind = "own" if pattern == PATTERN else "published"
@@ -54,9 +55,9 @@ def words_of(text):
 
 
 def encode_words(text, tokenizer):
-    """The tokens of each word of a text: a list of lists. Every word gets a space before it, the first one too, so
-    that it has the same tokens at any place. Only for a published vocabulary, text in a script without spaces
-    stays as it is written, as in what that vocabulary was made from."""
+    """The tokens of each word of a text: a list of lists. Every word gets a space before it, the first one
+    too, so that it has the same tokens at any place. Only for a published vocabulary, text in a script
+    without spaces stays as it is written, as in what that vocabulary was made from."""
     as_written = tokenizer.name == "published" and NO_SPACES.search(text)
     words = unicodedata.normalize("NFC", text).split()
     return [tokenizer.encode_ordinary(w if as_written and i == 0 else " " + w) for i, w in enumerate(words)]

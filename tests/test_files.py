@@ -10,6 +10,7 @@ import torch
 
 from files.atomic import move_folder, replace_when_done
 from files.audio import SAMPLE_RATE, read_audio, resample, write_audio
+from files.manifest import seconds_of
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 16000, 22050, 44100, 48000])
@@ -59,6 +60,11 @@ def test_bad_audio_files_are_one_clear_error(tmp_path, kind):
     with pytest.raises((ValueError, OSError), match="bad.wav") as error:
         read_audio(str(path))
     assert "\n" not in str(error.value)
+
+
+def test_the_length_of_a_file_that_is_no_audio_is_one_clear_error(tmp_path):
+    with pytest.raises(ValueError, match="bad.wav: not an audio file"):
+        seconds_of(str(bad_file(tmp_path, "garbage")), 0.0, None)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -37,7 +37,8 @@ def test_noise_is_what_it_promises(files, tmp_path):
     level = torch.tensor([mix.decibels(w) for w in x.split(2400)])  # of each 0.1 s
     assert 0.15 < (level < -119).float().mean() < 0.45  # silence
     heard = level[level > -119]
-    assert heard.max() < -34 and heard.min() > -85 and heard.std() > 4  # short windows scatter around their segment
+    # short windows scatter around their segment
+    assert heard.max() < -34 and heard.min() > -85 and heard.std() > 4
     whole = [mix.decibels(mix.make_noise(SAMPLE_RATE // 2, [], random.Random(i))) for i in range(100)]
     assert all(-72 < w < -38 for w in whole if w > -119)  # half a second, of segments up to three
 
@@ -63,18 +64,21 @@ def test_a_hesitation_is_put_where_it_is_soft():
 
 
 def test_conversations_with_free_user_input(tmp_path):
-    """Each of the user's and the model's sounds is a constant, so the mix tells who speaks when."""
+    """The audio of the user and of the model is a constant each, so the mix tells who speaks when."""
     for name, level, seconds in (("user", 0.1, 1.0), ("model", 0.3, 2.0), ("mhm", 0.01, 0.3)):
-        soundfile.write(tmp_path / f"{name}.wav", np.full(int(seconds * SAMPLE_RATE), level), SAMPLE_RATE, subtype="FLOAT")
+        x = np.full(int(seconds * SAMPLE_RATE), level)
+        soundfile.write(tmp_path / f"{name}.wav", x, SAMPLE_RATE, subtype="FLOAT")
     part = lambda name: {"path": str(tmp_path / f"{name}.wav"), "text": "a b c"}
     broken = 0
     for seed in range(40):
         rng = random.Random(seed)
         said, heard, sentences = mix.converse([(part("user"), part("model"))] * 3, [part("mhm")], [], rng)
-        assert len(said) == len(heard) and len(said) % FRAME == 0 and len(sentences) == 3 and "cut" not in sentences[-1]
+        assert len(said) == len(heard) and len(said) % FRAME == 0
+        assert len(sentences) == 3 and "cut" not in sentences[-1]
         for s in sentences:
             a, b = round(s["start"] * SAMPLE_RATE), round(s["end"] * SAMPLE_RATE)
-            assert a % FRAME == 0 and (said[a:b] > 0.29).all() and said[a - 1] == 0 and (b == len(said) or said[b] == 0)
+            assert a % FRAME == 0 and (said[a:b] > 0.29).all()
+            assert said[a - 1] == 0 and (b == len(said) or said[b] == 0)
             if "cut" in s:
                 broken += 1
                 assert s["end"] <= s["cut"] and 0 < s["cut"] - s["start"] <= 2.5
@@ -95,6 +99,8 @@ def test_mixing_a_world(world, tmp_path):
     again = tmp_path / "again"
     prepare.mix(str(world / "toy"), str(again), 4, None, 1)
     assert (again / "manifest.jsonl").read_bytes() == (out / "manifest.jsonl").read_bytes()
-    assert all((again / f"talks/00000{i}.flac").read_bytes() == (out / f"talks/00000{i}.flac").read_bytes() for i in range(4))
-    code, _, err = run("prepare.py", "mix", "--data", world / "toy", "--out", tmp_path / "x", "--noise", tmp_path / "nowhere")
+    for i in range(4):
+        assert (again / f"talks/00000{i}.flac").read_bytes() == (out / f"talks/00000{i}.flac").read_bytes()
+    code, _, err = run("prepare.py", "mix", "--data", world / "toy", "--out", tmp_path / "x",
+                       "--noise", tmp_path / "nowhere")
     assert code == 1 and "holds no file of noise" in err and not (tmp_path / "x").exists()

@@ -12,50 +12,59 @@ from files.tokenizer import BYTES, PATTERN, QWEN_PATTERN, get_tokenizer, make_to
 
 
 def test_bpe_makes_words_whole_and_text_round_trips():
-    ranks = train_bpe(Counter({" repeat": 3, " cat": 3, " red": 4, " moon": 3, " opposite": 1, " of": 1}), 400)
+    words = Counter({" repeat": 3, " cat": 3, " red": 4, " moon": 3, " opposite": 1, " of": 1})
+    ranks = train_bpe(words, 400)
     t = make_tokenizer(ranks, PATTERN)
     assert len(t.encode_ordinary(" repeat cat red")) == 3
     for text in (" repeat cat", "Grüße, 世界!\n\t two  spaces", ""):
         assert t.decode(t.encode_ordinary(text)) == text
 
 
-TEXTS = ["repeat cat", "Grüße, 世界! 你好吗？", "don't 12 3\n\t two  spaces", "# the 你好你好", "cafe\u0301", "𝄞 \u200b"]
+TEXTS = ["repeat cat", "Grüße, 世界! 你好吗？", "don't 12 3\n\t two  spaces", "# the 你好你好", "cafe\u0301",
+         "𝄞 \u200b"]
 
 
 def publish(folder, kind):
     """A small byte-level BPE in the files of Qwen2.5: merges for ' the', '你' and '# '."""
     letters = {b: c for c, b in BYTES.items()}
     word = lambda data: "".join(letters[b] for b in data)
-    merges = [(b" ", b"t"), (b"h", b"e"), (b" t", b"he"), (b"\xe4", b"\xbd"), (b"\xe4\xbd", b"\xa0"), (b"#", b" ")]
+    merges = [(b" ", b"t"), (b"h", b"e"), (b" t", b"he"), (b"\xe4", b"\xbd"), (b"\xe4\xbd", b"\xa0"),
+              (b"#", b" ")]
     merges = [(word(a), word(b)) for a, b in merges]
-    vocab = {t: i for i, t in enumerate([letters[b] for b in sorted(letters, key=letters.get)] + [a + b for a, b in merges])}
+    vocab = [letters[b] for b in sorted(letters, key=letters.get)] + [a + b for a, b in merges]
+    vocab = {t: i for i, t in enumerate(vocab)}
     added = [(len(vocab) + i, name) for i, name in enumerate(["<|endoftext|>", "<|im_start|>"])]
     if kind == "tokenizer.json":
         split = {"type": "Sequence", "pretokenizers": [
             {"type": "Split", "pattern": {"Regex": QWEN_PATTERN}, "behavior": "Isolated", "invert": False},
             {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}]}
         (folder / kind).write_text(json.dumps({
-            "version": "1.0", "truncation": None, "padding": None, "normalizer": {"type": "NFC"}, "pre_tokenizer": split,
-            "post_processor": None, "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+            "version": "1.0", "truncation": None, "padding": None, "normalizer": {"type": "NFC"},
+            "pre_tokenizer": split, "post_processor": None,
+            "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True,
+                        "use_regex": True},
             "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                      "vocab": vocab, "merges": [" ".join(m) for m in merges]},
-            "added_tokens": [{"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
-                              "normalized": False, "special": True} for i, name in added]}))
+                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+                      "ignore_merges": False, "vocab": vocab, "merges": [" ".join(m) for m in merges]},
+            "added_tokens": [{"id": i, "content": name, "single_word": False, "lstrip": False,
+                              "rstrip": False, "normalized": False, "special": True} for i, name in added]}))
     else:
         (folder / "vocab.json").write_text(json.dumps(vocab))
         (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
-        (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {i: {"content": c} for i, c in added}}))
+        config = {"added_tokens_decoder": {i: {"content": c} for i, c in added}}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return str(folder)
 
 
 @pytest.mark.parametrize("name", ["bytes", "bpe", "tokenizer.json", "vocab.json"])
 def test_every_tokeniser_gives_back_every_text(name, tmp_path):
-    saved = get_tokenizer(name if "." not in name else publish(tmp_path, name), Counter(" ".join(TEXTS[:2]).split()), 300)
+    words = Counter(" ".join(TEXTS[:2]).split())
+    saved = get_tokenizer(name if "." not in name else publish(tmp_path, name), words, 300)
     t = make_tokenizer(**saved)
     for text in TEXTS:
         assert t.decode(t.encode_ordinary(text)) == text
-        assert t.decode(tokens_of({"text": text}, t)["tokens"]).split() == unicodedata.normalize("NFC", text).split()
+        decoded = t.decode(tokens_of({"text": text}, t)["tokens"])
+        assert decoded.split() == unicodedata.normalize("NFC", text).split()
     if "." in name:
         assert t.encode_ordinary("the the") == [saved["ranks"][b"t"], saved["ranks"][b"he"], 258]
         assert t.encode_ordinary("你") == [260] and saved["ranks"][b"# "] == 261
@@ -90,11 +99,12 @@ def test_words_of_conversations_are_joined_as_they_are_written():
 @pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json"])
 def test_the_same_tokens_as_the_tokenizers_library(name, tmp_path):
     (tmp_path / "theirs").mkdir()
-    theirs = pytest.importorskip("tokenizers").Tokenizer.from_file(publish(tmp_path / "theirs", "tokenizer.json") + "/tokenizer.json")
+    path = publish(tmp_path / "theirs", "tokenizer.json") + "/tokenizer.json"
+    theirs = pytest.importorskip("tokenizers").Tokenizer.from_file(path)
     ours = make_tokenizer(**get_tokenizer(publish(tmp_path, name), {}, 0))
-    rng = random.Random(0)
+    rng, parts = random.Random(0), ["the", " the", " ", "你", "好", "#", "e\u0301", "'s", "7", "\n", "t", "h"]
     for _ in range(2000):
-        text = "".join(rng.choice(["the", " the", " ", "你", "好", "#", "e\u0301", "'s", "7", "\n", "t", "h"]) for _ in range(12))
+        text = "".join(rng.choice(parts) for _ in range(12))
         assert ours.encode_ordinary(unicodedata.normalize("NFC", text)) == theirs.encode(text).ids
 
 
@@ -103,7 +113,8 @@ def test_the_same_tokens_as_the_tokenizers_library(name, tmp_path):
     (lambda f: (f / "vocab.json").write_text("[]"), "vocab.json: not a byte-level BPE"),
     (lambda f: (f / "vocab.json").write_text('{"a": 0}'), "vocab.json: not a byte-level BPE"),
     (lambda f: (f / "merges.txt").write_text("h e\nĠ t\n"), "merge 0 does not give token 256"),
-    (lambda f: (f / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"900": {"content": "x"}}}'), "do not follow"),
+    (lambda f: (f / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"900": {"content": ""}}}'),
+     "do not follow"),
 ])
 def test_a_damaged_vocabulary_is_one_clear_error(change, says, tmp_path):
     publish(tmp_path, "vocab.json")

@@ -17,7 +17,8 @@ from mimi import FRAME
 from files.tokenizer import load_tokenizer
 from toy.script import interject, make_toy, on_frames
 from toy.voices import Espeak
-from toy.world import HELD_OUT_PAIRS, LANGUAGES, KIND_PROPORTIONS, held_out_triple, make_request, make_sentence, make_story
+from toy.world import (HELD_OUT_PAIRS, KIND_PROPORTIONS, LANGUAGES, held_out_triple, make_request,
+                       make_sentence, make_story)
 from train import STAGES
 from evals.turns import speech
 
@@ -30,7 +31,8 @@ def lines_of(world):
 def test_thirty_words_to_a_language(lang):
     assert len(lang.words) == len(set(lang.words)) == 30
     assert all(lang.opposites[lang.opposites[w]] == w for w in lang.opposites)
-    assert not set(lang.user_voices(1000, 1)) & {*lang.new_voices, lang.model_voice} and len(lang.new_voices) == 2
+    assert not set(lang.user_voices(1000, 1)) & {*lang.new_voices, lang.model_voice}
+    assert len(lang.new_voices) == 2
 
 
 @pytest.mark.parametrize("lang", LANGUAGES.values(), ids=LANGUAGES)
@@ -46,7 +48,8 @@ def test_answers_are_right_and_tests_are_held_out(lang, kind):
             assert asked == answer.split() and len(asked) == 3
         elif kind == "count":
             a, b = map(lang.numbers.index, asked)
-            assert answer.split() == (lang.numbers[a:b + 1] if a < b else lang.numbers[b:a + 1][::-1]) and a != b
+            counted = lang.numbers[a:b + 1] if a < b else lang.numbers[b:a + 1][::-1]
+            assert answer.split() == counted and a != b
         elif kind == "next":
             assert lang.numbers.index(answer) == lang.numbers.index(asked[0]) + 1
         elif kind == "chant":
@@ -56,9 +59,11 @@ def test_answers_are_right_and_tests_are_held_out(lang, kind):
     if kind in ("repeat", "chant", "count"):
         assert not train & test
     if kind in ("repeat", "chant"):
-        assert all(held_out_triple(a.split()[:3]) for _, a in test) and not any(held_out_triple(a.split()[:3]) for _, a in train)
+        assert all(held_out_triple(a.split()[:3]) for _, a in test)
+        assert not any(held_out_triple(a.split()[:3]) for _, a in train)
     if kind == "count":
-        assert {pair(a) for _, a in test} <= HELD_OUT_PAIRS and not {pair(a) for _, a in train} & HELD_OUT_PAIRS
+        assert {pair(a) for _, a in test} <= HELD_OUT_PAIRS
+        assert not {pair(a) for _, a in train} & HELD_OUT_PAIRS
 
 
 @pytest.mark.parametrize("lang", LANGUAGES.values(), ids=LANGUAGES)
@@ -96,20 +101,23 @@ def test_hesitating_users(world):
     lines = [d for d in lines_of(world) if d["kind"] not in ("story", "heard", "said", "backchannel")]
     gaps = [[b - a for (_, a), (b, _) in zip(spans, spans[1:])] for spans in
             (speech(read_audio(str(world / "toy" / d["turns"][0]["audio"])), bridge=0.35) for d in lines)]
-    assert 0.05 < sum(map(bool, gaps)) / len(gaps) < 0.5 and all(0.35 <= g <= 1.7 for some in gaps for g in some)
+    assert 0.05 < sum(map(bool, gaps)) / len(gaps) < 0.5
+    assert all(0.35 <= g <= 1.7 for some in gaps for g in some)
 
 
 def test_voices_held_out_are_never_trained_on(world):
     for d in lines_of(world):
         for voice in [t["voice"] for t in d["turns"] if t["role"] == "user"]:
-            assert (voice in LANGUAGES["en"].new_voices) == (d["split"] == "new") and voice != LANGUAGES["en"].model_voice
+            assert (voice in LANGUAGES["en"].new_voices) == (d["split"] == "new")
+            assert voice != LANGUAGES["en"].model_voice
 
 
 def test_two_languages_from_words_to_a_batch(world, tmp_path):
     make_toy(str(tmp_path / "toy"), "en,zh", items=9, tests=2, sentences=40, voices=4, seed=1, tts=None)
     lines = [json.loads(line) for line in open(tmp_path / "toy/manifest.jsonl", encoding="utf-8")]
     assert sorted({d["lang"] for d in lines}) == ["en", "zh"]
-    assert [sum(d["lang"] == c and d["split"] == "train" and len(d["turns"]) == 2 for d in lines) for c in ("en", "zh")] == [4, 5]
+    dialogues = [d["lang"] for d in lines if d["split"] == "train" and len(d["turns"]) == 2]
+    assert [dialogues.count(code) for code in ("en", "zh")] == [4, 5]
     for d in lines:
         for t in d["turns"]:
             assert ("cmn" in t.get("voice", "")) == (d["lang"] == "zh") or t["role"] == "model"
@@ -117,8 +125,10 @@ def test_two_languages_from_words_to_a_batch(world, tmp_path):
     prepare.encode(str(tmp_path / "toy"), str(world / "codec.pt"), "bpe", 400, 1, False, 1, "cpu")
     task = train.ModelTask(FLM, str(tmp_path / "toy/encoded"), "cpu")
     tokenizer = load_tokenizer(str(tmp_path / "toy/encoded/tokenizer.json"))
-    heard = {tokenizer.decode(task.data.line(line)["turns"][turn]["tokens"]).strip() for part in task.data.heard["train"] for line, turn in part}
-    assert heard == {t["text"] for d in lines for t in d["turns"] if d["split"] == "train" and t["role"] == "user" and d["kind"] != "backchannel"}
+    turns = [task.data.line(line)["turns"][turn] for part in task.data.heard["train"] for line, turn in part]
+    heard = {tokenizer.decode(t["tokens"]).strip() for t in turns}
+    assert heard == {t["text"] for d in lines for t in d["turns"]
+                     if d["split"] == "train" and t["role"] == "user" and d["kind"] != "backchannel"}
     task.batch(STAGES["tiny"][-1], 0.0, "train", random.Random(0))
     clips = toy.codec.Clips(str(tmp_path / "toy"))
     assert set("三猫cat ") <= set(clips.letters)
@@ -126,7 +136,8 @@ def test_two_languages_from_words_to_a_batch(world, tmp_path):
 
 def test_dialogues_as_text_are_spoken(tmp_path):
     """One to ten turns, in any language, through to what training reads."""
-    talk = lambda n, text: {"turns": [{"role": r, "text": f"{text} {i}"} for i in range(n) for r in ("user", "model")]}
+    roles = "user", "model"
+    talk = lambda n, text: {"turns": [{"role": r, "text": f"{text} {i}"} for i in range(n) for r in roles]}
     source = tmp_path / "talks.jsonl"
     lines = [talk(1, "hello"), {**talk(2, "你好"), "lang": "zh"}, talk(10, "yes")]
     source.write_text("\n".join(json.dumps(d) for d in lines) + "\n")
@@ -139,14 +150,17 @@ def test_dialogues_as_text_are_spoken(tmp_path):
 
 
 @pytest.mark.parametrize("line, message", [
-    ('{"turns": []}', "needs turns"), ('{"turns": [{"role": "user", "text": "a"}]}', "the last one is the model's"),
-    ('{"turns": [{"role": "model", "text": "a"}]}', "take turns"), ('{"turns": [{"role": "user"}]}', "text"), ("[1]", "line 2"),
+    ('{"turns": []}', "needs turns"),
+    ('{"turns": [{"role": "user", "text": "a"}]}', "the last one is the model's"),
+    ('{"turns": [{"role": "model", "text": "a"}]}', "take turns"),
+    ('{"turns": [{"role": "user"}]}', "text"), ("[1]", "line 2"),
     ('{"turns": 3}', "line 2"), ("{", "line 2"), ('{"lang": "xx", "turns": []}', "xx")])
 def test_broken_dialogues_are_one_clear_error(tmp_path, line, message):
     good = '{"turns": [{"role": "user", "text": "a"}, {"role": "model", "text": "b"}]}'
     (tmp_path / "talks.jsonl").write_text(good + "\n" + line + "\n")
     code, _, err = run("prepare.py", "speak", tmp_path / "talks.jsonl", "--out", tmp_path / "spoken")
-    assert code == 1 and "line 2" in err and message in err and "Traceback" not in err and not (tmp_path / "spoken").exists()
+    assert code == 1 and "line 2" in err and message in err and "Traceback" not in err
+    assert not (tmp_path / "spoken").exists()
 
 
 def test_an_unknown_language(tmp_path):
@@ -178,7 +192,8 @@ def test_an_unknown_voice_is_a_clear_error():
 
 def test_words_of_the_model_begin_on_frames():
     x, starts = on_frames([np.ones(3000), np.ones(1920), np.ones(100)])
-    assert starts == [0, 0.24, 0.4] and len(x) == 6 * FRAME  # 3000 samples and the gap of 960 fill three frames
+    assert starts == [0, 0.24, 0.4]  # 3000 samples and the gap of 960 fill three frames
+    assert len(x) == 6 * FRAME
     assert x[3 * FRAME] == 1 and x[3 * FRAME - 1] == 0
 
 
@@ -186,8 +201,8 @@ def test_any_synthesiser(tmp_path):
     script = tmp_path / "tts.py"
     script.write_text("import sys, numpy, soundfile\ntext, voice, out = sys.argv[1:]\n"
                       "soundfile.write(out, 0.3 * numpy.sin(numpy.arange(len(text) * 800) / 9), 16000)\n")
-    code, out, err = run("prepare.py", "toy", "--out", tmp_path / "toy", "--items", 4, "--tests", 2, "--sentences", 4,
-                         "--tts", f"{sys.executable} {script} {{text}} {{voice}} {{out}}")
+    code, out, err = run("prepare.py", "toy", "--out", tmp_path / "toy", "--items", 4, "--tests", 2,
+                         "--sentences", 4, "--tts", f"{sys.executable} {script} {{text}} {{voice}} {{out}}")
     assert code == 0, err
     d = json.loads(open(tmp_path / "toy/manifest.jsonl").readline())
     assert d["kind"] == "heard" and len(d["turns"]) == 1
@@ -197,7 +212,8 @@ def test_any_synthesiser(tmp_path):
 
 @pytest.mark.parametrize("tts, message", [("say {text}", "{out}"), ("false {text} {out}", "failed")])
 def test_a_synthesiser_that_does_not_work_leaves_nothing(tmp_path, tts, message):
-    code, _, err = run("prepare.py", "toy", "--out", tmp_path / "toy", "--items", 4, "--tests", 2, "--sentences", 4, "--tts", tts)
+    code, _, err = run("prepare.py", "toy", "--out", tmp_path / "toy", "--items", 4, "--tests", 2,
+                       "--sentences", 4, "--tts", tts)
     assert code == 1 and message in err.splitlines()[-1] and not (tmp_path / "toy").exists()
 
 

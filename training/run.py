@@ -230,6 +230,7 @@ class Run:
             self.held_out(self.stage)
         if parallel.any_of(self.signal is not None):
             self.save()
+            self.bar.close()
             text = f"{self.out}: stopped and saved at step {self.step} of {self.stage.name}; --resume goes on"
             raise Stopped(text, self.signal or signal.SIGTERM)
         if parallel.any_of(time.monotonic() - self.saved_at > max(self.save_every, self.save_took / SAVING)):
