@@ -23,7 +23,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from files.checkpoint import from_fields, load_checkpoint, load_weights
-from training.parallel import fill
 from streams import K, SPEAK, TEXT, Vocab
 
 
@@ -38,13 +37,17 @@ class FLMConfig:
     depth_width: int
     depth_heads: int
     vocab_size: int  # text tokens, with <wait>, <asr>, <answer>
-    empty: int  # the last entry of an embedding of sound, for no sound at all; those before it are the codec's codes
-    context: int  # frames that attention sees: as many as a row of training has, for it has not learned to look further back
+    empty: int  # the last entry of an audio embedding: no audio at all; those before it are the codec's codes
+    context: int  # frames that attention sees: no more than a row of training has, or answers get worse
     tied: bool = False  # text head = text embedding
     rope_base: float = 1e6
     norm_eps: float = 1e-6
     input_scale: float = 1.0  # muP, in the FLM-Audio release: of the sum of embeddings
     output_scale: float = 1.0  # and of the text logits
+
+    @property
+    def audio_vocab_size(self):
+        return self.empty + 1
 
 
 CONFIGS = {
@@ -61,24 +64,24 @@ CONFIGS = {
 
 
 def attend(q, k, v, mask=None):
-    """Scaled dot-product attention. q (B, H, T, E), k and v (B, G, S, E). A single query (T = 1) looks at all, or where the mask
-    (B, 1, 1, S) is True; several look at themselves and what is before them."""
+    """Scaled dot-product attention. q (B, H, T, E), k and v (B, G, S, E). A single query (T = 1) sees all keys, or those
+    where the mask (B, 1, 1, S) is True; several queries are causal."""
     B, H, T, E = q.shape
     G = k.shape[1]
-    if T == 1:  # the heads that share keys are as many queries, which see the same
+    if T == 1:  # the heads that share keys become as many queries, which see the same
         return F.scaled_dot_product_attention(q.reshape(B, G, -1, E), k, v, attn_mask=mask).reshape(B, H, T, E)
-    if q.device.type != "cpu":
+    if q.device.type != "cpu" and T > K:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != G)
-    # On a CPU and for short sequences the plain formula is twice as fast. The heads that share keys stand above one another.
+    # On a CPU, and for a frame's few codes, the plain formula is twice as fast. Heads that share keys are stacked.
     q, k, v = q.reshape(B * G, H // G * T, E), k.reshape(B * G, T, E), v.reshape(B * G, T, E)
-    later = torch.full((T, T), float("-inf"), dtype=q.dtype).triu(1).repeat(H // G, 1)
+    later = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1).repeat(H // G, 1)
     weights = torch.baddbmm(later, q, k.mT, alpha=E ** -0.5).softmax(-1, dtype=q.dtype)
     return (weights @ v).view(B, H, T, E)
 
 
 def rotary(position, E, base):
-    """cos and sin, (*position.shape, E), by which queries and keys are turned. The angles are float64: an hour of conversation is
-    45,000 frames, where float32 would be off by up to 0.002, and ever more."""
+    """cos and sin, (*position.shape, E), that rotate queries and keys. The angles are float64: an hour of conversation is
+    45,000 frames, where float32 would be off by up to 0.002."""
     rate = base ** (-torch.arange(0, E, 2, device=position.device, dtype=torch.float32) / E)
     angle = position[..., None].double() * rate
     cos, sin = angle.cos(), angle.sin()
@@ -105,6 +108,26 @@ class SwiGLU(nn.Module):
 # temporal transformer
 
 
+@dataclass
+class LayerCache:
+    """A layer's keys and values of the last C frames, (B, G, C, E) each: rings."""
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def update(self, slot, k, v):
+        """Write one frame, k and v (B, G, 1, E), to slot (B,) of the rings, over what is C frames old. Returns both rings."""
+        members = torch.arange(len(slot), device=slot.device)
+        self.keys[members, :, slot], self.values[members, :, slot] = k[:, :, 0], v[:, :, 0]
+        return self.keys, self.values
+
+
+@dataclass
+class KVCache:
+    """What the temporal transformer remembers of B conversations. It does not grow: a conversation has no end."""
+    layers: list  # of LayerCache
+    position: torch.Tensor  # (B,) frames that each conversation has had
+
+
 class Block(nn.Module):
     """One layer of Qwen2.5's decoder."""
 
@@ -116,13 +139,15 @@ class Block(nn.Module):
         self.out = nn.Linear(self.H * self.E, c.width, bias=False)
         self.mlp = SwiGLU(c.width, c.mlp)
 
-    def forward(self, x, cos, sin, mask=None, remember=None):
-        """x (B, T, D). mask: see attend. remember, if given, takes the new keys and values and returns all that attention shall see."""
+    def forward(self, x, cos, sin, cache=None, slot=None, mask=None):
+        """x (B, T, D) -> (B, T, D). With a LayerCache T is 1: this frame goes to its slot (B,), and the frame sees the
+        first S of its entries where mask (B, 1, 1, S) is True."""
         B, T, _ = x.shape
-        qk, v = self.qkv(self.norm1(x)).view(B, T, -1, self.E).transpose(1, 2).split([self.H + self.G, self.G], 1)
+        qkv = self.qkv(self.norm1(x)).view(B, T, -1, self.E).transpose(1, 2)  # (B, H + 2G, T, E)
+        qk, v = qkv.split([self.H + self.G, self.G], 1)
         q, k = rotate(qk, cos, sin).split([self.H, self.G], 1)
-        if remember:
-            k, v = remember(k, v)
+        if cache is not None:
+            k, v = (ring[:, :, :mask.shape[-1]] for ring in cache.update(slot, k, v))
         x = x + self.out(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, -1))
         return x + self.mlp(self.norm2(x))
 
@@ -144,10 +169,11 @@ class DepthBlock(nn.Module):
         self.down = nn.Parameter(torch.empty(K, hidden, W))
 
     def forward(self, x, k0, past):
-        """x (N, n, W): positions k0 to k0 + n of N frames. past: keys and values of those before, [(N, 2H, n, E), ...], to which
-        these are added."""
+        """x (N, n, W): positions k0 to k0 + n of N frames. past: keys and values of the positions before them,
+        [(N, 2H, n, E), ...], to which these are appended."""
         N, n, W = x.shape
-        q, kv = self.qkv(self.norm1(x)).view(N, n, 3 * self.H, W // self.H).transpose(1, 2).split([self.H, 2 * self.H], 1)
+        qkv = self.qkv(self.norm1(x)).view(N, n, 3 * self.H, W // self.H).transpose(1, 2)
+        q, kv = qkv.split([self.H, 2 * self.H], 1)
         past.append(kv)
         k, v = (torch.cat(past, 2) if past[1:] else kv).chunk(2, 1)
         x = x + self.out(attend(q, k, v).transpose(1, 2).reshape(N, n, W))
@@ -161,8 +187,8 @@ class Depth(nn.Module):
 
     def __init__(self, c: FLMConfig):
         super().__init__()
-        W, A = c.depth_width, c.empty + 1
-        self.empty = c.empty
+        W, A = c.depth_width, c.audio_vocab_size
+        self.config = c
         self.from_h = nn.Linear(c.width, K * W, bias=False)
         self.codes = nn.ModuleList(nn.Embedding(A, W) for _ in range(K))  # of what position k sees: code k - 1
         self.positions = nn.Parameter(torch.empty(K, W))
@@ -171,24 +197,30 @@ class Depth(nn.Module):
         self.heads = nn.Parameter(torch.empty(K, W, A))
 
     def forward(self, h, codes):
+        """For training: h (N, D), the frames' own codes (N, K) -> their cross-entropies (N, K)."""
+        def cross_entropy(h, codes):
+            return F.cross_entropy(self.logits(h, codes).float().mT, codes, reduction="none")
+        return in_pieces(cross_entropy, h, codes, pieces_of_codes(self.config))
+
+    def logits(self, h, codes):
         """Teacher-forced: h (N, D) and the frame's own codes (N, K) -> logits (N, K, A)."""
-        seen = torch.cat([torch.full_like(codes[:, :1], self.empty), codes[:, :-1]], 1)
+        seen = torch.cat([torch.full_like(codes[:, :1], self.config.empty), codes[:, :-1]], 1)
         x = torch.stack([e(seen[:, k]) for k, e in enumerate(self.codes)], 1)
         x = x + self.from_h(h).unflatten(-1, self.positions.shape) + self.positions
         for block in self.blocks:
             x = block(x, 0, [])
         return torch.bmm(self.norm(x).transpose(0, 1), self.heads).transpose(0, 1)
 
-    def generate(self, h, draw):
-        """h (B, D) -> codes (B, K), each drawn by draw(logits (B, A), k) -> (B,) and shown to the next position."""
+    def generate(self, h, sample):
+        """h (B, D) -> codes (B, K), each chosen by sample(logits (B, A), k) -> (B,) and shown to the next position."""
         pasts = [[] for _ in self.blocks]
         given = self.from_h(h).unflatten(-1, self.positions.shape) + self.positions
-        code, codes = torch.full_like(h[:, 0], self.empty, dtype=torch.long), []
+        code, codes = torch.full_like(h[:, 0], self.config.empty, dtype=torch.long), []
         for k in range(K):
             x = (self.codes[k](code) + given[:, k])[:, None]
             for block, past in zip(self.blocks, pasts):
                 x = block(x, k, past)
-            code = draw(self.norm(x[:, 0]) @ self.heads[k], k)
+            code = sample(self.norm(x[:, 0]) @ self.heads[k], k)
             codes.append(code)
         return torch.stack(codes, 1)
 
@@ -202,20 +234,11 @@ def rng_for(name, seed, device):
     return torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
 
 
-@dataclass
-class KVCache:
-    """The memory of B conversations: for each layer a ring of the last C frames' keys and values, (B, G, C, E) each, and how
-    many frames each conversation has had, (B,)."""
-    keys: list
-    values: list
-    position: torch.Tensor
-
-
 class FLM(nn.Module):
     def __init__(self, config: FLMConfig):
         super().__init__()
         c = self.config = config
-        A = c.empty + 1
+        A = c.audio_vocab_size
         self.text = nn.Embedding(c.vocab_size, c.width)
         self.speak = nn.ModuleList(nn.Embedding(A, c.width) for _ in range(K))
         self.listen = nn.ModuleList(nn.Embedding(A, c.width) for _ in range(K))
@@ -223,178 +246,131 @@ class FLM(nn.Module):
         self.norm = nn.RMSNorm(c.width, c.norm_eps)
         self.head = nn.Linear(c.width, c.vocab_size, bias=False)
         self.depth = Depth(c)
-        self.recompute = False  # of each block, keep its input only and compute it again for the gradients
+        self.recompute = False  # activation checkpointing: keep each block's input, compute the rest again for gradients
         self.init_weights()
 
     @torch.no_grad()
-    def init_weights(self, seed=0, given=()):
-        """The weights at the start, the same however many processes hold them: each tensor is drawn by a generator of its own. The
-        names in `given` are left to others."""
+    def init_weights(self, seed=0, given=(), assign=torch.Tensor.copy_):
+        """Each tensor is drawn by a generator of its own, so the weights are the same however many processes hold them.
+        given: names that the caller fills. assign(parameter, value): how (training/parallel.py: only this process's rows)."""
         if self.config.tied:
             self.head.weight = self.text.weight
         for name, p in self.named_parameters():
             if p.is_meta or name in given:
                 continue
-            value = torch.zeros(p.shape, device=p.device) if name.endswith("bias") else torch.ones(p.shape, device=p.device)
+            value = torch.zeros(p.shape, device=p.device)
             if p.ndim > 1:
                 residual = name.endswith(("out.weight", "down.weight", "down"))
-                value.normal_(0.0, 0.02 / (2 * self.config.layers) ** 0.5 if residual else 0.02, generator=rng_for(name, seed, p.device))
-            fill(p, value)
+                std = 0.02 / (2 * self.config.layers) ** 0.5 if residual else 0.02
+                value.normal_(0.0, std, generator=rng_for(name, seed, p.device))
+            elif not name.endswith("bias"):
+                value.fill_(1.0)
+            assign(p, value)
 
     @torch.no_grad()
-    def init_audio(self, codebooks, std=0.05, seed=0):
-        """Let the embeddings of sound start as a random projection of the codec's own vectors, codebooks (K, A - 1, dim): codes
+    def init_audio(self, codebooks, std=0.05, seed=0, assign=torch.Tensor.copy_):
+        """Start the audio embeddings as a random projection of the codec's own vectors, codebooks (K, A - 1, dim): codes
         that sound alike then look alike, and the sum over a frame's acoustic codes is a picture of its sound. A model that
         starts from scratch hears much sooner for it."""
         for group in (slice(0, 1), slice(1, K)):  # semantic, acoustic: two vector spaces
             vectors = codebooks[group] - codebooks[group].mean(1, keepdim=True)
             spread = vectors.square().mean(1).sum(0).sum().sqrt()  # of the sum over the group
             for side in ("speak", "listen"):
-                generator = rng_for(f"{side} {group}", seed, vectors.device)
-                projection = torch.randn(vectors.shape[-1], self.config.width, device=vectors.device, generator=generator)
+                rng, D, device = rng_for(f"{side} {group}", seed, vectors.device), self.config.width, vectors.device
+                projection = torch.randn(vectors.shape[-1], D, device=device, generator=rng)
                 for table, v in zip(getattr(self, side)[group], vectors):
-                    empty = torch.randn(1, self.config.width, device=vectors.device, generator=generator) * 0.02
-                    fill(table.weight, torch.cat([v @ projection * (std / spread), empty]))
+                    empty = torch.randn(1, D, device=device, generator=rng) * 0.02
+                    assign(table.weight, torch.cat([v @ projection * (std / spread), empty]))
 
     def embed(self, grid):
         """Eq. 1: (B, 17, T) -> (B, T, D)."""
         channels = [self.text, *self.speak, *self.listen]
         return sum(embedding(grid[:, row]) for row, embedding in enumerate(channels)) * self.config.input_scale
 
-    def forward(self, grid):
+    def hidden(self, grid):
         """Eq. 2, teacher-forced: (B, 17, T) -> h (B, T, D), which text_logits and depth read."""
         B, _, T = grid.shape
         assert T <= self.config.context, (T, self.config.context)
         cos, sin = rotary(torch.arange(T, device=grid.device), self.blocks[0].E, self.config.rope_base)
         x = self.embed(grid)
+        recompute = self.recompute and x.requires_grad
         for block in self.blocks:
-            x = checkpoint(block, x, cos, sin, use_reentrant=False) if self.recompute and x.requires_grad else block(x, cos, sin)
+            x = checkpoint(block, x, cos, sin, use_reentrant=False) if recompute else block(x, cos, sin)
         return self.norm(x)
 
     def text_logits(self, h):
         """h (..., D) -> (..., V)"""
         return self.head(h) * self.config.output_scale
 
+    def forward(self, grid, learn):
+        """For training, all in one call (what shards the parameters hooks in here): grid (B, 17, T), and learn (B, T-1),
+        which frames the depth transformer learns from, N in all -> cross-entropies of the text (B, T-1), whether its most
+        probable token was right (B, T-1), cross-entropies of the codes (N, K)."""
+        h, target = self.hidden(grid[..., :-1]), grid[..., 1:]
+        ce, right = self.text_losses(h.flatten(0, 1), target[:, TEXT].flatten()).view(*learn.shape, 2).unbind(-1)
+        return ce, right, self.depth(h[learn], target[:, SPEAK].transpose(1, 2)[learn])
+
+    def text_losses(self, h, text):
+        """h (N, D), text (N,) -> (N, 2): the cross-entropy, and whether the most probable token was the right one."""
+        def losses(h, text):
+            logits = self.text_logits(h).float()
+            return torch.stack([F.cross_entropy(logits, text, reduction="none"), logits.argmax(-1) == text], -1)
+        return in_pieces(losses, h, text, pieces_of_text(self.config))
+
     def init_cache(self, B):
         c, w = self.config, self.head.weight
-        keys, values = ([w.new_zeros(B, c.kv_heads, c.context, c.width // c.heads) for _ in self.blocks] for _ in range(2))
-        return KVCache(keys, values, torch.zeros(B, dtype=torch.long, device=w.device))
+        ring = lambda: w.new_zeros(B, c.kv_heads, c.context, c.width // c.heads)
+        return KVCache([LayerCache(ring(), ring()) for _ in self.blocks],
+                       torch.zeros(B, dtype=torch.long, device=w.device))
 
-    def hidden_step(self, column, state):
-        """One frame: column (B, 17) -> h (B, D). The state moves on by one frame; what is older than the context is
-        overwritten, so a conversation may last for ever."""
-        B, C = len(column), self.config.context
-        slot, members = state.position % C, torch.arange(B, device=column.device)
-        cos, sin = (y[:, None, None] for y in rotary(state.position, self.blocks[0].E, self.config.rope_base))
-        used = min(C, int(state.position.max()) + 1) if column.device.type == "cpu" else C  # what is captured has one shape
-        mask = (torch.arange(used, device=column.device) <= state.position[:, None])[:, None, None]  # (B, 1, 1, used)
+    def hidden_step(self, column, cache):
+        """One frame: column (B, 17) -> h (B, D). The cache moves on by one frame."""
+        C, position, device = self.config.context, cache.position, column.device
+        cos, sin = (y[:, None, None] for y in rotary(position, self.blocks[0].E, self.config.rope_base))
+        used = min(C, int(position.max()) + 1) if device.type == "cpu" else C  # a captured graph has one shape
+        mask = (torch.arange(used, device=device) <= position[:, None])[:, None, None]  # (B, 1, 1, used)
         x = self.embed(column[..., None])
-        for block, keys, values in zip(self.blocks, state.keys, state.values):
-            def remember(k, v, keys=keys, values=values):
-                keys[members, :, slot], values[members, :, slot] = k[:, :, 0], v[:, :, 0]
-                return keys[:, :, :used], values[:, :, :used]
-            x = block(x, cos, sin, mask, remember)
-        state.position += 1
+        for block, layer in zip(self.blocks, cache.layers):
+            x = block(x, cos, sin, layer, position % C, mask)
+        cache.position += 1
         return self.norm(x[:, 0])
 
     @torch.no_grad()
-    def step(self, column, state, draw_text, draw_code):
+    def step(self, column, cache, sample_text, sample_code):
         """One step of conversation: column t (B, 17) -> text (B,) and speak codes (B, 8) of column t+1.
-        draw_text(logits (B, V)) and draw_code(logits (B, A), k) choose."""
-        h = self.hidden_step(column, state)
-        return draw_text(self.text_logits(h)), self.depth.generate(h, draw_code)
+        sample_text(logits (B, V)) and sample_code(logits (B, A), k) choose."""
+        h = self.hidden_step(column, cache)
+        return sample_text(self.text_logits(h)), self.depth.generate(h, sample_code)
 
     @staticmethod
     def load(path, device="cpu"):
         """(model, its vocabulary, the whole checkpoint) from what train.py wrote. Raises ValueError if it is not that."""
         saved = load_checkpoint(path, "flm", mmap=True)  # the optimiser's part of it is not read
-        model = build(from_fields(FLMConfig, saved["config"], path), lambda m: m.to_empty(device=device), given=saved["model"])
+        with torch.device("meta"):
+            model = FLM(from_fields(FLMConfig, saved["config"], path))
+        model.to_empty(device=device).init_weights(given=saved["model"])
         load_weights(model, saved["model"], path)
         return model.eval(), from_fields(Vocab, saved["vocab"], path), saved
 
-    @staticmethod
-    def from_pretrained(folder, context=8192):
-        """(model, its vocabulary) from the FLM-Audio release in `folder` (config.json, *.safetensors), on the CPU. What its silence
-        sounds like is not in there: the codec must tell. Raises ValueError for another kind of model, and for an unknown, missing
-        or misshaped tensor."""
-        from published.release import load_release
-        return load_release(folder, context)
-
-
-def build(config: FLMConfig, place=None, seed=0, given=()):
-    """A new model. It is made without memory; place(model) gives it some (default: on the CPU), and only then is it filled, so
-    it never exists twice. given: names of parameters that the caller fills."""
-    with torch.device("meta"):
-        model = FLM(config)
-    model = place(model) if place else model.to_empty(device="cpu")
-    model.init_weights(seed, given)
-    return model
-
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the loss
-
-
-def loss_parts(model, grid, v: Vocab, depth_share=(1.0, 1.0), rng=None):
-    """The four cross-entropies of Eq. 3, and how many wait tokens there are for each monologue token.
-
-    grid (B, 17, T) -> {"semantic", "acoustic", "mono", "wait"}: means over the tokens of each kind; "waits"; and "right", the
-    share of monologue tokens that are the most probable one.
-    Empty speak tokens carry no loss. depth_share: which shares of the frames of speech (and those beside them) and of the
-    frames of silence enter the depth transformer, drawn by the torch.Generator rng; the rest costs nothing.
-    """
-    h, target = model(grid[..., :-1]), grid[..., 1:]
-    h, text = h.flatten(0, 1), target[:, TEXT].flatten()
-    ce, right = text_losses(model, h, text).unbind(-1)
-    wait = text == v.wait
-    parts = {"mono": mean_where(ce, ~wait), "wait": mean_where(ce, wait), "waits": wait.sum() / (~wait).sum().clamp(min=1),
-             "right": mean_where(right, ~wait)}
-
-    codes = target[:, SPEAK].transpose(1, 2)  # (B, T-1, K)
-    speaks = (codes != torch.tensor(v.silence[-1], device=grid.device)).any(-1)
-    speaks = F.max_pool1d(speaks[:, None].float(), 3, 1, 1)[:, 0] > 0
-    share = torch.where(speaks, *depth_share)
-    chosen = (codes != v.empty).any(-1) & (torch.rand(share.shape, generator=rng).to(grid.device) < share)
-    codes = codes.flatten(0, 1)[chosen.flatten()]  # (N, K)
-    ce = sound_losses(model, h[chosen.flatten()], codes)
-    sound = codes != v.empty
-    return parts | {"semantic": mean_where(ce[:, :1], sound[:, :1]), "acoustic": mean_where(ce[:, 1:], sound[:, 1:])}
-
-
-def text_losses(model, h, text):
-    """h (N, D), text (N,) -> (N, 2): the cross-entropy, and whether the most probable token was the right one."""
-    def piece(h, text):
-        logits = model.text_logits(h).float()
-        return torch.stack([F.cross_entropy(logits, text, reduction="none"), logits.argmax(-1) == text], -1)
-    return in_pieces(piece, h, text, rows_of_text(model.config))
-
-
-def sound_losses(model, h, codes):
-    """h (N, D), codes (N, K) -> the cross-entropies (N, K)."""
-    def piece(h, codes):
-        logits = model.depth(h, codes).float()
-        return F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none").view_as(codes)
-    return in_pieces(piece, h, codes, rows_of_sound(model.config))
-
+# losses piece by piece: the logits of 8192 frames with Qwen2.5's vocabulary would be 5 GB
 
 PIECE = 1 << 26  # numbers that may exist at a time for a loss: 256 MiB in float32
 
 
-def rows_of_text(c: FLMConfig):
+def pieces_of_text(c: FLMConfig):
+    """Frames in a piece."""
     return max(1, PIECE // c.vocab_size)
 
 
-def rows_of_sound(c: FLMConfig):
-    return max(1, PIECE // (K * (c.empty + 1 + 24 * c.depth_width)))
+def pieces_of_codes(c: FLMConfig):
+    return max(1, PIECE // (K * (c.audio_vocab_size + 24 * c.depth_width)))
 
 
 def in_pieces(f, x, y, rows):
-    """f(x (N, ...), y (N, ...)) by so many rows at a time, which are computed again for the gradients instead of kept. The logits
-    of 8192 frames with Qwen2.5's vocabulary would be 5 GB."""
+    """f(x (N, ...), y (N, ...)), so many rows at a time, which are computed again for the gradients instead of kept."""
     if len(x) <= rows:
         return f(x, y)
-    return torch.cat([checkpoint(f, a, b, use_reentrant=False, preserve_rng_state=False) for a, b in zip(x.split(rows), y.split(rows))])
-
-
-def mean_where(x, mask):
-    return (x * mask).sum() / mask.sum().clamp(min=1)
+    pieces = zip(x.split(rows), y.split(rows))
+    return torch.cat([checkpoint(f, a, b, use_reentrant=False, preserve_rng_state=False) for a, b in pieces])

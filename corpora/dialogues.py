@@ -1,30 +1,33 @@
-"""Dialogues as text -> the same, spoken by a synthesiser."""
+"""Written dialogues -> spoken dialogues, by a synthesiser."""
 import json
 import os
 import random
 import shutil
 
-from files.manifest import write_manifest
-from toy.voices import begin_speaking, speak_all
+from files.atomic import check_output
+from files.manifest import SPOKEN, write_manifest
+from toy.voices import get_synthesiser, speak_all
 from toy.world import LANGUAGES
 
 
 def speak_dialogues(source, out, voices, seed, tts):
-    """Dialogues as text, lines {"turns": [{"role": "user", "text": "..."}, {"role": "model", "text": "..."}, ...]}, perhaps with
-    "lang" -> the same with sound, in the folder `out`. A dialogue's user keeps one voice."""
-    begin_speaking(out, tts)
+    """Written dialogues, lines {"turns": [{"role": "user", "text": "..."}, {"role": "model", "text": "..."},
+    ...]}, perhaps with "lang" -> the same with audio, in the folder `out`. The user keeps one voice
+    throughout a dialogue."""
+    out, work = check_output(out, SPOKEN)
+    get_synthesiser(tts)  # raises an error if it is not there
     rng, lines, jobs = random.Random(seed), [], []
-    work = out + ".partial"
     with open(source, encoding="utf-8") as f:
         for number, line in enumerate(f, 1):
             try:
                 d = json.loads(line)
                 language = LANGUAGES[d.get("lang", "en")]
-                voice = {"user": rng.choice(language.user_voices(voices, seed)), "model": language.model_voice}
+                user = rng.choice(language.user_voices(voices, seed))
                 for i, t in enumerate(d["turns"]):
                     if t["role"] != ("user", "model")[i % 2] or not t["text"].strip():
                         raise ValueError("user and model take turns, the user first, and each says something")
-                    t["voice"], t["audio"] = voice[t["role"]], f"turns/{number:06d}-{i}.flac"
+                    t["voice"] = user if t["role"] == "user" else language.model_voice
+                    t["audio"] = f"turns/{number:06d}-{i}.flac"
                     jobs.append((os.path.join(work, t["audio"]), [t["text"]], [], t["voice"], 165, 50))
                 if not d["turns"] or len(d["turns"]) % 2:
                     raise ValueError("it needs turns, and the last one is the model's")
@@ -35,7 +38,7 @@ def speak_dialogues(source, out, voices, seed, tts):
         raise ValueError(f"{source}: holds no dialogue")
     shutil.rmtree(work, ignore_errors=True)
     os.makedirs(os.path.join(work, "turns"))
-    seconds = sum(ends[-1] for ends in speak_all(jobs, "turns"))
+    seconds = sum(ends[-1] for ends in speak_all(jobs, "turns", tts))
     write_manifest(lines, work, out)
-    print(f"Wrote {len(lines)} dialogues, {seconds / 3600:.2f} hours of sound, to {out}/manifest.jsonl; "
+    print(f"Wrote {len(lines)} dialogues, {seconds / 3600:.2f} hours of audio, to {out}/manifest.jsonl; "
           f"next: python prepare.py encode --data {out}")

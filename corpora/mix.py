@@ -1,25 +1,26 @@
-"""Dialogues -> conversations as a microphone hears them (FLM-Audio, section 3.2): free user input, noise, gain, leakage.
+"""Dialogues -> conversations with interruptions, noise, gain and leakage (FLM-Audio, section 3.2).
 
     python prepare.py mix --data data/toy --out data/mixed
 """
 import glob
-import json
 import math
 import os
 import random
 import shutil
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
+from files.atomic import check_output
 from files.audio import SAMPLE_RATE, read_audio, write_audio
-from files.manifest import must_be_new, read_manifest
+from files.manifest import SPOKEN, clip_key, read_manifest, write_manifest
 from mimi import FRAME
 from streams import REACTION, TEXT_LEAD
 
 
 def decibels(x):
-    """Of a sound's root mean square (footnote 9)."""
+    """Level of samples x (N,): their root mean square in dB (footnote 9)."""
     return 20 * math.log10(x.square().mean().sqrt().item() + 1e-6)
 
 
@@ -29,8 +30,8 @@ def change_gain(x, rng):
 
 
 def make_noise(n, files, rng):
-    """n samples of noise, segment after segment, each scaled to -70 to -40 dB or, with probability 0.3, silent. From files, or
-    else generated: white to brown."""
+    """n samples of noise, segment after segment, each scaled to -70 to -40 dB or, with probability 0.3,
+    silent. From files, or else generated: white to brown."""
     out = []
     while sum(map(len, out)) < n:
         length = int(rng.uniform(0.5, 3.0) * SAMPLE_RATE)
@@ -39,19 +40,21 @@ def make_noise(n, files, rng):
             begin = rng.randrange(max(1, len(x) - length))
             x = x[begin:begin + length]
         else:
-            spectrum = torch.randn(length // 2 + 1, 2, generator=torch.Generator().manual_seed(rng.getrandbits(60)))
-            fall = (torch.arange(length // 2 + 1) / length * SAMPLE_RATE + 50) ** -rng.uniform(0.0, 1.0)  # above 50 Hz
-            x = torch.fft.irfft(torch.view_as_complex(spectrum) * fall, length)
+            n_bins, generator = length // 2 + 1, torch.Generator().manual_seed(rng.getrandbits(60))
+            spectrum = torch.view_as_complex(torch.randn(n_bins, 2, generator=generator))
+            hertz = torch.arange(n_bins) / length * SAMPLE_RATE
+            x = torch.fft.irfft(spectrum * (hertz + 50) ** -rng.uniform(0.0, 1.0), length)
         silent = rng.random() < 0.3
         out.append(x * 0 if silent else x * 10 ** ((rng.uniform(-70, -40) - decibels(x)) / 20))
     return torch.cat(out)[:n]
 
 
-def leak(heard, said, rng):
-    """What the loudspeaker says comes back into the microphone: weaker (0 to 0.2) and later (0.1 to 0.5 s)."""
+def leak(listen, speak, rng):
+    """The loudspeaker's audio (N,) comes back into the microphone's: weaker (gain 0 to 0.2) and later (0.1 to
+    0.5 s)."""
     delay = round(rng.uniform(0.1, 0.5) * SAMPLE_RATE)
-    echo = torch.nn.functional.pad(said, (delay, 0))[:len(heard)] * rng.uniform(0, 0.2)
-    return heard + torch.nn.functional.pad(echo, (0, len(heard) - len(echo)))
+    echo = F.pad(speak, (delay, 0))[:len(listen)] * rng.uniform(0, 0.2)
+    return listen + F.pad(echo, (0, len(listen) - len(echo)))
 
 
 def hesitate(x, rng):
@@ -64,50 +67,63 @@ def hesitate(x, rng):
     return torch.cat([x[:at], torch.zeros(round(rng.uniform(0.4, 0.9) * SAMPLE_RATE)), x[at:]])
 
 
-def converse(turns, backchannels, noises, rng):
-    """turns [(user, model), ...] of a manifest -> said and heard (N,), and the model's sentences. With probability 0.7 the user
-    breaks into an answer with the next turn, and the model is silent half a second later. A backchannel does not stop it."""
-    plan, t = [], 0  # in samples
+def read_turn(turn):
+    path, start, end = clip_key(turn)
+    return read_audio(path, start=start, end=end)
+
+
+def schedule(turns, rng):
+    """When each turn of [(user, model), ...] is spoken. With probability 0.7 the user interrupts an answer
+    with the next turn, and half a second later the model stops. Returns [{"user", "model": samples; "start",
+    "answer", "cut": when the user starts, the answer starts, it is cut (or None); "text"}, ...] and the end,
+    all in samples."""
+    plan, t = [], 0
     for i, (user, model) in enumerate(turns):
-        x, y = (read_audio(p["path"], start=p.get("start", 0.0), end=p.get("end")) for p in (user, model))
+        x, y = read_turn(user), read_turn(model)
         if rng.random() < 0.2:
             x = hesitate(x, rng)
         if rng.random() < 0.6:
             x = change_gain(x, rng)
-        start = t + (round(rng.uniform(0.2, 1.6) * SAMPLE_RATE) if not plan or plan[-1]["cut"] is None else 0)
-        sound = -(-(start + len(x)) // FRAME) * FRAME + TEXT_LEAD * FRAME
-        breaks_in = i < len(turns) - 1 and rng.random() < 0.7
-        t = sound + (rng.randint(FRAME, len(y)) if breaks_in else len(y))
-        cut = t + REACTION * FRAME if breaks_in else None
-        plan.append({"x": x, "y": y, "start": start, "sound": sound, "cut": cut, "text": model["text"]})
-    n = t + round(rng.uniform(0.5, 1.5) * SAMPLE_RATE)
+        interrupts = bool(plan) and plan[-1]["cut"] is not None
+        start = t + (0 if interrupts else round(rng.uniform(0.2, 1.6) * SAMPLE_RATE))
+        answer = -(-(start + len(x)) // FRAME) * FRAME + TEXT_LEAD * FRAME
+        interrupted = i < len(turns) - 1 and rng.random() < 0.7
+        t = answer + (rng.randint(FRAME, len(y)) if interrupted else len(y))
+        cut = t + REACTION * FRAME if interrupted else None
+        plan.append({"user": x, "model": y, "text": model["text"],
+                     "start": start, "answer": answer, "cut": cut})
+    return plan, t
+
+
+def converse(turns, backchannels, noises, rng):
+    """turns [(user, model), ...] of a manifest -> the speak and the listen channel (N,), and the model's
+    sentences. The user's backchannels do not stop an answer."""
+    plan, end = schedule(turns, rng)
+    n = end + round(rng.uniform(0.5, 1.5) * SAMPLE_RATE)
     n += -n % FRAME
-    said, heard, sentences = torch.zeros(n), torch.zeros(n), []
+    speak, listen, sentences = torch.zeros(n), torch.zeros(n), []
     for p in plan:
-        mix_in(heard, p["x"], p["start"])
-        end = p["sound"] + len(p["y"]) if p["cut"] is None else min(p["cut"], p["sound"] + len(p["y"]))
-        mix_in(said, p["y"][:end - p["sound"]], p["sound"])
-        sentences.append({"role": "model", "start": p["sound"] / SAMPLE_RATE, "end": end / SAMPLE_RATE, "text": p["text"]})
+        add_at(listen, p["user"], p["start"])
+        end = min(p["answer"] + len(p["model"]), n if p["cut"] is None else p["cut"])
+        add_at(speak, p["model"][:end - p["answer"]], p["answer"])
+        start, end = p["answer"] / SAMPLE_RATE, end / SAMPLE_RATE
+        sentences.append({"role": "model", "start": start, "end": end, "text": p["text"]})
         if p["cut"] is not None:
             sentences[-1]["cut"] = p["cut"] / SAMPLE_RATE
         elif backchannels and rng.random() < 0.3:
-            b = rng.choice(backchannels)
-            mix_in(heard, read_audio(b["path"]), p["sound"] + rng.randrange(len(p["y"])))
+            backchannel = read_turn(rng.choice(backchannels))
+            add_at(listen, backchannel, p["answer"] + rng.randrange(len(p["model"])))
     if rng.random() < 0.3:
-        heard = leak(heard, said, rng)
-    return said, heard + make_noise(n, noises, rng), sentences
+        listen = leak(listen, speak, rng)
+    return speak, listen + make_noise(n, noises, rng), sentences
 
 
-def mix_in(whole, part, at):
-    whole[at:at + len(part)] += part[:max(0, len(whole) - at)]
+def add_at(audio, part, start):
+    audio[start:start + len(part)] += part[:max(0, len(audio) - start)]
 
 
-def mix(data, out, conversations, noise, seed):
-    """Dialogues of data/manifest.jsonl -> out/manifest.jsonl with recorded conversations."""
-    must_be_new(out)
-    noises = sorted(p for p in glob.glob(os.path.join(noise, "**"), recursive=True) if os.path.isfile(p)) if noise else []
-    if noise and not noises:
-        raise ValueError(f"{noise}: holds no file of noise")
+def read_dialogues(data):
+    """Of data/manifest.jsonl: {split: [[(user turn, model turn), ...], ...]}, and the users' backchannels."""
     dialogues, backchannels = {"train": [], "seen": []}, []
     for d in read_manifest(os.path.join(data, "manifest.jsonl")):
         turns = d.get("turns", ())
@@ -117,20 +133,30 @@ def mix(data, out, conversations, noise, seed):
             dialogues[d["split"]].append(list(zip(turns[::2], turns[1::2])))
     if not dialogues["train"]:
         raise ValueError(f"{data}/manifest.jsonl: holds no dialogue to train on")
-    work = out + ".partial"
+    return dialogues, backchannels
+
+
+def mix(data, out, conversations, noise, seed):
+    """Dialogues of data/manifest.jsonl -> recorded conversations in the folder `out`, with its manifest."""
+    out, work = check_output(out, SPOKEN)
+    noises = glob.glob(os.path.join(noise, "**"), recursive=True) if noise else []
+    noises = sorted(filter(os.path.isfile, noises))
+    if noise and not noises:
+        raise ValueError(f"{noise}: holds no file of noise")
+    dialogues, backchannels = read_dialogues(data)
     shutil.rmtree(work, ignore_errors=True)
     os.makedirs(os.path.join(work, "talks"))
-    rng, seconds = random.Random(seed), 0.0
-    with open(os.path.join(work, "manifest.jsonl"), "w", encoding="utf-8") as f:
-        for i in tqdm(range(conversations), "mix", unit="talk"):
-            split = "seen" if i % 50 == 0 and dialogues["seen"] else "train"
-            turns = rng.choice(dialogues[split])
-            if len(turns) == 1:  # a few short ones after each other
-                turns = turns + [t for _ in range(rng.randint(0, 3)) for t in rng.choice(dialogues[split])]
-            said, heard, sentences = converse(turns, backchannels, noises, rng)
-            write_audio(os.path.join(work, f"talks/{i:06d}.flac"), torch.stack([said, heard]))
-            f.write(json.dumps({"id": i, "split": split, "audio": f"talks/{i:06d}.flac", "sentences": sentences}) + "\n")
-            seconds += len(said) / SAMPLE_RATE
-    os.rename(work, out)
+    rng, lines, seconds = random.Random(seed), [], 0.0
+    for i in tqdm(range(conversations), "mix", unit="talk"):
+        split = "seen" if i % 50 == 0 and dialogues["seen"] else "train"
+        turns = rng.choice(dialogues[split])
+        if len(turns) == 1:  # several short ones after each other
+            turns = turns + [t for _ in range(rng.randint(0, 3)) for t in rng.choice(dialogues[split])]
+        speak, listen, sentences = converse(turns, backchannels, noises, rng)
+        audio = f"talks/{i:06d}.flac"
+        write_audio(os.path.join(work, audio), torch.stack([speak, listen]), flush=False)
+        lines.append({"id": i, "split": split, "audio": audio, "sentences": sentences})
+        seconds += len(speak) / SAMPLE_RATE
+    write_manifest(lines, work, out)
     print(f"Wrote {conversations} conversations, {seconds / 3600:.2f} hours, to {out}/manifest.jsonl; "
           f"next: python prepare.py encode --data {out}")

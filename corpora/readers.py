@@ -5,8 +5,8 @@ import os
 
 from tqdm import tqdm
 
-from files.atomic import replace_when_done
-from files.manifest import must_be_new
+from files.atomic import check_output, replace_when_done
+from files.tokenizer import NO_SPACES
 
 
 def librispeech(folder):
@@ -14,7 +14,8 @@ def librispeech(folder):
     for transcript in sorted(glob.glob(os.path.join(folder, "**", "*.trans.txt"), recursive=True)):
         with open(transcript, encoding="utf-8") as f:
             for name, text in (line.rstrip("\n").split(" ", 1) for line in f if " " in line):
-                yield {"audio": os.path.join(os.path.dirname(transcript), name + ".flac"), "text": text.lower(), "lang": "en"}
+                audio = os.path.join(os.path.dirname(transcript), name + ".flac")
+                yield {"audio": audio, "text": text.lower(), "lang": "en"}
 
 
 def ljspeech(folder):
@@ -25,30 +26,35 @@ def ljspeech(folder):
 
 
 def conversations(path):
-    """Stereo conversations in the format of moshi-finetune, the model left and the user right: lines {"path", "duration"}, and
-    beside each sound file a .json with {"alignments": [[word, [start, end], speaker], ...]}."""
+    """Stereo conversations in the format of moshi-finetune, the model left and the user right: lines {"path",
+    "duration"}, and beside each audio file a .json with {"alignments": [[word, [start, end], speaker],
+    ...]}."""
     with open(path, encoding="utf-8") as f:
         for number, line in enumerate(f, 1):
             try:
                 audio = os.path.join(os.path.dirname(path), json.loads(line)["path"])
                 with open(os.path.splitext(audio)[0] + ".json", encoding="utf-8") as g:
-                    words = [(w.strip(), float(a), float(b), speaker) for w, (a, b), speaker in json.load(g)["alignments"]]
-            except (ValueError, KeyError, TypeError, OSError) as e:
+                    words = [(w.strip(), float(a), float(b), speaker)
+                             for w, (a, b), speaker in json.load(g)["alignments"] if w.strip()]
+            except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
                 raise ValueError(f"{path}, line {number}: {e}") from None
             yield {"audio": audio, "sentences": sentences_of(words)}
 
 
 def sentences_of(words, pause=0.8, longest=20.0):
-    """Words (text, start, end, speaker) in order -> sentences: a new one after a full stop, a pause, or too long a time."""
+    """Words (text, start, end, speaker) in order -> sentences. A new one begins after a full stop or a pause
+    (seconds), or when one becomes too long (seconds)."""
     out = []
     for role in ("model", "user"):
-        begun = None
+        last = None
         for text, start, end, _ in (w for w in words if (w[3] == "SPEAKER_MAIN") == (role == "model")):
-            if begun is None or start - begun["end"] > pause or end - begun["start"] > longest or begun["text"][-1] in ".?!。？！":
-                begun = {"role": role, "text": text, "start": start, "end": end}
-                out.append(begun)
+            if last is None or start - last["end"] > pause or end - last["start"] > longest \
+                    or last["text"][-1] in ".?!。？！":
+                last = {"role": role, "text": text, "start": start, "end": end}
+                out.append(last)
             else:
-                begun["text"], begun["end"] = f"{begun['text']} {text}", end
+                space = "" if NO_SPACES.match(text) and NO_SPACES.match(last["text"][-1]) else " "
+                last["text"], last["end"] = last["text"] + space + text, end
     return sorted(out, key=lambda s: s["start"])
 
 
@@ -57,8 +63,7 @@ CORPORA = {"librispeech": librispeech, "ljspeech": ljspeech, "conversations": co
 
 def collect(corpus, source, out):
     """Write out/manifest.jsonl for a corpus as it was downloaded."""
-    path = os.path.join(out, "manifest.jsonl")
-    must_be_new(path)
+    path, _ = check_output(os.path.join(out, "manifest.jsonl"))
     n = 0
     with replace_when_done(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
         for n, line in enumerate(tqdm(CORPORA[corpus](os.path.abspath(source)), corpus, unit="line"), 1):

@@ -7,6 +7,7 @@ flatters; eval.py prints what it makes of the originals and of their codec recon
 """
 import dataclasses
 import os
+import random
 import shlex
 import subprocess
 import tempfile
@@ -21,6 +22,7 @@ from files.checkpoint import load_weights
 from toy.codec import Clips, letters_loss
 from mimi import MELS, LogMel
 from train import Stage, train
+from training.run import default_precision
 
 
 @dataclass(frozen=True)
@@ -44,23 +46,24 @@ class Recogniser(nn.Module):
         self.end = nn.Conv1d(c.width, len(c.letters) + 1, 1)
         self.letters = c.letters
 
-    def forward(self, wav, rng=None):  # (B, 1, N) -> (B, T, letters)
+    def forward(self, wav, noise=None):
+        """(B, 1, N) -> (B, T, letters). noise: in training, see augment."""
         x = self.mel(wav, self.mel.init_state(len(wav)))
-        x = self.begin(x if rng is None else self.worsen(x, rng))
+        x = self.begin(x if noise is None else torch.stack([self.augment(*pair) for pair in zip(x, noise)]))
         for block in self.blocks:
             x = x + block(x)
         return self.end(x).mT.float()
 
-    def worsen(self, x, rng):
-        """Training only: log-mel frames (B, 80, T) smeared, noisy and with bands left out, so that the network learns
-        words rather than this synthesiser's details."""
+    def augment(self, x, seed):
+        """Training only: log-mel frames (80, T) smeared, noisy and with bands left out, so that the network learns words
+        rather than this synthesiser's details."""
+        rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
         smear = rng.choice([1, 1, 3, 5]), rng.choice([1, 1, 3, 5])
-        x = F.avg_pool2d(x[:, None], smear, 1, (smear[0] // 2, smear[1] // 2), count_include_pad=False)[:, 0]
-        generator = torch.Generator().manual_seed(rng.getrandbits(60))
+        x = F.avg_pool2d(x[None], smear, 1, (smear[0] // 2, smear[1] // 2), count_include_pad=False)[0]
         normal = lambda *shape: torch.randn(*shape, generator=generator).to(x.device)
-        x = x + normal(*x.shape) * rng.uniform(0, 0.4) + normal(len(x), MELS, 1) * 0.1
+        x = x + normal(*x.shape) * rng.uniform(0, 0.4) + normal(MELS, 1) * 0.1
         low = rng.randrange(MELS)
-        x[:, low:low + rng.randrange(12)] = 0
+        x[low:low + rng.randrange(12)] = 0
         return x
 
     @torch.no_grad()
@@ -74,18 +77,31 @@ class RecogniserTask:
     kind = "recogniser"
     files, from_nothing = {}, True
 
-    def __init__(self, config, data, device):
+    def __init__(self, config, data, device, precision=None):
         self.clips = Clips(data)
-        self.batch = self.clips.batch
         self.config, self.device = dataclasses.replace(config, letters=self.clips.letters), device
+        self.precision = precision or default_precision(device)
         self.model = self.modules = Recogniser(self.config).to(device)
-        self.fingerprint = self.clips.fingerprint
+        self.fingerprint, self.holds = self.clips.fingerprint, self.clips.holds
 
-    def loss(self, stage, batch, split, rng):
-        wav, words = batch
-        logits = self.model(wav.to(self.device), rng if split == "train" else None)
-        loss = letters_loss(logits, words)
+    def batch(self, stage, progress, split, rng, rows=None):
+        wav, letters = self.clips.batch(stage, progress, split, rng)
+        return wav, letters, [rng.getrandbits(60) if split == "train" else None for _ in letters]
+
+    def tokens(self, batch):
+        return sum(map(len, batch[1]))
+
+    def totals(self, batch):
+        return torch.tensor([len(batch[0])])
+
+    def loss(self, stage, micro, totals):
+        wav, letters, noise = micro
+        logits = self.model(wav.to(self.device), noise if noise[0] is not None else None)
+        loss = letters_loss(logits, letters) * len(wav) / totals[0]
         return loss, {"letters": loss}, None
+
+    def after_step(self, kept, step):
+        pass
 
     def state(self):
         return {"model": self.model.state_dict()}

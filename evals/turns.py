@@ -121,7 +121,7 @@ class World:
 
     def backchannel(self, scenario):
         lang, voice = self.someone()
-        return self.item(scenario, voice, [self.rng.choice(lang.story.backchannels)])[0]
+        return self.item(scenario, voice, [self.rng.choice(lang.story.user_backchannels)])[0]
 
     def story(self, scenario):
         lang, voice = self.someone()

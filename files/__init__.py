@@ -1,1 +1,1 @@
-"""What is read and written: audio, checkpoints, manifests, tokenisers. No file is trusted, none is left half-written."""
+"""Reading and writing audio, data, checkpoints. No file is trusted, and none is left half-written."""

@@ -14,26 +14,27 @@ SAMPLE_RATE = 24_000  # of all audio in this project
 
 
 def read_audio(path, mono=True, start=0.0, end=None):
-    """Any file that soundfile reads, or its seconds from start to end, -> float32 samples at 24 kHz: (N,), or (channels, N)
-    if not mono. Raises ValueError or OSError, with the file's name, for what is missing, empty, cut off or not finite."""
+    """Any file that soundfile reads, or its part from start to end (seconds), -> float32 samples at 24 kHz:
+    (N,), or (channels, N) if not mono. Raises ValueError or OSError with the file's name if the file is
+    missing, empty, cut off or holds samples that are not finite."""
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such file")
     if os.path.isdir(path):
-        raise IsADirectoryError(f"{path}: is a directory, not a sound file")
+        raise IsADirectoryError(f"{path}: is a directory, not an audio file")
     try:
         with soundfile.SoundFile(path) as f:
             rate = f.samplerate
             first, last = round(start * rate), f.frames if end is None else round(end * rate)
             if not 0 <= first <= last <= f.frames:
-                raise ValueError(f"{path}: lasts {f.frames / rate:.2f} s; there is no part from {start} to {end} s")
+                raise ValueError(f"{path}: lasts {f.frames / rate:.2f} s, not from {start} to {end} s")
             f.seek(first)
             x = f.read(last - first, dtype="float32", always_2d=True).T
     except (soundfile.LibsndfileError, RuntimeError) as e:
-        raise ValueError(f"{path}: not a sound file that can be read ({e})") from None
+        raise ValueError(f"{path}: not an audio file that can be read ({e})") from None
     if first == last:
-        raise ValueError(f"{path}: holds no sound (zero samples)")
+        raise ValueError(f"{path}: holds no audio (zero samples)")
     if x.shape[1] < last - first or cut_off(path):
-        raise ValueError(f"{path}: cut off; its header promises more sound than it holds")
+        raise ValueError(f"{path}: cut off; its header promises more audio than it holds")
     if not np.isfinite(x).all():
         raise ValueError(f"{path}: holds samples that are not finite (NaN or infinity)")
     x = torch.from_numpy(x)
@@ -42,7 +43,7 @@ def read_audio(path, mono=True, start=0.0, end=None):
 
 
 def cut_off(path):
-    """Whether a WAV file is shorter than its header says; libsndfile reads the rest without a word."""
+    """Whether a WAV file is shorter than its header says. libsndfile reads such a file without an error."""
     with open(path, "rb") as f:
         head = f.read(12)
         if head[:4] != b"RIFF" or head[8:] != b"WAVE":
@@ -51,13 +52,14 @@ def cut_off(path):
         while len(chunk := f.read(8)) == 8:
             length = int.from_bytes(chunk[4:], "little")
             if chunk[:4] == b"data":
-                return length < 0xFFFFFFF0 and f.tell() + length > size  # the largest values mean: a stream
+                return length < 0xFFFFFFF0 and f.tell() + length > size  # the largest values mark a stream
             f.seek(length + length % 2, 1)
     return True
 
 
 def resample(x, rate):
-    """(channels, N) at `rate` -> at 24 kHz: one strided convolution with a bank of Kaiser-windowed sinc filters."""
+    """(channels, N) at `rate` -> at 24 kHz: one strided convolution with a bank of Kaiser-windowed sinc
+    filters."""
     if rate == SAMPLE_RATE:
         return x
     bank, old, new = resampling_filters(rate)
@@ -69,22 +71,25 @@ def resample(x, rate):
 
 @functools.lru_cache(4)
 def resampling_filters(rate, width=64, rolloff=0.9476, beta=14.77):
-    """A filter for each of the `new` samples that take the place of `old` ones: (new, 1, 2*half + old), old, new."""
+    """A filter for each of the `new` samples that take the place of `old` ones: (new, 1, 2*half + old), old,
+    new."""
     g = math.gcd(rate, SAMPLE_RATE)
     old, new = rate // g, SAMPLE_RATE // g
     cut = min(old, new) * rolloff
     half = math.ceil(width * old / cut)
     t = torch.arange(-half, half + old, dtype=torch.float64) / old  # seconds, in units of 1/g
     t = (t - torch.arange(new, dtype=torch.float64)[:, None] / new) * cut
-    window = torch.special.i0(beta * (1 - (t / width).clamp(-1, 1).square()).sqrt()) / torch.special.i0(torch.tensor(beta))
+    window = torch.special.i0(beta * (1 - (t / width).clamp(-1, 1).square()).sqrt())
+    window = window / torch.special.i0(torch.tensor(beta))
     return (torch.sinc(t) * window * (cut / old)).float()[:, None], old, new
 
 
-def write_audio(path, x):
-    """float samples at 24 kHz, (N,) or (channels, N), -> 16-bit file, whole or not at all; the ending says the format."""
+def write_audio(path, x, flush=True):
+    """float samples at 24 kHz, (N,) or (channels, N), -> 16-bit file, whole or not at all; the ending says
+    the format. flush: see replace_when_done."""
     x = np.asarray(x, dtype=np.float32)
     kind = os.path.splitext(path)[1][1:].upper()
     if kind not in soundfile.available_formats():
         raise ValueError(f"{path}: cannot write this kind of file; use an ending such as .wav or .flac")
-    with replace_when_done(path) as temporary:
+    with replace_when_done(path, flush) as temporary:
         soundfile.write(temporary, x.clip(-1, 1).T, SAMPLE_RATE, format=kind)

@@ -1,4 +1,4 @@
-"""Checkpoints and weights. Nothing in a file is ever run: torch.load(weights_only=True), safetensors, JSON."""
+"""Checkpoints and weights. No code in a file is ever run: torch.load(weights_only=True), safetensors."""
 import dataclasses
 import os
 
@@ -12,12 +12,13 @@ def save_checkpoint(path, kind, config, **parts):
         try:
             torch.save({"kind": kind, "config": dataclasses.asdict(config), **parts}, temporary)
         except RuntimeError as e:  # so torch tells of a full disk
-            raise OSError(f"{path}: could not be written; is the disk full? ({str(e).splitlines()[0]})") from None
+            reason = str(e).splitlines()[0]
+            raise OSError(f"{path}: could not be written; is the disk full? ({reason})") from None
 
 
 def load_checkpoint(path, kind, mmap=False):
-    """What save_checkpoint wrote, or (mmap) what reads it from the disk as it is needed. Never runs code from the file. Raises
-    ValueError or OSError with the file's name."""
+    """What save_checkpoint wrote, or (mmap) what reads it from the disk as it is needed. Never runs code from
+    the file. Raises ValueError or OSError with the file's name."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
@@ -31,7 +32,8 @@ def load_checkpoint(path, kind, mmap=False):
 
 
 def from_fields(cls, fields, where):
-    """A config from the names and values of its fields; an unknown or missing one is an error that names it."""
+    """A config from the names and values of its fields; an unknown or missing one is an error that names
+    it."""
     names = {f.name for f in dataclasses.fields(cls)}
     if not isinstance(fields, dict) or set(fields) != names:
         odd = sorted(set(fields) ^ names) if isinstance(fields, dict) else fields
@@ -43,7 +45,8 @@ def load_weights(module, weights, where):
     try:
         module.load_state_dict(weights)
     except RuntimeError as e:
-        raise ValueError(f"{where}: its tensors are not those of its config: {' '.join(str(e).split())[:300]}") from None
+        reason = " ".join(str(e).split())[:300]
+        raise ValueError(f"{where}: its tensors are not those of its config: {reason}") from None
 
 
 def is_safetensors(path):
@@ -55,11 +58,12 @@ def is_safetensors(path):
 
 
 def open_safetensors(path):
-    """The file with its tensors still on the disk: keys(), get_tensor(name). Raises ValueError or OSError with the file's name."""
+    """The file with its tensors still on the disk: keys(), get_tensor(name). Raises ValueError or OSError
+    with the file's name."""
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
-        raise ValueError(f"{path}: published weights need the extra 'weights': pip install '.[weights]'") from None
+        raise ValueError(f"{path}: needs the extra 'weights' to be read: pip install '.[weights]'") from None
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file")
     try:

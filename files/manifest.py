@@ -1,27 +1,37 @@
 """Manifests: text files that say what is spoken where, one JSON object to a line (FLM-Audio, section 3).
 
-    {"audio": "a.flac", "text": "It is late."}                                  a recording: post-training
+    {"audio": "a.flac", "text": "It is late."}                              a recording: post-training
         optional: "start", "end" in seconds, "lang", "annotated": by a person (true) or by a machine (false)
-    {"turns": [                                                                 a dialogue: fine-tuning
+    {"turns": [                                                             a dialogue: fine-tuning
       {"role": "user",  "text": "repeat cat red moon", "audio": "user/000007.flac"},
       {"role": "model", "text": "cat red moon",        "audio": "model/cat-red-moon.flac"}]}
-        optional: "interjections" [{"text", "audio", "at"}]: what the model says so many seconds after the user has begun
-    {"audio": "talk.wav", "sentences": [                                        a recorded conversation in stereo, the
-      {"role": "model", "start": 0.5, "end": 1.9, "text": "It is late."}]}      model left and the user right: fine-tuning
+        optional in a turn: "starts", the second at which each word starts
+        optional: "interjections" [{"text", "audio", "at"}]: what the model says while the user speaks
+    {"audio": "talk.wav", "sentences": [                                    a conversation in stereo, model
+      {"role": "model", "start": 0.5, "end": 1.9, "text": "It is late."}]}  left and user right: fine-tuning
+        optional in a sentence: "cut", the second at which an interruption ends it
 
-and each may say "split": "train", or "seen" for what is held out (otherwise one line in a hundred is).
+Each line may have a "split": "train"; or "seen" and "new", which are held out (of known and of new voices).
+Without it one line in a hundred is "seen".
 """
 import itertools
 import json
+import math
 import os
 import sys
 
 import soundfile
 
+from files.atomic import move_folder, replace_when_done
+
+SPLITS = ("train", "seen", "new")
+SPOKEN = r"manifest\.jsonl|user|model|words|turns|talks"  # the names in the folders that prepare.py writes
+
 
 def read_manifest(path, skip_broken=False, begin=(0, 0), lines=None):
-    """The lines of a manifest, one at a time; from the byte and line number `begin` on, so many lines. A broken line or a missing
-    sound file is a ValueError that says which line, or, with skip_broken, a message while the rest goes on."""
+    """Yield the lines of a manifest as check_line returns them, from `begin` (byte, line number) on, at most
+    `lines`. A broken line or a missing audio file is a ValueError with the line's number, or, with
+    skip_broken, a message on stderr."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such manifest; `python prepare.py toy` makes one")
     with open(path, "rb") as f:
@@ -31,68 +41,106 @@ def read_manifest(path, skip_broken=False, begin=(0, 0), lines=None):
                 yield check_line(line, number, os.path.dirname(path))
             except (ValueError, OSError) as e:
                 if not skip_broken:
-                    raise ValueError(f"{path}, line {number}: {e} (--skip-broken goes on without it)") from None
+                    raise ValueError(f"{path}, line {number}: {e} (--skip-broken leaves it out)") from None
                 print(f"skipped {path}, line {number}: {e}", file=sys.stderr)
 
 
 def check_line(line, number, folder):
-    """A line of a manifest, made uniform: {"split", "annotated", "turns": [{"role", "text", "path", "start", "end"}]}, perhaps with
-    "interjections": [{"text", "path", "at"}]; or, of a recorded conversation, {"split", "annotated", "path", "sentences":
-    [{"role", "text", "start", "end"}]}. Raises ValueError or OSError."""
+    """A line of a manifest in one form: {"split", "annotated", "turns": [{"role", "text", "path", "start",
+    "end"}]}, perhaps with "interjections": [{"text", "path", "at"}]; or, for a recorded conversation,
+    {"split", "annotated", "path", "sentences": [{"role", "text", "start", "end"}]}. A recording becomes a
+    single turn of the role "either". Raises ValueError or OSError."""
     d = json.loads(line)
     if not isinstance(d, dict):
         raise ValueError("is not an object {...}")
-    if "turns" not in d and "sentences" not in d:  # a recording: good for hearing and for speaking
-        d = {"turns": [{**d, "role": "either"}], **{k: d[k] for k in ("id", "split", "annotated", "lang") if k in d}}
-    parts = d.get("turns", d.get("sentences"))
+    if "turns" not in d and "sentences" not in d:
+        kept = {k: d[k] for k in ("id", "split", "annotated", "lang") if k in d}
+        d = {"turns": [{**d, "role": "either"}], **kept}
+    d.setdefault("split", "seen" if number % 100 == 1 else "train")
+    d.setdefault("annotated", True)
+    if d["split"] not in SPLITS:
+        raise ValueError(f"there is no split {d['split']!r}; known are {', '.join(SPLITS)}")
+    if not isinstance(d["annotated"], bool):
+        raise ValueError(f"annotated is true or false, not {d['annotated']!r}")
+    turns, parts = "turns" in d, d.get("turns", d.get("sentences"))
     if not isinstance(parts, list) or not parts:
         raise ValueError("needs a list of turns or of sentences, or is a recording with audio and text")
-    for part in parts:
-        needed = {"audio": str} if "turns" in d else {"start": (int, float), "end": (int, float)}
-        for key, kind in {"role": str, "text": str, **needed}.items():
-            if not isinstance(part, dict) or not isinstance(part.get(key), kind):
-                raise ValueError(f"a {'turn' if 'turns' in d else 'sentence'} needs the field {key!r}")
-        if part["role"] not in ("user", "model", "either"):
-            raise ValueError(f"a role is user or model, not {part['role']!r}")
-        if not part.get("start", 0.0) >= 0 or not part.get("end") is None and not part["end"] > part.get("start", 0.0):
-            raise ValueError(f"from {part.get('start', 0.0)} to {part['end']} s is not a stretch of time")
-    said = d.get("interjections", [])
-    good = lambda t: isinstance(t, dict) and isinstance(t.get("text"), str) and t.get("at", -1) >= 0
-    if not isinstance(said, list) or not all(map(good, said)):
+    interjections = d.get("interjections", [])
+    if not isinstance(interjections, list):
         raise ValueError("interjections are a list of {text, audio, at}")
-    if "turns" in d and len(parts) > 1 and [p["role"] for p in parts] != ["user", "model"] * (len(parts) // 2):
+    for part in parts:
+        if turns:
+            check_part(part, "turn", ("role", "text", "audio"))
+        else:
+            check_part(part, "sentence", ("role", "text", "start", "end"))
+    for part in interjections:
+        check_part(part, "interjection", ("text", "audio", "at"))
+    if turns and len(parts) > 1 and [p["role"] for p in parts] != ["user", "model"] * (len(parts) // 2):
         raise ValueError("in a dialogue user and model take turns, the user first")
-    for part in spoken_parts(d) if "turns" in d else [d]:
+    for part in spoken_parts(d) if turns else [d]:
         if not isinstance(part.get("audio"), str):
             raise ValueError("needs the field 'audio'")
         part["path"] = os.path.join(folder, part["audio"])
         if not os.path.isfile(part["path"]):
-            raise FileNotFoundError(f"no sound file {part['path']}")
-    d.setdefault("split", "seen" if number % 100 == 1 else "train")  # one in a hundred is held out
-    d.setdefault("annotated", True)
+            raise FileNotFoundError(f"no audio file {part['path']}")
     return d
 
 
+def is_text(x):
+    return isinstance(x, str)
+
+
+def is_seconds(x):
+    """A finite number from 0 on: JSON in Python may hold NaN and Infinity, and true counts as a number."""
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and 0 <= x < math.inf
+
+
+FIELDS = {**dict.fromkeys(("role", "text", "audio"), ("text", is_text)),
+          **dict.fromkeys(("start", "end", "cut", "at"), ("a number of seconds", is_seconds))}
+
+
+def check_part(part, what, needed):
+    """Raise ValueError unless a turn, sentence or interjection has the needed fields, and those it has are
+    valid."""
+    for key, (kind, valid) in FIELDS.items():
+        if not isinstance(part, dict) or key in needed and key not in part:
+            raise ValueError(f"the {what} needs the field {key!r}")
+        optional = key == "end" and key not in needed and part.get(key) is None  # up to the end of the file
+        if key in part and not valid(part[key]) and not optional:
+            raise ValueError(f"the {what}'s field {key!r} is {kind}, not {part[key]!r}")
+    if part.get("role", "either") not in ("user", "model", "either"):
+        raise ValueError(f"a role is user or model, not {part['role']!r}")
+    start, end, words = part.get("start", 0.0), part.get("end"), part["text"].split()
+    if end is not None and end <= start:
+        raise ValueError(f"from {start} to {end} s is not a stretch of time")
+    if part.get("cut", start) < start:
+        raise ValueError(f"a sentence that starts at {start} s cannot be cut at {part['cut']} s")
+    starts = part.get("starts", [0.0] * len(words))
+    if not isinstance(starts, list) or not all(map(is_seconds, starts)) or len(starts) != len(words) \
+            or starts != sorted(starts):
+        raise ValueError("starts is a list of seconds, one for each word, in order")
+
+
 def spoken_parts(line):
-    """All of a line that has a sound file of its own."""
+    """All parts of a line that have an audio file of their own."""
     return [*line.get("turns", ()), *line.get("interjections", ())]
 
 
 def clip_key(turn):
+    """(path, start, end or None), which tells two clips apart."""
     return turn["path"], turn.get("start", 0.0), turn.get("end")
 
 
 def seconds_of(path, start, end):
-    return (soundfile.info(path).duration if end is None else end) - start
-
-
-def must_be_new(out):
-    if os.path.exists(out):
-        raise ValueError(f"{out}: is there already; remove it, or name another folder with --out")
+    try:
+        return (soundfile.info(path).duration if end is None else end) - start
+    except soundfile.LibsndfileError as e:
+        raise ValueError(f"{path}: not an audio file that can be read ({e})") from None
 
 
 def write_manifest(lines, work, out):
-    """The last thing in a folder of work, which then becomes `out`."""
-    with open(os.path.join(work, "manifest.jsonl"), "w", encoding="utf-8") as f:
+    """The last step of making a folder: its manifest; then `work` becomes `out`."""
+    path = os.path.join(work, "manifest.jsonl")
+    with replace_when_done(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
         f.writelines(json.dumps(d, ensure_ascii=False) + "\n" for d in lines)
-    os.rename(work, out)
+    move_folder(work, out)

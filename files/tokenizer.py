@@ -5,6 +5,8 @@ An encoded folder holds its tokeniser as tokenizer.json: {"pattern", "ranks", "s
 import base64
 import json
 import os
+import re
+import unicodedata
 from collections import Counter
 
 import tiktoken
@@ -13,31 +15,56 @@ from files.atomic import read_json
 
 
 def load_tokenizer(path):
-    """The tokenizer.json that prepare.py wrote, as a tiktoken.Encoding with the three special tokens of the monologue."""
+    """The tokenizer.json that prepare.py wrote, as a tiktoken.Encoding with the three special tokens of the
+    monologue."""
     try:
         with open(path, encoding="utf-8") as f:
             saved = json.load(f)
         ranks = {base64.b64decode(b, validate=True): r for b, r in saved["ranks"].items()}
-        if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)):
+        if sorted(ranks.values()) != list(range(len(ranks))) or {bytes([b]) for b in range(256)} - {*ranks}:
             raise ValueError("its ranks are not 0, 1, 2, ... with every byte among them")
         return make_tokenizer(ranks, saved["pattern"], saved["specials"])
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise ValueError(f"{path}: not a tokeniser that prepare.py wrote ({e})") from None
 
 
+def dump_tokenizer(saved):
+    """What get_tokenizer returns -> the text of a tokenizer.json."""
+    ranks = {base64.b64encode(b).decode(): r for b, r in saved["ranks"].items()}
+    return json.dumps({**saved, "ranks": ranks})
+
+
 def make_tokenizer(ranks, pattern, specials=()):
-    """A byte-level BPE of ranks {bytes: rank}. Its specials, in order, follow its words, and after them come ours."""
+    """A byte-level BPE of ranks {bytes: rank}. After its words come its special tokens, in order, and then ours."""
     names = [*specials, "<wait>", "<asr>", "<answer>"]
-    return tiktoken.Encoding("nanoflm", pat_str=pattern, mergeable_ranks=ranks,
-                             special_tokens={name: len(ranks) + i for i, name in enumerate(names)})
+    specials = {name: len(ranks) + i for i, name in enumerate(names)}
+    kind = "own" if pattern == PATTERN else "published"
+    return tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
 
 
-PATTERN = r" ?[^\s]+|\s+"  # BPE merges within these: a word with the space before it
+PATTERN = r" ?[^\s]+|\s+"  # of our own tokenisers: BPE merges within a word and the space before it
+# Thai to Burmese, Khmer, Chinese and Japanese: scripts that put no space between words
+NO_SPACES = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3000-\u9fff\uf900-\ufaff\uff00-\uffef"
+                       "\U00020000-\U0003ffff]")
+
+
+def words_of(text):
+    """The words of a text as our own tokenisers see them, each with a space before it."""
+    return re.findall(PATTERN, " " + unicodedata.normalize("NFC", text))
+
+
+def encode_words(text, tokenizer):
+    """The tokens of each word of a text: a list of lists. Every word gets a space before it, the first one too, so
+    that it has the same tokens at any place. Only for a published vocabulary, text in a script without spaces
+    stays as it is written, as in what that vocabulary was made from."""
+    as_written = tokenizer.name == "published" and NO_SPACES.search(text)
+    words = unicodedata.normalize("NFC", text).split()
+    return [tokenizer.encode_ordinary(w if as_written and i == 0 else " " + w) for i, w in enumerate(words)]
 
 
 def get_tokenizer(name, words, vocab_size):
-    """What the tokenizer.json of an encoded folder holds: {"pattern", "ranks", "specials"}. name is "bytes", "bpe" (learned
-    from words {word: how often}), or a folder with a published vocabulary."""
+    """What the tokenizer.json of an encoded folder holds: {"pattern", "ranks", "specials"}. name is "bytes",
+    "bpe" (learned from words {word: how often}), or a folder with a published vocabulary."""
     if name == "bytes":
         return {"pattern": PATTERN, "ranks": train_bpe({}, 256), "specials": []}
     if name == "bpe":
@@ -50,29 +77,33 @@ def get_tokenizer(name, words, vocab_size):
 
 
 def read_published_bpe(folder):
-    """Qwen2.5's tokeniser, or any byte-level BPE in the same files: tokenizer.json, or vocab.json with merges.txt (and
-    tokenizer_config.json, which names the special tokens). Raises ValueError or OSError with the file's name."""
+    """Qwen2.5's tokeniser, or any byte-level BPE in the same files: tokenizer.json, or vocab.json with
+    merges.txt (and tokenizer_config.json, which names the special tokens). Raises ValueError or OSError with
+    the file's name."""
     def read(name):
         with open(os.path.join(folder, name), encoding="utf-8") as f:
             return json.load(f) if name.endswith(".json") else f.read().split("\n")
     have = [n for n in ("tokenizer.json", "vocab.json") if os.path.isfile(os.path.join(folder, n))]
     if not have:
-        raise FileNotFoundError(f"{folder}: holds neither tokenizer.json nor vocab.json; --tokenizer is bytes, bpe or a "
-                                "folder with one of them")
+        raise FileNotFoundError(f"{folder}: holds neither tokenizer.json nor vocab.json; "
+                                "--tokenizer is bytes, bpe or a folder with one of them")
     path = os.path.join(folder, have[0])
     try:
         if have[0] == "tokenizer.json":
             saved = read("tokenizer.json")
             vocab, merges = saved["model"]["vocab"], saved["model"]["merges"]
             added = {t["id"]: t["content"] for t in saved["added_tokens"]}
-            pattern = next(p["pattern"]["Regex"] for p in saved["pre_tokenizer"]["pretokenizers"] if p["type"] == "Split")
+            split = next(p for p in saved["pre_tokenizer"]["pretokenizers"] if p["type"] == "Split")
+            pattern = split["pattern"]["Regex"]
         else:
             vocab, pattern = read("vocab.json"), QWEN_PATTERN
             merges = [line for line in read("merges.txt") if line and not line.startswith("#version")]
-            known = os.path.isfile(os.path.join(folder, "tokenizer_config.json"))
-            added = {int(i): t["content"] for i, t in read("tokenizer_config.json")["added_tokens_decoder"].items()} if known else {}
+            named = os.path.isfile(os.path.join(folder, "tokenizer_config.json"))
+            added = read("tokenizer_config.json")["added_tokens_decoder"] if named else {}
+            added = {int(i): t["content"] for i, t in added.items()}
         vocab = {t: i for t, i in vocab.items() if i not in added}
-        # tiktoken merges by the rank of the result: the same as by the list of merges if results are numbered in its order
+        # tiktoken merges by the rank of the result: the same as by the list of merges if results are numbered
+        # in its order
         for i, merge in enumerate(merges):
             if vocab["".join(merge.split(" ") if isinstance(merge, str) else merge)] != 256 + i:
                 raise ValueError(f"merge {i} does not give token {256 + i}")
@@ -85,16 +116,18 @@ def read_published_bpe(folder):
         raise ValueError(f"{path}: not a byte-level BPE that can be read ({type(e).__name__}: {e})") from None
 
 
-QWEN_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
-                r"\s+(?!\S)|\s+")
-# Published vocabularies write a byte as a letter: those that look like one as themselves, the others from U+0100 on.
+QWEN_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+                r"\s*[\r\n]+|\s+(?!\S)|\s+")
+# Published vocabularies write a byte as a letter: those that look like one as themselves, the others from
+# U+0100 on.
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTES = {chr(b): b for b in VISIBLE} | {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*VISIBLE}))}
+INVISIBLE = sorted({*range(256)} - {*VISIBLE})
+BYTES = {chr(b): b for b in VISIBLE} | {chr(256 + i): b for i, b in enumerate(INVISIBLE)}
 
 
 def train_bpe(words, vocab_size):
-    """Byte-pair encoding of words {word: how often it occurs}: {bytes: rank}. Merges the most frequent pair until the vocabulary
-    is full or each word is one token."""
+    """Byte-pair encoding of words {word: how often it occurs}: {bytes: rank}. Merges the most frequent pair
+    until the vocabulary is full or each word is one token."""
     splits = {w: [bytes([b]) for b in w.encode()] for w in words}
     ranks = {bytes([b]): b for b in range(256)}
     while len(ranks) < vocab_size:

@@ -19,9 +19,9 @@ import torch
 
 from files.atomic import copy, read_json, replace_when_done
 from files.checkpoint import open_safetensors
-from model import FLM, FLMConfig, build
+from model import FLM, FLMConfig
 from streams import K, Vocab
-from training.parallel import fill
+from training.parallel import assign_shard, build
 
 # ------------------------------------------------------------------------------------------------------------
 # tables of names. The temporal transformer is Qwen2.5; the whole model is the FLM-Audio release
@@ -96,7 +96,7 @@ def load_tensors(model, files, folder, table, ignore=()):
             name = theirs[0][0] if stacked else theirs[0]
             raise ValueError(f"{folder}: {name}: gives {tuple(tensor.shape)} "
                              f"where config.json asks for {tuple(params[ours].shape)}")
-        fill(params[ours], tensor)
+        assign_shard(params[ours], tensor)
     unknown = sorted(name for name in files.keys() - used if not name.startswith(tuple(ignore)))
     if unknown:
         more = f" and {len(unknown) - 1} more" if unknown[1:] else ""

@@ -1,5 +1,6 @@
 """Files: any rate, and what is not what it says."""
 import math
+import os
 import struct
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import soundfile
 import torch
 
-from files.atomic import replace_when_done
+from files.atomic import move_folder, replace_when_done
 from files.audio import SAMPLE_RATE, read_audio, resample, write_audio
 
 
@@ -17,8 +18,8 @@ def test_resampling_keeps_a_tone(rate):
     x = torch.sin(2 * math.pi * f * torch.arange(rate) / rate)[None]
     y = resample(x, rate)[0]
     assert len(y) == SAMPLE_RATE
-    right = torch.sin(2 * math.pi * f * torch.arange(SAMPLE_RATE) / SAMPLE_RATE)
-    assert (y - right)[3000:-3000].abs().max() < 1e-3
+    expected = torch.sin(2 * math.pi * f * torch.arange(SAMPLE_RATE) / SAMPLE_RATE)
+    assert (y - expected)[3000:-3000].abs().max() < 1e-3
 
 
 def test_audio_round_trip_stereo_and_mono(tmp_path):
@@ -37,7 +38,7 @@ def bad_file(folder, kind):
     elif kind == "empty":
         path.write_bytes(b"")
     elif kind == "garbage":
-        path.write_bytes(b"this is not sound" * 100)
+        path.write_bytes(b"this is not audio" * 100)
     elif kind == "no frames":
         soundfile.write(path, np.zeros((0, 1)), 24000)
     elif kind == "not finite":
@@ -51,9 +52,9 @@ def bad_file(folder, kind):
     return path
 
 
-@pytest.mark.parametrize("kind", ["missing", "directory", "empty", "garbage", "no frames", "not finite", "cut off",
-                                  "cut off in the header"])
-def test_bad_sound_files_are_one_clear_error(tmp_path, kind):
+@pytest.mark.parametrize("kind", ["missing", "directory", "empty", "garbage", "no frames", "not finite",
+                                  "cut off", "cut off in the header"])
+def test_bad_audio_files_are_one_clear_error(tmp_path, kind):
     path = bad_file(tmp_path, kind)
     with pytest.raises((ValueError, OSError), match="bad.wav") as error:
         read_audio(str(path))
@@ -70,9 +71,43 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
             raise RuntimeError("no")
     assert open(path, "rb").read() == before
     assert [p.name for p in tmp_path.iterdir()] == ["x.wav"]
+    with pytest.raises(FileNotFoundError), replace_when_done(path):
+        pass  # nothing was written
+    assert open(path, "rb").read() == before
 
 
-def test_an_unknown_sound_format_is_refused(tmp_path):
+def test_what_replaces_a_file_is_on_the_disk_first(tmp_path, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(os.fstat(fd).st_size), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append(str(b)), replace(a, b)))
+    path = str(tmp_path / "x.txt")
+    with replace_when_done(path) as temporary, open(temporary, "w") as f:
+        f.write("whole")
+    assert done == [5, path] and open(path).read() == "whole"
+    monkeypatch.setattr(os, "sync", lambda: done.append("sync"), raising=False)
+    monkeypatch.setattr(os, "rename", lambda a, b: done.append(str(b)))
+    move_folder(str(tmp_path / "work"), str(tmp_path / "out"))
+    assert done[2:] == ["sync", str(tmp_path / "out")]
+
+
+def test_two_containers_with_equal_pids_do_not_share_a_temporary_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    path = str(tmp_path / "x.txt")
+    with replace_when_done(path) as a, replace_when_done(path) as b:
+        assert a != b and os.path.dirname(a) == os.path.dirname(b) == str(tmp_path)
+        for name in (a, b):
+            open(name, "w").write(name)
+    assert open(path).read() == a and os.listdir(tmp_path) == ["x.txt"]
+
+
+def test_a_file_has_the_permissions_of_any_new_file(tmp_path):
+    with replace_when_done(str(tmp_path / "a")) as temporary:
+        open(temporary, "w").close()
+    open(tmp_path / "b", "w").close()
+    assert os.stat(tmp_path / "a").st_mode == os.stat(tmp_path / "b").st_mode
+
+
+def test_an_unknown_audio_format_is_refused(tmp_path):
     with pytest.raises(ValueError, match="x.xyz"):
         write_audio(str(tmp_path / "x.xyz"), np.zeros(10))
 

@@ -2,13 +2,15 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import model
-from model import CONFIGS, FLM, FLMConfig, loss_parts
+from model import CONFIGS, FLM, FLMConfig
 from streams import K, LISTEN, ROWS, SPEAK, TEXT, Vocab
+from train import eq_3, frames_to_learn, kinds_of_target
 
 C = FLMConfig(layers=2, width=32, heads=4, kv_heads=2, mlp=48, depth_layers=2, depth_width=16, depth_heads=2,
               vocab_size=40, empty=20, context=32)
@@ -33,10 +35,19 @@ def grid(B, T, seed=0):
     return x
 
 
+def loss_parts(flm, x, v, shares=(1.0, 1.0), rng=None):
+    """The parts of Eq. 3 for a batch (B, 17, T), and how many wait tokens there are for each monologue token."""
+    rng = rng or np.random.default_rng(0)
+    learn = torch.from_numpy(np.stack([frames_to_learn(row, v, shares, rng) for row in x.numpy()]))
+    totals = torch.stack([mask.sum() for mask in kinds_of_target(x, learn, v).values()])
+    _, parts = eq_3(flm, x, learn, v, 1.0, totals)
+    return parts | {"waits": totals[1] / totals[0].clamp(min=1)}
+
+
 def test_step_by_step_equals_teacher_forced(flm):
     x = grid(3, 24)
     with torch.no_grad():
-        h = flm(x)
+        h = flm.hidden(x)
         state = flm.init_cache(3)
         steps = torch.stack([flm.hidden_step(x[..., t], state) for t in range(24)], 1)
     assert (steps - h).abs().max() < 1e-5
@@ -49,7 +60,7 @@ def test_the_depth_transformer_step_by_step_equals_teacher_forced(flm):
     h, codes = torch.randn(5, 32), torch.randint(0, 20, (5, K))
     seen = []
     with torch.no_grad():
-        logits = flm.depth(h, codes)
+        logits = flm.depth.logits(h, codes)
         flm.depth.generate(h, lambda l, k: seen.append(l) or codes[:, k])
     assert (torch.stack(seen, 1) - logits).abs().max() < 1e-5
 
@@ -66,7 +77,7 @@ def test_the_cache_is_a_ring(flm):
             if t >= 80 - C.context:
                 b = one.hidden_step(x[..., t], short)
     assert (a - b).abs().max() < 1e-4
-    assert long.keys[0].shape == short.keys[0].shape == (1, 2, C.context, 8)
+    assert long.layers[0].keys.shape == short.layers[0].keys.shape == (1, 2, C.context, 8)
 
 
 def test_attention_sees_what_it_has_learned_to_see():
@@ -110,7 +121,7 @@ def test_listening_is_never_predicted_and_depth_sees_neither_text_nor_listening_
     other[:, LISTEN, -1] = 3
     other[:, TEXT, -1] = 3
     a, b = loss_parts(flm, x, V), loss_parts(flm, other, V)
-    assert torch.equal(a["semantic"], b["semantic"]) and torch.equal(a["acoustic"], b["acoustic"])
+    assert torch.equal(a["semantic_loss"], b["semantic_loss"]) and torch.equal(a["acoustic_loss"], b["acoustic_loss"])
 
 
 def test_the_loss_is_eq_3_counted_by_hand(flm):
@@ -119,23 +130,23 @@ def test_the_loss_is_eq_3_counted_by_hand(flm):
     x[0, SPEAK, 5] = V.empty
     parts = loss_parts(flm, x, V)
     with torch.no_grad():
-        h = flm(x[..., :-1])
+        h = flm.hidden(x[..., :-1])
         text = flm.text_logits(h).log_softmax(-1)
-        sums, right = {k: [] for k in ("mono", "wait", "semantic", "acoustic")}, []
+        sums, right = {k: [] for k in ("text", "wait", "semantic", "acoustic")}, []
         for b in range(2):
             for t in range(9):
                 token = x[b, TEXT, t + 1].item()
-                sums["wait" if token == V.wait else "mono"].append(-text[b, t, token].item())
+                sums["wait" if token == V.wait else "text"].append(-text[b, t, token].item())
                 right += [text[b, t].argmax() == token] * (token != V.wait)
                 codes = x[b, SPEAK, t + 1]
-                logp = flm.depth(h[b, t:t + 1], codes[None])[0].log_softmax(-1)
+                logp = flm.depth.logits(h[b, t:t + 1], codes[None])[0].log_softmax(-1)
                 for k, code in enumerate(codes.tolist()):
                     if code != V.empty:
                         sums["semantic" if k == 0 else "acoustic"].append(-logp[k, code].item())
     for name, values in sums.items():
-        assert math.isclose(parts[name].item(), sum(values) / len(values), rel_tol=1e-4), name
-    assert math.isclose(parts["waits"].item(), len(sums["wait"]) / len(sums["mono"]), rel_tol=1e-6)
-    assert math.isclose(parts["right"].item(), sum(right) / len(right), rel_tol=1e-6)
+        assert math.isclose(parts[f"{name}_loss"].item(), sum(values) / len(values), rel_tol=1e-4), name
+    assert math.isclose(parts["waits"].item(), len(sums["wait"]) / len(sums["text"]), rel_tol=1e-6)
+    assert math.isclose(parts["text_accuracy"].item(), sum(right) / len(right), rel_tol=1e-6)
 
 
 def test_a_loss_in_pieces_is_the_same_loss(flm, monkeypatch):
@@ -145,7 +156,7 @@ def test_a_loss_in_pieces_is_the_same_loss(flm, monkeypatch):
     def run():
         flm.zero_grad()
         parts = loss_parts(flm, x, V)
-        (parts["mono"] + parts["wait"] + parts["semantic"] + parts["acoustic"]).backward()
+        sum(parts[f"{name}_loss"] for name in ("text", "wait", "semantic", "acoustic")).backward()
         return [parts[k].item() for k in parts], [p.grad.clone() for p in flm.parameters()]
     whole = run()
     monkeypatch.setattr(model, "PIECE", 3 * flm.config.vocab_size)
@@ -164,7 +175,7 @@ def test_depth_learns_from_all_frames_of_speech_and_a_share_of_silence(flm):
     x[:, SPEAK, 8:12] = 5
     counted = []
     flm.depth.register_forward_hook(lambda m, args, out: counted.append(len(args[1])))
-    loss_parts(flm, x, V, (1.0, 0.0), torch.Generator().manual_seed(0))
+    loss_parts(flm, x, V, (1.0, 0.0))
     loss_parts(flm, x, V)
     assert counted == [4 + 2, 19]
 
@@ -208,5 +219,5 @@ def test_text_alone_has_no_loss_of_sound(flm):
     grid = torch.full((2, ROWS, 9), V.empty)
     grid[:, TEXT] = torch.randint(0, 37, (2, 9))
     parts = loss_parts(flm, grid, V)
-    assert parts["semantic"] == parts["acoustic"] == 0 and parts["mono"] > 1
+    assert parts["semantic_loss"] == parts["acoustic_loss"] == 0 and parts["text_loss"] > 1
     sum(parts.values()).backward()

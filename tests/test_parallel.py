@@ -17,27 +17,28 @@ import test_train
 import train
 from conftest import FLM, ROOT
 from files.checkpoint import load_checkpoint
+from training.muon import make_optimizer
 
 SCRIPT = """
 import sys; sys.path[:0] = [{root!r}, {tests!r}]
-import conftest, test_train, torch, train; from training import parallel
+import conftest, model, test_train, torch, train; from training import parallel
 torch.set_num_threads(1)
-train.slices_of_a_batch = lambda device: 2
-data, out, save_every = sys.argv[1:]
+data, out, save_every, precision, piece = sys.argv[1:]
+model.PIECE = int(piece) or model.PIECE
 device = parallel.begin("cpu")
-task = train.ModelTask(conftest.FLM, data, device)
+task = train.ModelTask(conftest.FLM, data, device, precision=precision)
 train.train(task, test_train.SHORT, out, resume=True, save_every=float(save_every))
 parallel.end()
 """
 
 
-def start(processes, data, out, save_every=0):
-    """processes: 0 for none of torchrun's."""
+def start(processes, data, out, save_every=0, precision="float32", piece=0):
+    """processes: 0 for none of torchrun's. piece: model.PIECE."""
     script = os.path.join(str(out) + ".py")
     with open(script, "w") as f:
         f.write(SCRIPT.format(root=ROOT, tests=os.path.join(ROOT, "tests")))
     with_torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
-    return subprocess.Popen([sys.executable, *with_torchrun, script, str(data), str(out), str(save_every)],
+    return subprocess.Popen([sys.executable, *with_torchrun, script, str(data), str(out), str(save_every), precision, str(piece)],
                             stdout=subprocess.DEVNULL, stderr=open(str(out) + ".log", "a"), start_new_session=True)
 
 
@@ -55,7 +56,7 @@ def wait_until(happened, process):
 def losses(out):
     """The last word on each step."""
     lines = [json.loads(line) for line in open(out / "log.jsonl")]
-    return {(e["stage"], e["step"], e.get("split")): {k: e[k] for k in ("loss", "mono", "semantic") if k in e} for e in lines}
+    return {(e["stage"], e["step"], e.get("split")): {k: e[k] for k in ("loss", "text_loss", "semantic_loss") if k in e} for e in lines}
 
 
 def same(a, b, tolerance):
@@ -78,6 +79,15 @@ def test_two_processes_follow_one(world, tmp_path):
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=2e-5)
     model.FLM.load(str(tmp_path / "two/checkpoint.pt"))  # what chat.py reads
+
+
+def test_two_processes_with_losses_in_pieces_follow_one(world, tmp_path):
+    """Each has its own number of speech frames, so its own number of pieces; the sharded depth transformer is still called
+    once by each. In bfloat16, where the two kinds of mixed precision round differently."""
+    one = start(0, world / "toy/encoded", tmp_path / "one", 999, "bfloat16")
+    two = start(2, world / "toy/encoded", tmp_path / "two", 999, "bfloat16", piece=3 * 300)
+    wait(one, tmp_path / "one"), wait(two, tmp_path / "two")
+    same(losses(tmp_path / "one"), losses(tmp_path / "two"), 0.05)
 
 
 @pytest.mark.slow
@@ -133,18 +143,18 @@ def test_sigterm_saves(world, tmp_path):
     process.terminate()
     process.wait(60)
     assert "stopped and saved" in open(str(tmp_path / "o") + ".log").read()
-    assert load_checkpoint(str(tmp_path / "o/checkpoint.pt"), "flm")["at"]["step"] >= 1
+    assert load_checkpoint(str(tmp_path / "o/checkpoint.pt"), "flm")["progress"]["step"] >= 1
 
 
 def test_a_loss_that_is_no_number_names_what_it_learned_from(world, tmp_path):
     task = train.ModelTask(FLM, str(world / "toy/encoded"), "cpu")
-    r = train.Run(task, test_train.SHORT, str(tmp_path / "o"))
+    r = train.Run(task, test_train.SHORT, str(tmp_path / "o"), make_optimizer(task.modules, True))
     r.save()
     before = (tmp_path / "o/checkpoint.pt").read_bytes()
     with torch.no_grad():
         task.model.head.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"the loss is nan at step 0 of one; .*/00000.npy from frame \d+"):
-        r.step()
+        test_train.gradients(r, next(r.batches(r.stage)))
     assert (tmp_path / "o/checkpoint.pt").read_bytes() == before
 
 

@@ -20,9 +20,9 @@ def test_the_plan_agrees_with_a_step_on_the_cpu(recompute, piece, monkeypatch):
     flm = model.FLM(config)
     flm.recompute = recompute
     with FlopCounterMode(display=False) as counter:  # a whole step, as it is
-        h = flm(torch.zeros(2, 17, 96, dtype=torch.long)).flatten(0, 1)
+        h = flm.hidden(torch.zeros(2, 17, 96, dtype=torch.long)).flatten(0, 1)
         text, codes = torch.zeros(192, dtype=torch.long), torch.zeros(192, 8, dtype=torch.long)
-        (model.text_losses(flm, h, text)[:, 0].sum() + model.sound_losses(flm, h, codes).sum()).backward()
+        (flm.text_losses(h, text)[:, 0].sum() + flm.depth(h, codes).sum()).backward()
     assert counted.flops == pytest.approx(counter.get_total_flops(), rel=0.03)
     if not recompute:
         assert planned.flops == counted.flops and planned.useful == pytest.approx(counted.flops, rel=0.03)

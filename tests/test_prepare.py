@@ -1,16 +1,25 @@
 """The manifest, corpora, and sound -> codes."""
 import json
+import os
+import pickle
 import shutil
+import sys
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 
+import corpora.dialogues
+import corpora.mix
 import prepare
+import toy.script
 import train
 from conftest import FLM, encode, loss_of, noise, run
 from files.audio import read_audio
+from files.encoded import places, read_encoded, write_index
 from files.manifest import check_line, read_manifest
 from mimi import FRAME, Mimi
 from files.tokenizer import PATTERN, load_tokenizer, make_tokenizer, train_bpe
@@ -98,7 +107,7 @@ def test_a_sound_file_that_is_cut_off_stops_the_encoding_and_names_it(world, tmp
 
 def small_world(world, tmp_path, n=10):
     """Some lines of the toy world in another folder."""
-    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy").mkdir(parents=True)
     lines = [json.loads(line) for line in list(open(world / "toy/manifest.jsonl"))[-n:]]
     for t in (t for d in lines for t in d["turns"]):
         t["audio"] = str(world / "toy" / t["audio"])
@@ -110,8 +119,8 @@ def test_a_killed_encoding_is_continued(world, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "SHARD", 4)
     folder = small_world(world, tmp_path)
     whole = encode(folder, world)
-    assert sorted(whole) == ["00000.jsonl", "00000.npy", "00001.jsonl", "00001.npy", "00002.jsonl", "00002.npy", "meta.json",
-                             "tokenizer.json"]
+    assert sorted(whole) == ["00000.jsonl", "00000.npy", "00001.jsonl", "00001.npy", "00002.jsonl", "00002.npy",
+                             "codec.pt", "index.npy", "meta.json", "tokenizer.json"]
     done, real = [], prepare.encode_shard
 
     def dies(task):
@@ -136,13 +145,14 @@ def test_two_processes_write_what_one_writes(world, tmp_path):
     lines = (small_world(world, tmp_path, 1) / "manifest.jsonl").read_text() * (prepare.SHARD + 5)
     (tmp_path / "toy/manifest.jsonl").write_text(lines)
     one = encode(tmp_path / "toy", world)
-    assert len(one) == 6 and encode(tmp_path / "toy", world, processes=2) == one
+    assert len(one) == 8 and encode(tmp_path / "toy", world, processes=2) == one
 
 
 def test_the_tokeniser_of_another_encoding(world, tmp_path):
     folder = small_world(world, tmp_path)
-    assert encode(folder, world, name=str(world / "toy/encoded"))["tokenizer.json"] == (world / "toy/encoded/tokenizer.json").read_bytes()
-    assert len(train.read_encoded(f"{world}/toy/encoded,{folder}/encoded")[1]) > 10
+    ours = encode(folder, world, name=str(world / "toy/encoded"))["tokenizer.json"]
+    assert ours == (world / "toy/encoded/tokenizer.json").read_bytes()
+    assert len(read_encoded(f"{world}/toy/encoded,{folder}/encoded")) > 10
 
 
 def corpus(folder, kind):
@@ -185,7 +195,7 @@ def test_a_corpus_as_it_is_downloaded(kind, world, tmp_path):
     layout = {"recorded": (1, 1)} if kind == "conversations" else {"tts": (1, 1), "asr": (1, 1)}
     loss, parts, _ = loss_of(task, train.Stage("one", 1, 2, 1e-3, 0, 48, layout))
     loss.backward()
-    assert torch.isfinite(loss) and parts["mono"] > 0
+    assert torch.isfinite(loss) and parts["text_loss"] > 0
     with pytest.raises(ValueError, match="the data holds nothing for response_tts"):
         loss_of(task, train.Stage("one", 1, 2, 1e-3, 0, 48, {"response_tts": (1, 1)}))
 
@@ -199,7 +209,7 @@ def test_a_recording_may_be_a_part_of_a_file(world, tmp_path):
     assert [d["turns"][0]["copies"][0]["speech"] for d in lines] == [15, 10]
     assert [(d["annotated"], d["lang"]) for d in lines] == [(False, "de"), (True, "de")]
     task = train.ModelTask(FLM, str(tmp_path / "encoded"), "cpu")
-    assert [len(s) for s in task.heard["train"]] == [len(s) for s in task.said["train"]] == [1, 1]
+    assert [len(s) for s in task.data.heard["train"]] == [len(s) for s in task.data.said["train"]] == [1, 1]
 
 
 def test_annotated_recordings_are_used_more_in_post_training_2():
@@ -207,17 +217,44 @@ def test_annotated_recordings_are_used_more_in_post_training_2():
     assert a.sources == (1, 1) and b.sources == (0.5, 5)
 
 
+WORDS = '{"audio": "x.wav", "text": "a b", '
+TALK = '{"audio": "x.wav", "sentences": [{"role": "model", "text": "a", "start": 1, "end": 2, '
+DIALOGUE = '{"turns": [{"role": "user", "text": "a", "audio": "x.wav"}], "interjections": [{"audio": "x.wav", "text": "m", '
+
+
 @pytest.mark.parametrize("line, says", [
+    (WORDS + '"split": "valid"}', "no split 'valid'; known are train, seen, new"),
+    (WORDS + '"split": ["train"]}', "known are train, seen, new"),
+    (WORDS + '"annotated": "yes"}', "annotated is true or false"),
+    (WORDS + '"start": null}', "turn's field 'start' is a number of seconds, not None"),
+    (WORDS + '"start": "1"}', "turn's field 'start' is a number of seconds, not '1'"),
+    (WORDS + '"start": true}', "not True"), (WORDS + '"start": -1}', "not -1"),
+    (WORDS + '"start": NaN}', "not nan"), (WORDS + '"end": Infinity}', "not inf"), (WORDS + '"end": 1e999}', "not inf"),
+    (WORDS + '"end": [2]}', r"not \[2\]"), (WORDS + '"starts": 1}', "starts is a list"),
+    (WORDS + '"starts": [0]}', "one for each word"), (WORDS + '"starts": [0, null]}', "starts is a list of seconds"),
+    (WORDS + '"starts": [1, 0.5]}', "in order"), (WORDS + '"starts": [0, NaN]}', "starts is a list"),
+    (TALK + '"cut": null}]}', "sentence's field 'cut' is a number of seconds, not None"),
+    (TALK + '"cut": 0.5}]}', "cannot be cut at 0.5"), (TALK + '"cut": "2"}]}', "not '2'"),
+    (TALK + '"end": null}]}', "sentence's field 'end' is a number of seconds, not None"),
+    (DIALOGUE + '"at": "1"}]}', "interjection's field 'at'"), (DIALOGUE + '"at": NaN}]}', "not nan"),
+    (DIALOGUE + '"at": 1, "start": null}]}', "not None"), ('{"turns": [1]}', "turn needs the field 'role'"),
+    ('{"audio": 3, "text": "a"}', "turn's field 'audio' is text, not 3"),
+    ('{"audio": "x.wav", "text": null}', "turn's field 'text' is text, not None"),
     ('{"audio": "x.wav", "text": "a", "start": 2, "end": 1}', "not a stretch of time"),
     ('{"audio": "x.wav"}', "needs the field 'text'"),
     ('{"audio": "x.wav", "sentences": [{"role": "model", "text": "a"}]}', "needs the field 'start'"),
-    ('{"turns": [{"role": "model", "text": "a", "audio": "x.wav"}, {"role": "user", "text": "a", "audio": "x.wav"}]}', "take turns"),
+    ('{"turns": [{"role": "model", "text": "a", "audio": "x.wav"}, {"role": "user", "text": "a", "audio": "x.wav"}]}',
+     "take turns"),
     ('[]', "not an object"),
 ])
 def test_lines_that_cannot_be_used(line, says, tmp_path):
     noise(tmp_path / "x.wav", 0.1, 8000)
     with pytest.raises(ValueError, match=says):
         check_line(line, 1, str(tmp_path))
+    (tmp_path / "manifest.jsonl").write_text(f'{line}\n{{"audio": "x.wav", "text": "a", "id": 7}}\n')
+    with pytest.raises(ValueError, match="manifest.jsonl, line 1: "):
+        list(read_manifest(str(tmp_path / "manifest.jsonl")))
+    assert [d["id"] for d in read_manifest(str(tmp_path / "manifest.jsonl"), skip_broken=True)] == [7]
 
 
 def test_a_corpus_that_is_not_one(tmp_path):
@@ -235,14 +272,191 @@ def test_training_refuses_codes_of_another_codec_or_tokeniser(world, tmp_path):
     folder = small_world(world, tmp_path)
     prepare.encode(str(folder), str(codec), "bpe", 300, 1, False, 1, "cpu")
     where = str(folder / "encoded")
-    assert len(train.read_encoded(where + "," + where)[1]) == 20
+    assert len(read_encoded(where + "," + where)) == 20
     with pytest.raises(ValueError, match="another tokenizer than .*toy/encoded"):
-        train.read_encoded(str(world / "toy/encoded") + "," + where)
+        read_encoded(str(world / "toy/encoded") + "," + where)
     codec.write_bytes(codec.read_bytes() + b" ")
+    assert len(read_encoded(where)) == 10  # it has its own copy
+    shutil.copy(codec, folder / "encoded/codec.pt")
     with pytest.raises(ValueError, match="another codec than .*codec.pt now is"):
-        train.read_encoded(where)
+        read_encoded(where)
     meta = json.loads((folder / "encoded/meta.json").read_text())
-    for changed, says in (({**meta, "version": 1}, "is of version 1"), ({"version": prepare.VERSION}, "KeyError"), ([], "is not what")):
+    for changed, says in (({**meta, "version": 2}, "is of version 2, not 3; run `python prepare.py encode` again"),
+                          ({"version": prepare.VERSION}, "KeyError"), ([], "is not what")):
         (folder / "encoded/meta.json").write_text(json.dumps(changed))
         with pytest.raises(ValueError, match=says):
-            train.read_encoded(where)
+            read_encoded(where)
+
+
+def test_an_encoded_folder_may_be_moved(world, tmp_path):
+    """With the whole checkout, or alone."""
+    (tmp_path / "checkout/out").mkdir(parents=True)
+    shutil.copy(world / "codec.pt", tmp_path / "checkout/out/codec.pt")
+    folder = small_world(world, tmp_path / "checkout", 4)
+    prepare.encode(str(folder), str(tmp_path / "checkout/out/codec.pt"), "bpe", 300, 1, False, 1, "cpu")
+    assert str(tmp_path) not in (folder / "encoded/meta.json").read_text()
+    (tmp_path / "checkout").rename(tmp_path / "elsewhere")
+    data = read_encoded(str(tmp_path / "elsewhere/toy/encoded"))
+    assert len(data) == 4 and Mimi.load(data.meta["codec"]).config.codebooks == data.meta["codebooks"]
+    (tmp_path / "elsewhere/toy/encoded").rename(tmp_path / "alone")
+    shutil.rmtree(tmp_path / "elsewhere")
+    data = read_encoded(str(tmp_path / "alone"))
+    assert Mimi.load(data.meta["codec"]).config == Mimi.load(str(world / "codec.pt")).config
+    assert len(data.codes(data.line(0)["turns"][0]["copies"][0]))
+
+
+def test_what_is_read_is_what_was_encoded(world, tmp_path, monkeypatch):
+    """From two folders with three shards and one, by threads, and after a pickle."""
+    monkeypatch.setattr(prepare, "SHARD", 4)
+    folder = small_world(world, tmp_path)
+    encode(folder, world, name=str(world / "toy/encoded"))
+    folders = [folder / "encoded", world / "toy/encoded"]
+    data = pickle.loads(pickle.dumps(read_encoded(",".join(map(str, folders)))))
+    wanted = []
+    for at, where in zip((0, 3), folders):
+        for shard in sorted(where.glob("*.jsonl")):
+            wanted += [(json.loads(line), at, where) for line in open(shard)]
+
+    def check(i):
+        line, at, where = wanted[i]
+        read, row = data.line(i), data.index[i]
+        assert (row["split"].decode(), row["kind"].decode()) == (line["split"], line["kind"])
+        assert (row["turns"], row["role"].decode()) == (len(line["turns"]), line["turns"][0]["role"])
+        assert row["annotated"] and row["interjections"] == ("interjections" in line) and not row["sentences"]
+        for place, original in zip(places(read), places(line), strict=True):
+            codes = np.load(where / f"{original['shard']:05}.npy")
+            codes = codes[original["offset"]:original["offset"] + original["frames"]]
+            assert np.array_equal(data.codes(place), codes) and place["shard"] == at + original["shard"]
+            place["shard"] -= at
+        assert read == line
+    assert len(data) == len(wanted) == len(data.index) and data.index["interjections"].any()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(check, [*range(len(data)), *range(20)]))
+
+
+@pytest.mark.parametrize("damage, says", [
+    (lambda f: (f / "00000.npy").write_bytes((f / "00000.npy").read_bytes()[:-2]), "00000.npy from frame .* damaged"),
+    (lambda f: np.save(f / "00000.npy", np.load(f / "00000.npy") + np.int16(1000)), "codes below 32; encode it again"),
+    (lambda f: (f / "00000.jsonl").write_bytes(b"    " + (f / "00000.jsonl").read_bytes()), "00000.jsonl from .* damaged"),
+    (lambda f: (f / "00000.npy").unlink(), "00000.npy: not there; `python prepare.py encode` makes it"),
+    (lambda f: (f / "index.npy").write_bytes(b"x"), "index.npy: damaged"),
+    (lambda f: np.save(f / "index.npy", np.zeros(3)), "index.npy: is of another version"),
+    (lambda f: shutil.rmtree(f), "meta.json: not there; `python prepare.py encode` makes it"),
+])
+def test_damaged_codes_are_one_clear_error(world, tmp_path, damage, says):
+    shutil.copytree(world / "toy/encoded", tmp_path / "encoded")
+    damage(tmp_path / "encoded")
+    with pytest.raises((ValueError, OSError), match=says):
+        data = read_encoded(str(tmp_path / "encoded"))
+        for i in range(len(data)):
+            for place in places(data.line(i)):
+                data.codes(place)
+
+
+def many_lines(world, folder, shards, lines):
+    """An encoded folder with shards of this number of equal lines each."""
+    shutil.copytree(world / "toy/encoded", folder)
+    codes = np.load(folder / "00000.npy")[:50]
+    line = next(line for line in open(folder / "00000.jsonl") if len(json.loads(line)["turns"]) == 2)
+    line = json.loads(line)
+    for shard in range(shards):
+        np.save(folder / f"{shard:05}.npy", codes + np.int16(0))
+        for place in places(line):
+            place.update(shard=shard, offset=shard % 40, frames=10)
+        (folder / f"{shard:05}.jsonl").write_text((json.dumps(line) + "\n") * lines)
+    meta = json.loads((folder / "meta.json").read_text()) | {"shards": [[0, 0]] * shards}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert write_index(str(folder), shards) == 50 * shards
+    return codes
+
+
+def test_a_thousand_shards_need_few_file_descriptors(world, tmp_path):
+    resource = pytest.importorskip("resource")
+    codes = many_lines(world, tmp_path / "encoded", 1000, 2)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd")), default=60) + 8
+                                                if os.path.exists("/proc/self/fd") else 64, limits[1]))
+    try:
+        data = read_encoded(str(tmp_path / "encoded"))
+        for i in range(0, 2000, 2):
+            place = data.line(i)["turns"][0]["copies"][0]
+            assert place["shard"] == i // 2
+            assert np.array_equal(data.codes(place), codes[place["offset"]:place["offset"] + 10])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.parametrize("shards, lines", [(20, 500), pytest.param(1000, 500, marks=pytest.mark.slow)])
+def test_memory_of_many_lines(world, tmp_path, shards, lines):
+    """At most 64 bytes a line: 32 MB for 500,000 of them."""
+    many_lines(world, tmp_path / "encoded", shards, lines)
+    read_encoded(str(world / "toy/encoded"))  # what every folder needs
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        data = read_encoded(str(tmp_path / "encoded"))
+        held = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert len(data) == shards * lines and held < 64 * len(data) + 500_000
+
+
+def test_without_the_module_resource(world, tmp_path, monkeypatch):
+    """As on Windows."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert prepare.peak_memory() == ""
+    assert len(encode(small_world(world, tmp_path, 2), world)) == 6
+
+
+def test_a_file_with_and_without_an_end(world, tmp_path):
+    noise(tmp_path / "a.wav", 1.0, 16_000)
+    lines = [{"audio": "a.wav", "text": "one"}, {"audio": "a.wav", "start": 0, "end": 1.0, "text": "two"},
+             {"audio": "a.wav", "end": 1.0, "text": "one"}, {"audio": "a.wav", "end": None, "text": "two"}]
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(d) + "\n" for d in lines))
+    lines = [json.loads(line) for line in encode(tmp_path, world)["00000.jsonl"].splitlines()]
+    assert [d["turns"][0]["copies"][0]["speech"] for d in lines] == [13] * 4
+
+
+def commands(world, tmp_path):
+    """Of every command that writes a folder: its command line, all but --out."""
+    talk = {"turns": [{"role": "user", "text": "hello"}, {"role": "model", "text": "you"}]}
+    (tmp_path / "talks.jsonl").write_text(json.dumps(talk) + "\n")
+    return {"toy": ["--items", 2, "--tests", 1, "--sentences", 4, "--voices", 2],
+            "speak": [tmp_path / "talks.jsonl"], "mix": ["--data", world / "toy", "--conversations", 1],
+            **{kind: [corpus(tmp_path / kind, kind)] for kind in prepare.CORPORA}}
+
+
+@pytest.mark.parametrize("name", ["toy", "speak", "mix", *prepare.CORPORA])
+def test_a_slash_at_the_end_of_out(world, tmp_path, name):
+    code, _, err = run("prepare.py", name, *commands(world, tmp_path)[name], "--out", f"{tmp_path}/out/")
+    assert code == 0 and os.listdir(tmp_path / "out") and not (tmp_path / "out/.partial").exists(), err
+    code, _, err = run("prepare.py", name, *commands(world, tmp_path)[name], "--out", f"{tmp_path}/out/")
+    assert code == 1 and "is there already; remove it, or name another folder with --out" in err
+
+
+@pytest.mark.parametrize("name", ["toy", "speak", "mix", *prepare.CORPORA, "encode"])
+def test_folders_that_are_not_ours_are_left_alone(world, tmp_path, name, monkeypatch):
+    """A link, a file, and a folder with other files, at the output's place or at its .partial: one line, before any work."""
+    for module, work in ((toy.script, "speak_all"), (corpora.dialogues, "speak_all"), (corpora.mix, "converse"),
+                         (prepare, "survey"), (prepare.Mimi, "load")):
+        monkeypatch.setattr(module, work, lambda *args, **kwargs: pytest.fail("it has begun to work"))
+    arguments = ["encode", "--data", tmp_path / "data"] if name == "encode" else \
+        [name, *commands(world, tmp_path)[name], "--out", tmp_path / "data/encoded"]
+    ends = ["/manifest.jsonl"] if name in prepare.CORPORA else ["", ".partial"]
+    for end in ends:
+        for kind in ("link", "file", "folder"):
+            shutil.rmtree(tmp_path / "data", ignore_errors=True)
+            place = tmp_path / f"data/encoded{end}"
+            place.parent.mkdir(parents=True)
+            if kind == "link":
+                (tmp_path / "target").mkdir(exist_ok=True)
+                place.symlink_to(tmp_path / "target" if end != ".partial" else tmp_path / "nowhere")
+            elif kind == "file":
+                place.write_text("mine")
+            else:
+                place.mkdir()
+                (place / "thesis.txt").write_text("mine")
+            code, _, err = run("prepare.py", *arguments)
+            assert code == 1 and str(place) in err and len(err.splitlines()) == 1 and "Traceback" not in err, (kind, err)
+            assert os.path.islink(place) if kind == "link" else \
+                (place / "thesis.txt" if kind == "folder" else place).read_text() == "mine"

@@ -23,8 +23,8 @@ def test_the_release_computes_what_it_should():
     assert (vocab.wait, vocab.empty, vocab.codebook_size) == (130, 33, 32)
     grid = torch.cat([golden["text"][:, None], golden["speak"].mT, golden["listen"].mT], 1)
     with torch.no_grad():
-        h = model(grid)
-        depth = model.depth(h[:, :-1].flatten(0, 1), golden["speak"][:, 1:].flatten(0, 1))
+        h = model.hidden(grid)
+        depth = model.depth.logits(h[:, :-1].flatten(0, 1), golden["speak"][:, 1:].flatten(0, 1))
         depth = depth.view(golden["depth_logits"].shape)
     for mine, right in ((h, "hidden"), (model.text_logits(h), "text_logits"), (depth, "depth_logits")):
         assert (mine - golden[right]).abs().max() < 1e-4, right
@@ -76,7 +76,7 @@ def test_qwen_becomes_the_temporal_transformer(tied, prefix, kind, tmp_path):
         for table in tables:
             table.weight.data.zero_()
     grid = torch.randint(0, 20, (2, 17, 9))
-    assert torch.equal(model.text_logits(model(grid)), source.text_logits(source(grid)))
+    assert torch.equal(model.text_logits(model.hidden(grid)), source.text_logits(source.hidden(grid)))
 
 
 @pytest.mark.slow
@@ -97,7 +97,7 @@ def test_qwen_against_the_transformers_library(tied, tmp_path):
         table.weight.zero_()
     grid = torch.randint(0, 20, (2, 17, 30))
     right = theirs(grid[:, 0]).logits
-    assert right.std() > 0.3 and (model.text_logits(model(grid)) - right).abs().max() < 1e-4
+    assert right.std() > 0.3 and (model.text_logits(model.hidden(grid)) - right).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("change, says", [

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from corpora.readers import sentences_of
 from prepare import tokens_of
 from files.tokenizer import BYTES, PATTERN, QWEN_PATTERN, get_tokenizer, make_tokenizer, train_bpe
 
@@ -59,6 +60,30 @@ def test_every_tokeniser_gives_back_every_text(name, tmp_path):
         assert t.encode_ordinary("the the") == [saved["ranks"][b"t"], saved["ranks"][b"he"], 258]
         assert t.encode_ordinary("你") == [260] and saved["ranks"][b"# "] == 261
         assert t.encode("<|im_start|><wait>", allowed_special="all") == [263, 264]
+
+
+@pytest.mark.parametrize("text", ["你好吗？世界！", "今天 你好， 世界", "3月你好", "AI你好 the", "ありがとう", "สวัสดี", "𠮷野家"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json"])
+def test_a_published_vocabulary_gets_text_without_spaces_as_it_is_written(name, text, tmp_path):
+    t = make_tokenizer(**get_tokenizer(publish(tmp_path, name), {}, 0))
+    assert tokens_of({"text": text}, t)["tokens"] == t.encode_ordinary(text)
+    turn = {"text": text, "starts": [float(i) for i in range(len(text.split()))]}
+    assert tokens_of(turn, t)["tokens"] == t.encode_ordinary(text) and tokens_of(turn, t)["starts"][0] == 0
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe", "tokenizer.json", "vocab.json"])
+def test_every_other_word_has_a_space_before_it(name, tmp_path):
+    words = Counter([" the", " the", " 你好"])
+    t = make_tokenizer(**get_tokenizer(name if "." not in name else publish(tmp_path, name), words, 300))
+    texts = ["the other, the", "Grüße", "안녕 하세요"] + (["你好 你好"] if "." not in name else [])
+    for text in texts:
+        assert tokens_of({"text": text}, t)["tokens"] == t.encode_ordinary(" " + text)
+    assert name != "bpe" or len(tokens_of({"text": "你好 你好"}, t)["tokens"]) == 2
+
+
+def test_words_of_conversations_are_joined_as_they_are_written():
+    words = [(w, i, i + 1, "SPEAKER_MAIN") for i, w in enumerate(["你", "好", "，", "Anna", "and", "我", "们"])]
+    assert [s["text"] for s in sentences_of(words)] == ["你好， Anna and 我们"]
 
 
 @pytest.mark.slow

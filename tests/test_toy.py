@@ -41,7 +41,7 @@ def test_answers_are_right_and_tests_are_held_out(lang, kind):
     test = {make_request(lang, kind, True, rng) for _ in range(400)}
     pair = lambda answer: frozenset(lang.numbers.index(w) for w in (answer.split()[0], answer.split()[-1]))
     for request, answer in train | test:
-        asked = [w for w in request.split() if w not in lang.little]
+        asked = [w for w in request.split() if w not in lang.function_words]
         if kind == "repeat":
             assert asked == answer.split() and len(asked) == 3
         elif kind == "count":
@@ -117,7 +117,7 @@ def test_two_languages_from_words_to_a_batch(world, tmp_path):
     prepare.encode(str(tmp_path / "toy"), str(world / "codec.pt"), "bpe", 400, 1, False, 1, "cpu")
     task = train.ModelTask(FLM, str(tmp_path / "toy/encoded"), "cpu")
     tokenizer = load_tokenizer(str(tmp_path / "toy/encoded/tokenizer.json"))
-    heard = {tokenizer.decode(t["tokens"]).strip() for part in task.heard["train"] for t in part}
+    heard = {tokenizer.decode(task.data.line(line)["turns"][turn]["tokens"]).strip() for part in task.data.heard["train"] for line, turn in part}
     assert heard == {t["text"] for d in lines for t in d["turns"] if d["split"] == "train" and t["role"] == "user" and d["kind"] != "backchannel"}
     task.batch(STAGES["tiny"][-1], 0.0, "train", random.Random(0))
     clips = toy.codec.Clips(str(tmp_path / "toy"))

@@ -16,11 +16,15 @@ import torch
 import model
 import streams
 import train
-from conftest import FLM, ROOT, loss_of, run
+import toy.codec
+from conftest import CODEC, FLM, ROOT, loss_of, run
 from files.checkpoint import load_checkpoint
+from published.release import load_release
 from streams import LISTEN, SPEAK, TEXT, Utterance
 from files.tokenizer import load_tokenizer
 from train import STAGES, Stage
+from training.muon import make_optimizer
+from training.run import default_precision
 
 SHORT = [Stage("one", 14, 2, 1e-3, 1e-3, 48, {"tts": (1, 0), "asr": (0, 1)}, wait=0.3, frame_dropout=0.1, depth=(0.5, 0.2)),
          Stage("two", 26, 2, 1e-3, 0, 48, {"asr_response_tts": (1, 1), "free_response_tts": (1, 1)}, wait=0.3, frame_dropout=0.1, depth=(0.5, 0.2))]
@@ -28,6 +32,7 @@ SHORT = [Stage("one", 14, 2, 1e-3, 1e-3, 48, {"tts": (1, 0), "asr": (0, 1)}, wai
 # a run of the model and of the codec, saving after every step
 SCRIPT = """
 import sys; sys.path[:0] = [{root!r}, {tests!r}]
+import conftest, test_train, toy.codec, torch, train
 torch.set_num_threads(1); torch.manual_seed(1)
 kind, data, out = sys.argv[1:]
 if kind == "model":
@@ -68,7 +73,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(world, tmp_path, kind):
     assert whole.wait(120) == 0
     kind = {"model": "flm", "codec": "codec"}[kind]
     a, b = load_checkpoint(str(path), kind), load_checkpoint(str(tmp_path / "whole/checkpoint.pt"), kind)
-    assert a["at"] == b["at"]
+    assert a["progress"] == b["progress"]
     assert a["model"].keys() == b["model"].keys() and all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
 
 
@@ -79,69 +84,109 @@ def test_training_lowers_the_loss(world, tmp_path):
     log = [json.loads(line) for line in open(tmp_path / "o/log.jsonl")]
     first, last = log[0], [e for e in log if "loss" in e][-1]
     assert last["loss"] < 0.6 * first["loss"]
-    assert {"mono", "wait", "semantic", "acoustic"} <= log[-1].keys() and log[-1]["split"] == "held-out"
+    assert {"text_loss", "wait_loss", "semantic_loss", "acoustic_loss", "text_accuracy"} <= log[-1].keys() and log[-1]["split"] == "held-out"
 
 
-def test_a_step_is_the_mean_of_its_slices(world, tmp_path):
-    """Two threads with half the rows each, and the same in sequence."""
-    torch.manual_seed(0)
-    run_ = train.Run(train.ModelTask(FLM, str(world / "toy/encoded"), "cpu"), SHORT, str(tmp_path / "o"))
-    run_.at["slices"], run_.at["bf16"] = 2, False
-    losses, grads = [], []
-    for i in range(2):
-        some, _ = run_.slice(dataclasses.replace(SHORT[0], batch=SHORT[0].batch // 2), i)
-        losses.append(some)
-        grads.append(torch.autograd.grad(some["loss"], run_.params, materialize_grads=True))
-    whole = torch.cat([((a + b) / 2).flatten() for a, b in zip(*grads)])
-    before = [p.detach().clone() for p in run_.params]
-    for threads in (run_.threads, None):  # side by side, one by one
-        run_.threads = threads
-        loss, parts, _ = run_.step()
-        assert torch.isclose(loss, (losses[0]["loss"] + losses[1]["loss"]) / 2) and losses[0]["loss"] != losses[1]["loss"]
-        assert torch.isclose(parts["mono"], (losses[0]["mono"] + losses[1]["mono"]) / 2)
-        clipped = torch.cat([p.grad.flatten() for p in run_.params])
-        assert torch.allclose(clipped, whole * min(1, 1 / whole.norm().item()), atol=1e-6)
-        run_.at["step"] = 0  # and once more from the start
-        for p, old in zip(run_.params, before):
-            p.data.copy_(old)
+def new_run(world, out, stages=SHORT, precision="float32", **kwargs):
+    task = train.ModelTask(FLM, str(world / "toy/encoded"), "cpu", precision=precision)
+    return train.Run(task, stages, str(out), make_optimizer(task.modules, True), **kwargs)
 
 
-def test_the_next_slice_is_made_while_the_gpu_works(world, tmp_path):
-    """As many batches as steps and the same losses, and none of a stage that is over."""
-    def learn(name, ahead):
-        r = train.Run(train.ModelTask(FLM, str(world / "toy/encoded"), "cpu"), SHORT, str(tmp_path / name))
-        r.threads, r.at["slices"], r.at["bf16"], batch, made = None, 1, False, r.task.batch, []
-        r.task.batch = lambda *args: made.append(1) or batch(*args)
-        losses = []
-        for _ in range(SHORT[0].steps):
-            if not ahead:
-                r.ahead.clear()
-            losses.append(r.step()[0].item())
-        assert not r.ahead
-        return losses, len(made)
-    (a, n), (b, twice) = learn("a", True), learn("b", False)
-    assert a == b and n == SHORT[0].steps and twice == 2 * n - 1
+def gradients(run_, batch):
+    """Of Eq. 3 for a batch, unclipped, and its parts."""
+    totals = run_.totals(batch)
+    parts, _ = run_.backward(lambda micro: run_.task.loss(run_.stage, micro, totals), batch)
+    return torch.cat([p.grad.flatten() for p in run_.params]), parts
+
+
+def test_micro_batches_threads_and_precision_do_not_change_the_objective(world, tmp_path):
+    """One, two and four micro-batches, in threads and in turn: the same gradient to rounding, in both precisions. The rows
+    differ in how many monologue tokens they have."""
+    stage = dataclasses.replace(SHORT[0], batch=4, layouts={"tts": (1, 1), "language": (1, 1)})
+    for precision, tolerance in (("float32", 1e-5), ("bfloat16", 3e-2)):
+        run_ = new_run(world, tmp_path / precision, [stage], precision)
+        batch = next(run_.batches(stage))
+        tokens = (batch[0][:, TEXT] != run_.task.vocab.wait).sum(1)
+        assert tokens.min() < tokens.max()
+        threads, found = run_.threads, []
+        for run_.micro_batches in (1, 2, 4):
+            for run_.threads in (threads, None):
+                found.append(gradients(run_, batch))
+        (whole, parts), *others = found
+        for gradient, same in others:
+            assert (gradient - whole).norm() < tolerance * whole.norm()
+            for name in parts:
+                assert torch.isclose(parts[name], same[name], rtol=tolerance, atol=1e-6), name
+
+
+def test_a_batch_is_shared_row_by_row(world):
+    """A row is the same whoever makes it, alone or with the others."""
+    task = train.ModelTask(FLM, str(world / "toy/encoded"), "cpu")
+    stage = dataclasses.replace(SHORT[1], batch=4)
+    whole, part = (task.batch(stage, 0.5, "train", random.Random(3), rows) for rows in (range(4), range(1, 4, 2)))
+    assert all(torch.equal(a[1::2], b) for a, b in zip(whole, part))
+
+
+def test_the_codecs_loss_does_not_depend_on_micro_batches(world, tmp_path):
+    stage = Stage("codec", 5, 4, 1e-3, 0)
+    task = toy.codec.CodecTask(CODEC, str(world / "toy"), "cpu", "float32")
+    run_ = train.Run(task, [stage], str(tmp_path / "o"), make_optimizer(task.modules, True))
+    batch, found = next(run_.batches(stage)), []
+    for run_.micro_batches in (1, 2, 4):
+        found.append(gradients(run_, batch))
+    for gradient, parts in found[1:]:
+        assert (gradient - found[0][0]).norm() < 1e-4 * found[0][0].norm()
+        assert torch.isclose(parts["loss"], found[0][1]["loss"], rtol=1e-5)
+
+
+def test_precision_is_chosen_by_what_the_machine_supports(monkeypatch, world, tmp_path):
+    """Never by a stopwatch; the checkpoint says it, and another one is refused."""
+    for supported, name in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported, raising=False)
+        assert default_precision("cpu") == name
+    assert default_precision("cuda") == "bfloat16"
+    run_ = new_run(world, tmp_path / "o", precision="bfloat16")
+    run_.save()
+    with pytest.raises(ValueError, match="--precision bfloat16 goes on"):
+        new_run(world, tmp_path / "o", precision="float32", resume=True)
+
+
+def test_both_precisions_learn(world, tmp_path):
+    for precision in ("float32", "bfloat16"):
+        task = train.ModelTask(FLM, str(world / "toy/encoded"), "cpu", precision=precision)
+        train.train(task, [Stage("s", 80, 4, 3e-3, 0, 64, {"tts": (1, 1)}, wait=0.3)], str(tmp_path / precision))
+        losses = [e["loss"] for e in map(json.loads, open(tmp_path / precision / "log.jsonl")) if "loss" in e]
+        assert losses[-1] < 0.85 * losses[0], precision
+
+
+def test_a_stage_gets_as_many_batches_as_steps(world, tmp_path):
+    run_ = new_run(world, tmp_path / "o")
+    next(stages := run_.unfinished_stages())
+    for n, batch in enumerate(run_.batches(SHORT[0]), 1):
+        run_.progress["step"] += 1
+    assert n == SHORT[0].steps
+    stages.close()
 
 
 def test_a_spoilt_batch_is_named(world, tmp_path):
     """The names are those of what the step has learned from."""
-    r = train.Run(train.ModelTask(FLM, str(world / "toy/encoded"), "cpu"), SHORT, str(tmp_path / "o"))
-    r.task.used = []
-    r.slice(SHORT[0], 0)
-    used, r.task.used = sorted(set(r.task.used)), None
-    assert used and r.task.names(SHORT[0], r.progress(), r.rng(0)) == used
+    run_ = new_run(world, tmp_path / "o")
+    run_.task.data.used = []
+    next(run_.batches(SHORT[0]))
+    used, run_.task.data.used = sorted(set(run_.task.data.used)), None
+    assert used and run_.task.sources(SHORT[0], run_.fraction(), run_.rng(0), run_.rows(SHORT[0])) == used
 
 
 def test_every_batch_is_a_function_of_its_step(world):
     task = train.ModelTask(FLM, str(world / "toy/encoded"), "cpu")
-    a, b, c = (task.batch(SHORT[1], 0.5, "train", random.Random(s)) for s in (1, 1, 2))
+    a, b, c = (task.batch(SHORT[1], 0.5, "train", random.Random(s))[0] for s in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
 def test_batches_hold_what_their_layout_says(world):
     task = train.ModelTask(FLM, str(world / "toy/encoded"), "cpu")
     v = task.vocab
-    of = lambda layout: task.batch(Stage("s", 1, 8, 0, 0, 96, {layout: (1, 1)}), 0, "train", random.Random(0))
+    of = lambda layout: task.batch(Stage("s", 1, 8, 0, 0, 96, {layout: (1, 1)}), 0, "train", random.Random(0))[0]
     assert (of("tts")[:, LISTEN] == v.empty).all() and (of("asr")[:, SPEAK] == v.empty).all()
     assert (of("asr_response_tts")[:, TEXT] == v.asr).any() and not (of("response_tts")[:, TEXT] == v.asr).any()
     for layout in ("response_tts", "free_response_tts"):
@@ -155,7 +200,7 @@ def test_the_variants_of_the_papers_questions(world, monkeypatch):
     assert len({(sum(s.steps for s in stages), *{(s.batch, s.frames, s.lr) for s in stages}) for stages in questions.VARIANTS.values()}) == 1
     for stages in questions.VARIANTS.values():
         for s in stages:
-            assert task.batch(dataclasses.replace(s, batch=2), 0.5, "train", random.Random(0)).shape == (2, 17, s.frames)
+            assert task.batch(dataclasses.replace(s, batch=2), 0.5, "train", random.Random(0))[0].shape == (2, 17, s.frames)
     u = Utterance([7, 8], np.arange(6)[:, None].repeat(8, 1), 5, [0, 3])
     grid = questions.aligned_tts(u, task.vocab)
     assert [t for t in range(grid.shape[1]) if grid[TEXT, t] != task.vocab.wait] == [2, 5]
@@ -169,30 +214,31 @@ def test_interruptions_come_with_probability_0_7(world):
     try:
         rng = random.Random(0)
         for _ in range(1500):
-            task.grid("free_response_tts", STAGES["tiny"][-1], "train", rng)
+            task.data.grid("free_response_tts", STAGES["tiny"][-1], "train", rng)
     finally:
         streams.free_response_tts = original
     assert abs(sum(b is not None for b in calls) / len(calls) - 0.7) < 0.04
 
 
-def test_stories_and_murmurs_reach_the_batches(world):
+def test_stories_and_backchannels_reach_the_batches(world):
     """What the model says while a user tells a story stands in the grids of fine-tuning 2 where the manifest says; in fine-tuning 1
     there are no stories. Users' backchannels are only ever heard while the model speaks."""
     data = world / "toy/encoded"
     task = train.ModelTask(FLM, str(data), "cpu")
     v, rng, tokenizer = task.vocab, random.Random(0), load_tokenizer(str(data / "tokenizer.json"))
-    stories = [turns for turns in task.free["train"] if turns[0][0]["interjections"]]
-    assert stories and not any(a["interjections"] for turns in task.dialogues["train"] for a, _ in turns)
+    stories = [turns for turns in map(task.data.dialogue, task.data.free["train"]) if turns[0][0]["interjections"]]
+    plain = [turns for turns in map(task.data.dialogue, task.data.dialogues["train"])]
+    assert stories and not any(a.get("interjections") for turns in plain for a, _ in turns)
     for ((user, reply),) in stories:
-        heard, answer = task.utterance(user, rng), task.utterance(reply, rng)
+        heard, answer = task.data.utterance(user, rng), task.data.utterance(reply, rng)
         grid = streams.response_tts([(heard, answer)], [3], v)
         for (frame, said), told in zip(heard.interjections, user["interjections"], strict=True):
             assert abs(frame / 12.5 - told["at"]) < 0.25
             text = [t for t in grid[TEXT, 3 + frame - 2:][:len(said.tokens)].tolist()]
             assert tokenizer.decode(text) == " " + told["text"]
             assert (grid[SPEAK, 3 + frame:3 + frame + said.speech] == said.codes[:said.speech].T).all()
-    murmur = {id(t) for t in task.backchannels["train"]}
-    assert murmur and not murmur & {id(t) for part in task.heard["train"] for t in part}
+    backchannels = {*task.data.backchannels["train"].tolist()}
+    assert backchannels and not backchannels & {line for part in task.data.heard["train"] for line, _ in part.tolist()}
 
 
 def test_the_paper_is_in_the_tables():
@@ -233,8 +279,8 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(world, tmp_p
     task.loss = lambda stage, *a: good(stage, *a) if stage.name == "one" else (math.nan * sum(p.sum() for p in task.modules.parameters()), {}, None)
     with pytest.raises(ValueError, match="step 0 of two"):
         train.train(task, SHORT, str(tmp_path))
-    at = load_checkpoint(str(tmp_path / "checkpoint.pt"), "flm")["at"]
-    assert (at["stage"], at["step"]) == (1, 0)
+    progress = load_checkpoint(str(tmp_path / "checkpoint.pt"), "flm")["progress"]
+    assert (progress["stage"], progress["step"]) == (1, 0)
 
 
 @pytest.mark.parametrize("damage, message", [
@@ -326,7 +372,7 @@ def test_a_trained_model_is_exported_as_the_release_is_laid_out(world, tmp_path)
     pytest.importorskip("safetensors")
     code, out, err = run("published.release", world / "flm", tmp_path / "x")
     assert code == 0 and f"Wrote {tmp_path}/x" in out, err
-    ours, theirs = model.FLM.load(str(world / "flm/checkpoint.pt"))[0], model.FLM.from_pretrained(str(tmp_path / "x"))[0]
+    ours, theirs = model.FLM.load(str(world / "flm/checkpoint.pt"))[0], load_release(str(tmp_path / "x"))[0]
     a, b = ours.state_dict(), theirs.state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     load_tokenizer(str(tmp_path / "x/tokenizer.json"))
@@ -348,8 +394,9 @@ def test_eight_bits_learn_and_go_on(world, tmp_path):
     lines = [json.loads(line) for line in open(tmp_path / "o/log.jsonl")]
     first, *_, last = [e["loss"] for e in lines if e.get("split") is None]
     assert last < first - 0.3
-    r = train.Run(task(), [stage], str(tmp_path / "o"), resume=True)
-    assert r.steps() == 30
-    r.at["stage"], r.at["step"] = 0, 29  # the last one once more
-    loss, _, _ = r.step()
-    assert loss < first - 0.3 and next(r.task.modules.parameters()).dtype == torch.bfloat16
+    again = task()
+    r = train.Run(again, [stage], str(tmp_path / "o"), make_optimizer(again.modules, True), resume=True)
+    assert r.total_steps() == 30
+    r.progress["stage"], r.progress["step"] = 0, 29  # the last one once more
+    _, parts = gradients(r, next(r.batches(stage)))
+    assert parts["loss"] < first - 0.3 and next(r.task.modules.parameters()).dtype == torch.bfloat16

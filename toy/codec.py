@@ -15,37 +15,46 @@ from files.audio import SAMPLE_RATE, read_audio
 from files.checkpoint import load_weights
 from files.manifest import read_manifest, seconds_of, clip_key
 from mimi import FRAME, Mimi, mel_filters
+from training.run import default_precision
 
 
 class Clips:
-    """The sound files of a manifest, up to six seconds each, and what is said in them; the letters, of whatever writing, that occur
-    in it."""
+    """The clips of a manifest, up to six seconds each, and what is said in them; the letters, of whatever writing, that
+    occur in it."""
 
     def __init__(self, data):
-        self.clips = {"train": set(), "seen": set()}  # (where it is, what is said)
+        self.clips = {"train": set(), "seen": set()}  # (key of the clip, what is said)
         for d in read_manifest(os.path.join(data, "manifest.jsonl")):
             if d["split"] in self.clips:
                 self.clips[d["split"]] |= {(clip_key(t), t["text"]) for t in d.get("turns", ())}
         self.letters = "".join(sorted({c for _, text in self.clips["train"] for c in text.lower()}))
-        self.frames = {place: round(seconds_of(*place) * SAMPLE_RATE) for clips in self.clips.values() for place, _ in clips}
+        keys = {key for clips in self.clips.values() for key, _ in clips}
+        self.frames = {key: round(seconds_of(*key) * SAMPLE_RATE) for key in keys}
         self.clips = {split: sorted((c for c in clips if self.frames[c[0]] <= 6 * SAMPLE_RATE), key=str)
                       for split, clips in self.clips.items()}
+        if not self.clips["train"]:
+            raise ValueError(f"{data}/manifest.jsonl: holds no clip of at most six seconds to train on")
         self.fingerprint = f"{sum(map(len, self.clips.values()))} clips"
-        self.sounds = {}  # where -> int16 samples, once read
+        self.audio = {}  # key -> int16 samples, once read
 
-    def batch(self, stage, progress, split, rng):
-        """B clips of about the same length, begun at any place in a frame: sound (B, 1, 1920*T), letters of each."""
-        pool = sorted(rng.sample(self.clips[split], 8 * stage.batch), key=lambda clip: self.frames[clip[0]])
-        start = stage.batch * rng.randrange(8)
+    def holds(self, stage, split):
+        return bool(self.clips[split])
+
+    def batch(self, stage, progress, split, rng, rows=None):
+        """B clips of about the same length, begun at any place in a frame: waveforms (B, 1, 1920*T), the letters of each.
+        B is smaller where there are fewer clips."""
+        clips = self.clips[split]
+        pool = sorted(rng.sample(clips, min(len(clips), 8 * stage.batch)), key=lambda clip: self.frames[clip[0]])
+        start = rng.randrange(max(1, len(pool) - stage.batch + 1))
         pool = pool[start:start + stage.batch]
         leads = [rng.randrange(2 * FRAME) for _ in pool]
-        T = max(-(-(lead + self.frames[place]) // FRAME) for lead, (place, _) in zip(leads, pool)) + 1
-        wav = torch.zeros(stage.batch, 1, T * FRAME)
-        for row, lead, (place, _) in zip(wav, leads, pool):
-            if place not in self.sounds:
-                path, start, end = place
-                self.sounds[place] = (read_audio(path, start=start, end=end) * 32767).short()
-            x = self.sounds[place].float() / 32767
+        T = max(-(-(lead + self.frames[key]) // FRAME) for lead, (key, _) in zip(leads, pool)) + 1
+        wav = torch.zeros(len(pool), 1, T * FRAME)
+        for row, lead, (key, _) in zip(wav, leads, pool):
+            if key not in self.audio:
+                path, start, end = key
+                self.audio[key] = (read_audio(path, start=start, end=end) * 32767).short()
+            x = self.audio[key].float() / 32767
             row[0, lead:lead + len(x)] = x * 10 ** (rng.uniform(-6, 6) / 20)
         return wav, [[1 + self.letters.index(c) for c in text.lower() if c in self.letters] for _, text in pool]
 
@@ -56,35 +65,49 @@ class CodecTask:
     kind = "codec"
     files, from_nothing = {}, True
 
-    def __init__(self, config, data, device):
-        self.config, self.device = config, device
+    def __init__(self, config, data, device, precision=None):
+        self.config, self.device, self.precision = config, device, precision or default_precision(device)
         self.model = Mimi(config)
         self.clips = Clips(data)
-        self.batch = self.clips.batch
         self.letters = nn.Linear(config.dim, 4 * (len(self.clips.letters) + 1))  # four guesses a frame
         self.modules = nn.ModuleList([self.model, self.letters]).to(device)
         self.spectra = [Spectrum(n).to(device) for n in (256, 512, 1024, 2048)]
-        self.fingerprint = self.clips.fingerprint
+        self.fingerprint, self.holds = self.clips.fingerprint, self.clips.holds
 
-    def loss(self, stage, batch, split, rng):
-        wav, words = batch
+    def batch(self, stage, progress, split, rng, rows=None):
+        """Waveforms and letters; in training also how many codebooks each clip uses (quantiser dropout), and by which two
+        spectra the batch is compared."""
+        wav, letters = self.clips.batch(stage, progress, split, rng)
+        training, K = split == "train", self.config.codebooks
+        depth = torch.tensor([rng.randint(1, K) if training and rng.random() < 0.4 else K for _ in wav])
+        spectra = rng.sample(range(len(self.spectra)), 2) if training else range(len(self.spectra))
+        return wav, letters, depth, [list(spectra)] * len(wav)
+
+    def tokens(self, batch):
+        return batch[0].numel() // FRAME * self.config.codebooks
+
+    def totals(self, batch):
+        return torch.tensor([len(batch[0])])
+
+    def loss(self, stage, micro, totals):
+        """(loss, its parts, which vectors chose which codes); the means over the whole batch are the sum of these."""
+        wav, letters, depth, spectra = micro
         wav = wav.to(self.device)
-        training = split == "train"
-        K = self.config.codebooks
-        depth = [rng.randint(1, K) if training and rng.random() < 0.4 else K for _ in wav]
-        y, semantic, commitment, chosen = self.model(wav, torch.tensor(depth, device=self.device))
+        y, semantic, commitment, chosen = self.model(wav, depth.to(self.device))
         logits = self.letters(semantic.mT).float().unflatten(-1, (4, -1)).flatten(1, 2)  # (B, 4*T, letters)
-        spectra = rng.sample(self.spectra, 2) if training else self.spectra
         parts = {
-            "spectrum": sum(s(y, wav) for s in spectra) / len(spectra),
+            "spectrum": sum(self.spectra[i](y, wav) for i in spectra[0]) / len(spectra[0]),
             "wave": (y - wav).abs().mean(),
             "commitment": commitment,
-            "letters": letters_loss(logits, words)}
-        return parts["spectrum"] + parts["wave"] + 0.25 * parts["commitment"] + 0.5 * parts["letters"], parts, chosen
+            "letters": letters_loss(logits, letters)}
+        parts = {name: value * len(wav) / totals[0] for name, value in parts.items()}
+        loss = parts["spectrum"] + parts["wave"] + 0.25 * parts["commitment"] + 0.5 * parts["letters"]
+        return loss, parts, chosen
 
-    def after(self, slices):
-        """The codebooks learn by moving averages, not by gradients."""
-        self.model.update_codebooks([[torch.cat(x) for x in zip(*choices)] for choices in zip(*slices)])
+    def after_step(self, kept, step):
+        """The codebooks learn by moving averages, not by gradients. kept: what loss returned third, of each micro-batch."""
+        torch.manual_seed(step)  # for codes that restart
+        self.model.update_codebooks([[torch.cat(x) for x in zip(*choices)] for choices in zip(*kept)])
 
     def state(self):
         return {"model": self.model.state_dict(), "letters": self.letters.state_dict()}
@@ -101,7 +124,8 @@ def letters_loss(logits, words):
 
 
 class Spectrum(nn.Module):
-    """How far two sounds (B, 1, N), the second of them given, are apart in log-mel and log-magnitude spectra of one window length."""
+    """How far two waveforms (B, 1, N) are apart in log-mel and log-magnitude spectra of one window length. Gradients go to the
+    first."""
 
     def __init__(self, n):
         super().__init__()
@@ -118,6 +142,6 @@ class Spectrum(nn.Module):
 
     def forward(self, x, y):
         with torch.no_grad():
-            right = self.logs(y)
-        mel, all_of_it = ((a - b).abs().mean() for a, b in zip(self.logs(x), right))
-        return mel + 0.5 * all_of_it
+            target = self.logs(y)
+        mel, magnitude = ((a - b).abs().mean() for a, b in zip(self.logs(x), target))
+        return mel + 0.5 * magnitude

@@ -1,9 +1,9 @@
-"""The toy world, spoken: who says what, as a manifest with its audio files.
+"""The toy world as a data set: who says what, as a manifest with its audio files.
 
     python prepare.py toy        data/toy: user/*.flac, model/*.flac, manifest.jsonl
 
-To keep the world small, the model's voice speaks word by word, each word beginning on a frame; the users speak whole
-sentences at any time.
+To keep the world small, the model's voice speaks word by word, each word beginning on a frame. The users
+speak whole sentences at any time.
 """
 import os
 import random
@@ -11,16 +11,18 @@ import shutil
 
 import numpy as np
 
+from files.atomic import check_output
 from files.audio import SAMPLE_RATE, read_audio, write_audio
-from files.manifest import spoken_parts, write_manifest
+from files.manifest import SPOKEN, spoken_parts, write_manifest
 from mimi import FRAME
-from toy.voices import begin_speaking, speak_all
-from toy.world import (HELD_OUT_PAIRS, LANGUAGES, KIND_PROPORTIONS, cut_in_two, make_request, make_sentence, make_story)
+from toy.voices import get_synthesiser, speak_all
+from toy.world import (HELD_OUT_PAIRS, KIND_PROPORTIONS, LANGUAGES, cut_in_two, make_request, make_sentence,
+                       make_story)
 
 
 def on_frames(words, gap=0.04):
-    """Words one after another, each beginning on a frame, with at least the gap of silence after it: their samples, and
-    the second at which each begins."""
+    """Put words (samples) one after another, each on the start of a frame and with `gap` seconds of silence
+    or more after it. Returns the samples, and the second at which each word starts."""
     padded = [np.pad(w, (0, int(gap * SAMPLE_RATE))) for w in words]
     padded = [np.pad(w, (0, -len(w) % FRAME)) for w in padded]
     starts = np.cumsum([0] + [len(w) for w in padded[:-1]]) / SAMPLE_RATE
@@ -32,14 +34,14 @@ def model_turn(text):
 
 
 def interject(story, ends, hazard):
-    """What the model says while the user tells a story whose parts end at these seconds: a murmur in the pause after each clause,
-    and after a hazard, a moment later, the warning."""
+    """What the model says while the user tells a story whose parts end at these seconds: a backchannel after
+    each clause; after a hazard, a moment later, the warning."""
     out = []
     for i, end in enumerate(ends[1:-1]):
         if i == hazard:
             out.append({**model_turn(story.warning), "at": end + 0.3})
-        elif not out or out[-1]["text"] == story.murmur or end > out[-1]["at"] + 3:  # not while it warns
-            out.append({**model_turn(story.murmur), "at": end})
+        elif not out or out[-1]["text"] != story.warning or end > out[-1]["at"] + 3:  # not while it warns
+            out.append({**model_turn(story.model_backchannel), "at": end})
     return out
 
 
@@ -48,31 +50,33 @@ class Script:
 
     def __init__(self, codes, voices, seed):
         self.rng = random.Random(seed)
-        self.known = {c: LANGUAGES[c].user_voices(voices // len(codes), seed) for c in codes}
+        self.known_voices = {c: LANGUAGES[c].user_voices(voices // len(codes), seed) for c in codes}
         self.lines = []
-        self.spoken = []  # what users say: (turn, its parts, the pauses between them)
+        self.user_turns = []  # (turn, its parts, the pauses between them)
         self.stories = []  # (line, number of the clause that is a hazard, or None)
 
     def add(self, code, kind, split, request=None, answer=None, pauses=()):
-        """A line; request: the parts of what the user says."""
-        voice, turns = self.rng.choice(LANGUAGES[code].new_voices if split == "new" else self.known[code]), []
+        """Add a line and return it. request: the parts of the user's turn; answer: the model's turn."""
+        voices = LANGUAGES[code].new_voices if split == "new" else self.known_voices[code]
+        voice, turns = self.rng.choice(voices), []
         if request:
-            turns.append({"role": "user", "voice": voice, "text": " ".join(request), "audio": f"user/{len(self.lines):06d}.flac"})
-            self.spoken.append((turns[0], request, pauses))
+            audio = f"user/{len(self.lines):06d}.flac"
+            turns.append({"role": "user", "voice": voice, "text": " ".join(request), "audio": audio})
+            self.user_turns.append((turns[0], request, pauses))
         if answer:
             turns.append(model_turn(answer))
         self.lines.append({"id": len(self.lines), "kind": kind, "lang": code, "split": split, "turns": turns})
         return self.lines[-1]
 
     def add_sentences(self, code, split, n):
-        """n of users, a fourth as many of the model, and a few backchannels."""
+        """n user sentences, a fourth as many of the model, and a few user backchannels."""
         lang = LANGUAGES[code]
         for _ in range(n):
-            self.add(code, "heard", split, [make_sentence(lang, lang.words + lang.little, self.rng)])
+            self.add(code, "heard", split, [make_sentence(lang, lang.words + lang.function_words, self.rng)])
         for _ in range(n // 4):
             self.add(code, "said", split, answer=make_sentence(lang, lang.words, self.rng))
         for _ in range(-(-n // 50)):
-            self.add(code, "backchannel", split, [self.rng.choice(lang.story.backchannels)])
+            self.add(code, "backchannel", split, [self.rng.choice(lang.story.user_backchannels)])
 
     def add_dialogues(self, code, split, n):
         lang, rng = LANGUAGES[code], self.rng
@@ -81,7 +85,8 @@ class Script:
                 clauses = rng.choice([2, 3, 3, 4, 4, 5, 11])
                 hazard = rng.randrange(clauses - 1) if rng.random() < 0.5 else None
                 parts = make_story(lang, clauses, hazard, rng)
-                self.stories.append((self.add(code, kind, split, parts, lang.story.reply, [0.4] * (len(parts) - 1)), hazard))
+                line = self.add(code, kind, split, parts, lang.story.reply, [0.4] * (len(parts) - 1))
+                self.stories.append((line, hazard))
                 continue
             request, answer = make_request(lang, kind, split != "train", rng)
             if rng.random() < 0.25:  # with a pause for thought
@@ -89,39 +94,46 @@ class Script:
             else:
                 self.add(code, kind, split, [request], answer)
 
-    def speak_users(self, work):
-        """{sound file: seconds}; what the model says during their stories is known then."""
-        jobs = [(os.path.join(work, t["audio"]), parts, pauses, t["voice"], self.rng.randint(140, 190), self.rng.randint(35, 65))
-                for t, parts, pauses in self.spoken]
-        ends = {t["audio"]: e for (t, _, _), e in zip(self.spoken, speak_all(jobs, "sentences, requests, stories"))}
+    def speak_users(self, work, tts):
+        """Speak all user turns: {audio file: seconds}. Add the model's interjections, whose times are known
+        now."""
+        speed_and_pitch = lambda: (self.rng.randint(140, 190), self.rng.randint(35, 65))
+        jobs = [(os.path.join(work, t["audio"]), parts, pauses, t["voice"], *speed_and_pitch())
+                for t, parts, pauses in self.user_turns]
+        spoken = speak_all(jobs, "sentences, requests, stories", tts)
+        ends = {t["audio"]: e for (t, _, _), e in zip(self.user_turns, spoken)}
         for line, hazard in self.stories:
-            line["interjections"] = interject(LANGUAGES[line["lang"]].story, ends[line["turns"][0]["audio"]], hazard)
+            story, audio = LANGUAGES[line["lang"]].story, line["turns"][0]["audio"]
+            line["interjections"] = interject(story, ends[audio], hazard)
         return {audio: e[-1] for audio, e in ends.items()}
 
-    def speak_model(self, work):
-        """{sound file: seconds}. Each word is spoken once, and put together on frames."""
-        said = [(d["lang"], t) for d in self.lines for t in spoken_parts(d) if t["role"] == "model"]
-        words = sorted({(code, w) for code, t in said for w in t["text"].split()})
+    def speak_model(self, work, tts):
+        """Speak all model turns: {audio file: seconds}. Each word is spoken once, and then put together on
+        frames."""
+        turns = [(d["lang"], t) for d in self.lines for t in spoken_parts(d) if t["role"] == "model"]
+        words = sorted({(code, w) for code, t in turns for w in t["text"].split()})
         paths = [os.path.join(work, f"words/{code}-{w}.flac") for code, w in words]
-        speak_all([(path, [w], [], LANGUAGES[code].model_voice, 170, 50) for path, (code, w) in zip(paths, words)], "words")
+        jobs = [(path, [w], [], LANGUAGES[c].model_voice, 170, 50) for path, (c, w) in zip(paths, words)]
+        speak_all(jobs, "words", tts)
         words = {key: read_audio(path).numpy() for key, path in zip(words, paths)}
         shutil.rmtree(os.path.join(work, "words"))
-        lasting = {}
-        for code, turn in said:
+        seconds = {}
+        for code, turn in turns:
             x, turn["starts"] = on_frames([words[code, w] for w in turn["text"].split()])
-            if turn["audio"] not in lasting:
-                write_audio(os.path.join(work, turn["audio"]), x)
-                lasting[turn["audio"]] = len(x) / SAMPLE_RATE
-        return lasting
+            if turn["audio"] not in seconds:
+                write_audio(os.path.join(work, turn["audio"]), x, flush=False)
+                seconds[turn["audio"]] = len(x) / SAMPLE_RATE
+        return seconds
 
 
 def make_toy(out, lang, items, tests, sentences, voices, seed, tts):
     """Speak the toy world into the folder `out`: user/*.flac, model/*.flac, manifest.jsonl."""
-    begin_speaking(out, tts)
+    out, work = check_output(out, SPOKEN)
+    get_synthesiser(tts)  # raises an error if it is not there
     codes = lang.split(",")  # such as en, zh
-    unknown = set(codes) - {*LANGUAGES}
+    unknown = " and no ".join(sorted(set(codes) - {*LANGUAGES}))
     if unknown:
-        raise ValueError(f"--lang {lang}: there is no {' and no '.join(sorted(unknown))}; languages are {', '.join(LANGUAGES)}")
+        raise ValueError(f"--lang {lang}: there is no {unknown}; languages are {', '.join(LANGUAGES)}")
     script = Script(codes, voices, seed)
     for i, code in enumerate(codes):
         part = lambda n: n * (i + 1) // len(codes) - n * i // len(codes)
@@ -129,19 +141,26 @@ def make_toy(out, lang, items, tests, sentences, voices, seed, tts):
         script.add_sentences(code, "seen", part(sentences) // 40)
         for split, n in (("train", items), ("seen", tests), ("new", tests)):
             script.add_dialogues(code, split, part(n))
-    work = out + ".partial"
     shutil.rmtree(work, ignore_errors=True)
     for folder in ("user", "model", "words"):
         os.makedirs(os.path.join(work, folder))
-    lasting = script.speak_users(work) | script.speak_model(work)
+    seconds = script.speak_users(work, tts) | script.speak_model(work, tts)
     write_manifest(script.lines, work, out)
+    show_table(script.lines, seconds)
+    n = len(LANGUAGES[codes[-1]].words)
+    voices = ", ".join(v for c in codes for v in LANGUAGES[c].new_voices)
+    print(f"Held out: a fifth of the {n}*{n - 1}*{n - 2} word triples, "
+          f"{len(HELD_OUT_PAIRS)} of 66 number pairs, the voices {voices}.")
+    hours = sum(seconds.values()) / 3600
+    print(f"Wrote {len(script.lines)} lines, {hours:.2f} hours of audio, to {out}/manifest.jsonl")
+
+
+def show_table(lines, seconds):
+    """seconds: {audio file: its length}"""
     print(f"\n{'split':8}{'sentences':>10}{'dialogues':>11}{'minutes':>9}   user voices")
     for split in ("train", "seen", "new"):
-        mine = [d for d in script.lines if d["split"] == split]
-        turns = [t for d in mine for t in d["turns"]]
-        print(f"{split:8}{sum(len(d['turns']) == 1 for d in mine):10}{sum(len(d['turns']) == 2 for d in mine):11}"
-              f"{sum(lasting[t['audio']] for t in turns) / 60:9.1f}   {len({t['voice'] for t in turns if t['role'] == 'user'})}")
-    n = len(LANGUAGES[codes[-1]].words)
-    print(f"Held out: a fifth of the {n}*{n - 1}*{n - 2} word triples, {len(HELD_OUT_PAIRS)} of 66 number pairs, "
-          f"the voices {', '.join(v for c in codes for v in LANGUAGES[c].new_voices)}.")
-    print(f"Wrote {len(script.lines)} lines, {sum(lasting.values()) / 3600:.2f} hours of sound, to {out}/manifest.jsonl")
+        some = [d for d in lines if d["split"] == split]
+        turns = [t for d in some for t in d["turns"]]
+        singles, pairs = (sum(len(d["turns"]) == n for d in some) for n in (1, 2))
+        print(f"{split:8}{singles:10}{pairs:11}{sum(seconds[t['audio']] for t in turns) / 60:9.1f}   "
+              f"{len({t['voice'] for t in turns if t['role'] == 'user'})}")

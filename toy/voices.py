@@ -1,6 +1,6 @@
-"""Who speaks: synthesisers as functions from text to samples. espeak-ng, or any other command.
+"""Speech synthesis: espeak-ng, or any other command.
 
-    text, voice, speed, pitch  --synthesiser-->  samples  --trim, level-->  speech at 24 kHz, -23 dB, no silence around it
+    text, voice, speed, pitch --synthesiser--> samples --trim, normalise--> 24 kHz, -23 dB
 """
 import _ctypes
 import ctypes
@@ -15,12 +15,11 @@ import torch
 from tqdm import tqdm
 
 from files.audio import SAMPLE_RATE, read_audio, resample, write_audio
-from files.manifest import must_be_new
 
 
 class Espeak:
-    """espeak-ng by ctypes. The library keeps hidden state from one call to the next, so it is loaded anew for each
-    utterance (4 ms): the same arguments give the same samples, always."""
+    """espeak-ng by ctypes. The library keeps hidden state from one call to the next, so it is loaded anew for
+    each utterance (4 ms): the same arguments always give the same samples."""
 
     rate = 22_050
 
@@ -56,12 +55,14 @@ class Espeak:
             lib.espeak_Synchronize()
             lib.espeak_Terminate()
         finally:
-            _ctypes.dlclose(lib._handle)
+            (_ctypes.FreeLibrary if os.name == "nt" else _ctypes.dlclose)(lib._handle)
         return np.concatenate(parts).astype(np.float32) / 32768
 
 
 class OtherSynthesiser:
-    """Any other synthesiser: a command with {text}, {voice} and {out}, the sound file that it shall write."""
+    """Any other synthesiser: a command with {text}, {voice} and {out}, the audio file that it must write."""
+
+    rate = SAMPLE_RATE
 
     def __init__(self, template):
         self.words = shlex.split(template)
@@ -72,60 +73,62 @@ class OtherSynthesiser:
     def speak(self, text, voice, speed, pitch):
         with tempfile.TemporaryDirectory() as folder:
             out = os.path.join(folder, "speech.wav")
-            words = [w.replace("{text}", text).replace("{voice}", voice).replace("{out}", out) for w in self.words]
+            words = self.words
+            for name, value in (("{text}", text), ("{voice}", voice), ("{out}", out)):
+                words = [w.replace(name, value) for w in words]
             done = subprocess.run(words, capture_output=True, text=True)
             if done.returncode or not os.path.exists(out):
-                raise ValueError(f"--tts: {shlex.join(words)} failed: {done.stderr.strip()[-300:] or 'it wrote no file'}")
+                reason = done.stderr.strip()[-300:] or "it wrote no file"
+                raise ValueError(f"--tts: {shlex.join(words)} failed: {reason}")
             return read_audio(out).numpy()
-
-    rate = SAMPLE_RATE
 
 
 def get_synthesiser(tts):
     return OtherSynthesiser(tts) if tts else Espeak()
 
 
-def begin_speaking(out, tts):
-    global SYNTHESISER  # the processes that speak inherit it
-    must_be_new(out)
-    SYNTHESISER = get_synthesiser(tts)
-
-
 def speak(synthesiser, parts, pauses, voice, speed, pitch):
-    """Parts of speech with pauses of so many seconds between them, trimmed and levelled: samples at 24 kHz, and the second at
-    which each part ends."""
-    sounds = [torch.from_numpy(synthesiser.speak(text, voice, speed, pitch)) for text in parts]
-    sounds = [trim(resample(x[None], synthesiser.rate)[0].numpy()) for x in sounds]
-    loud = level(np.concatenate(sounds))
-    out, ends, at = [], [], 0
-    for x, pause in zip(sounds, [*pauses, 0.0], strict=True):
-        out += [loud[at:at + len(x)], np.zeros(round(pause * SAMPLE_RATE), np.float32)]
-        at += len(x)
+    """Speak parts of text with pauses (seconds) between them, trimmed and normalised: samples at 24 kHz, and
+    the second at which each part ends."""
+    parts = [torch.from_numpy(synthesiser.speak(text, voice, speed, pitch)) for text in parts]
+    parts = [trim(resample(x[None], synthesiser.rate)[0].numpy()) for x in parts]
+    x = normalise(np.concatenate(parts))
+    out, ends = [], []
+    for part, pause in zip(np.split(x, np.cumsum([len(p) for p in parts])[:-1]), [*pauses, 0.0], strict=True):
+        out += [part, np.zeros(round(pause * SAMPLE_RATE), np.float32)]
         ends.append(sum(map(len, out[:-1])) / SAMPLE_RATE)
     return np.concatenate(out), ends
 
 
-def speak_to_file(job):
-    """One line of speech, written; the second at which each of its parts ends."""
-    path, *what = job
-    sound, ends = speak(SYNTHESISER, *what)
-    write_audio(path, sound)
-    return ends
-
-
 def trim(x, floor=0.01):
-    """Without the silence at both ends: what stays below a hundredth of the peak."""
+    """Without the silence at both ends: what is below this share of the peak."""
     loud = np.flatnonzero(np.abs(x) > floor * np.abs(x).max())
     if not len(loud):
         raise ValueError("the synthesiser gave silence")
     return x[loud[0]:loud[-1] + 1]
 
 
-def level(x, db=-23.0):
+def normalise(x, db=-23.0):
+    """To this level (root mean square), without clipping."""
     return x * min(10 ** (db / 20) / (np.sqrt(np.mean(x * x)) + 1e-6), 0.99 / np.abs(x).max())
 
 
-def speak_all(jobs, what):
-    """Speak every job (path, texts, pauses between them, voice, speed, pitch), on all cores; where the parts of each end."""
-    with multiprocessing.get_context("fork").Pool(os.cpu_count(), torch.set_num_threads, (1,)) as pool:
+def start_worker(tts):
+    global SYNTHESISER  # of this process
+    torch.set_num_threads(1)
+    SYNTHESISER = get_synthesiser(tts)
+
+
+def speak_to_file(job):
+    path, *what = job
+    x, ends = speak(SYNTHESISER, *what)
+    write_audio(path, x, flush=False)
+    return ends
+
+
+def speak_all(jobs, what, tts):
+    """Speak every job (path, texts, pauses between them, voice, speed, pitch) to its file, on all cores.
+    Returns for each the seconds at which its parts end."""
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"  # Windows
+    with multiprocessing.get_context(method).Pool(os.cpu_count(), start_worker, (tts,)) as pool:
         return list(tqdm(pool.imap(speak_to_file, jobs, chunksize=8), what, len(jobs), unit="clip"))

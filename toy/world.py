@@ -1,4 +1,4 @@
-"""The toy world: the smallest world that needs everything a spoken chatbot needs. A user asks, the model answers:
+"""The toy world: the smallest that needs everything a spoken chatbot needs. A user asks, the model answers:
 
     repeat cat red moon          -> cat red moon            hear anything, say anything
     what comes after six         -> seven                   know something
@@ -6,22 +6,26 @@
     count from three to seven    -> three four ... seven    a long answer
     chant cat red moon           -> five times those        a longer one, good to interrupt
 
-or tells a story, clause by clause: the model gives backchannels in between, and warns at once if something is on fire;
-all in English, in Mandarin (从 三 数到 七), or in both.
+or tells a story, clause by clause: the model gives backchannels in between, and warns at once if something is
+on fire. All of it in English, in Mandarin (从 三 数到 七), or in both.
 
-Held out, never trained on: a fifth of all word triples and of all number pairs, and two of the user voices. Besides the
-dialogues there are sentences, words in any order, which the users or the model say: a line with a single turn. They
-stand for the audio books of the paper's post-training.
+Held out, never trained on: a fifth of all word triples and of all number pairs, and two of the user voices.
+Besides the dialogues there are sentences, words in any order, said by a user or the model: lines of one turn.
+They take the place of the audio books of the paper's post-training.
 """
 import hashlib
 import random
 from dataclasses import dataclass
 
-VARIANTS = "m1 m2 m3 m4 m5 m6 m7 f1 f4 Andy Annie steph linda belinda".split()  # not f2, f3, f5: their breath noise differs
+# Voice variants of espeak-ng, without f2, f3 and f5, whose breath noise differs.
+VARIANTS = "m1 m2 m3 m4 m5 m6 m7 f1 f4 Andy Annie steph linda belinda".split()
+KIND_PROPORTIONS = {"repeat": 0.38, "count": 0.3, "next": 0.08, "opposite": 0.08, "chant": 0.1, "story": 0.06}
+CHANT_REPEATS = 5  # an answer of six seconds
 
 
 class Language:
-    """What is said in one language, with a space between any two words, and the voices of espeak-ng that say it."""
+    """What is said in one language, with a space between any two words, and the voices of espeak-ng that say
+    it."""
 
     def __init__(self, numbers, opposites, others, requests, story, accents, model_voice, new_voices):
         self.numbers = numbers.split()
@@ -29,25 +33,23 @@ class Language:
         self.opposites |= {b: a for a, b in self.opposites.items()}
         self.words = self.numbers + list(self.opposites) + others.split()  # 30
         self.requests = dict(zip(KIND_PROPORTIONS, requests))  # all but the story
-        self.little = list(dict.fromkeys(w for r in requests for w in r.split() if "{" not in w))  # the requests' other words
+        self.function_words = list(dict.fromkeys(w for r in requests for w in r.split() if "{" not in w))
         self.story = story
         self.accents, self.model_voice = accents.split(), model_voice
         self.new_voices = new_voices.split()  # heard only in tests
 
     def user_voices(self, n, seed):
-        """The first n of all accents with all variants, shuffled; without the model's voice and the new ones."""
+        """n voices: accents with variants, shuffled, without the model's voice and the new ones."""
         voices = [f"{a}+{v}" for a in self.accents for v in VARIANTS]
         voices = [v for v in voices if v not in [self.model_voice, *self.new_voices]]
         random.Random(seed).shuffle(voices)
         return voices[:n]
 
 
-KIND_PROPORTIONS = {"repeat": 0.38, "count": 0.3, "next": 0.08, "opposite": 0.08, "chant": 0.1, "story": 0.06}  # of the dialogues
-
-
 @dataclass(frozen=True)
 class Story:
-    """A user's long story: clauses with pauses between them, in which the model backchannels; at a hazard it warns at once."""
+    """A user's long story: clauses with pauses between them. In a pause the model gives a backchannel; at a
+    hazard it warns at once."""
     begin: str
     clause: str
     nouns: str
@@ -56,46 +58,51 @@ class Story:
     end: str
     reply: str
     warning: str
-    murmur: str
-    backchannels: tuple  # what a user backchannels while the model speaks, which must not stop it
+    model_backchannel: str
+    user_backchannels: tuple  # what a user says while the model speaks, which must not stop it
 
 
 LANGUAGES = {
     "en": Language("one two three four five six seven eight nine ten eleven twelve",
-                   "big/small hot/cold left/right day/night up/down", "red green cat fish sun moon tree apple",
+                   "big/small hot/cold left/right day/night up/down",
+                   "red green cat fish sun moon tree apple",
                    ["repeat {}", "count from {} to {}", "what comes after {}", "opposite of {}", "chant {}"],
-                   Story("listen", "the {} is {}", "cat fish sun moon tree apple", "big small hot cold red green",
-                         "the {} is on fire", "the end", "nice story", "watch out there is a fire", "mhm", ("mhm", "yeah", "okay")),
-                   "en-us en-gb-x-rp gmw/en en-gb-scotland en-us-nyc en-gb-x-gbcwmd", "en-us+m3", "en-us+f1 en-gb-x-rp+m7"),
+                   Story("listen", "the {} is {}", "cat fish sun moon tree apple",
+                         "big small hot cold red green", "the {} is on fire", "the end", "nice story",
+                         "watch out there is a fire", "mhm", ("mhm", "yeah", "okay")),
+                   "en-us en-gb-x-rp gmw/en en-gb-scotland en-us-nyc en-gb-x-gbcwmd", "en-us+m3",
+                   "en-us+f1 en-gb-x-rp+m7"),
     "zh": Language("一 二 三 四 五 六 七 八 九 十 十一 十二",
                    "大/小 热/冷 左/右 白天/黑夜 上/下", "红 绿 猫 鱼 太阳 月亮 树 苹果",
                    ["重复 {}", "从 {} 数到 {}", "{} 后面 是 什么", "{} 的 反义词", "反复 说 {}"],
-                   Story("听 我 说", "{} 很 {}", "猫 鱼 太阳 月亮 树 苹果", "大 小 热 冷 红 绿", "{} 着火 了", "讲 完 了", "好 故事",
-                         "小心 那里 着火 了 快 走", "嗯", ("嗯", "对", "好")),
+                   Story("听 我 说", "{} 很 {}", "猫 鱼 太阳 月亮 树 苹果", "大 小 热 冷 红 绿",
+                         "{} 着火 了", "讲 完 了", "好 故事", "小心 那里 着火 了 快 走", "嗯", ("嗯", "对", "好")),
                    "cmn", "cmn+m3", "cmn+f1 cmn+m7"),
 }
 
 RING = random.Random(13).sample(range(12), 12)
-HELD_OUT_PAIRS = {frozenset(pair) for pair in zip(RING, RING[1:] + RING[:1])}  # 12 of 66: each number in two, no length whole
+# 12 of 66 number pairs: each number is in two of them, and no distance is held out altogether.
+HELD_OUT_PAIRS = {frozenset(pair) for pair in zip(RING, RING[1:] + RING[:1])}
 
 
 def held_out_triple(words):
-    """Whether these three words, in this order, belong to the fifth that is never trained on."""
+    """Whether these three words, in this order, are in the fifth that is never trained on."""
     return hashlib.sha256(" ".join(words).encode()).digest()[0] < 51
 
 
 def make_request(lang, kind, test, rng):
-    """(request, answer); for a test one that is held out, if the kind has any."""
+    """(request, answer). For a test it is held out, if the kind has held-out ones."""
     numbers, request = lang.numbers, lang.requests[kind].format
     while True:
         if kind in ("repeat", "chant"):
             words = rng.sample(lang.words, 3)
             if held_out_triple(words) == test:
-                return request(" ".join(words)), " ".join(words * (CHANT if kind == "chant" else 1))
+                return request(" ".join(words)), " ".join(words * (CHANT_REPEATS if kind == "chant" else 1))
         elif kind == "count":
             a, b = rng.sample(range(len(numbers)), 2)
             if (frozenset((a, b)) in HELD_OUT_PAIRS) == test:
-                return request(numbers[a], numbers[b]), " ".join(numbers[a:b + 1] if a < b else numbers[b:a + 1][::-1])
+                counted = numbers[a:b + 1] if a < b else numbers[b:a + 1][::-1]
+                return request(numbers[a], numbers[b]), " ".join(counted)
         elif kind == "next":
             i = rng.randrange(len(numbers) - 1)
             return request(numbers[i]), numbers[i + 1]
@@ -105,17 +112,15 @@ def make_request(lang, kind, test, rng):
 
 
 def cut_in_two(request, rng):
-    """A request before and after a pause at which what was said cannot be all."""
+    """The two parts of a request with a pause in between, at any word."""
     words = request.split()
     cut = rng.randrange(1, len(words))
     return [" ".join(words[:cut]), " ".join(words[cut:])]
 
 
-CHANT = 5  # times that a chant is said: an answer of six seconds
-
-
 def make_story(lang, clauses, hazard, rng):
-    """The parts of a story of so many clauses; hazard: the number of the clause that is one, or None."""
+    """The parts of a story with this number of clauses. hazard: the number of the clause that is a hazard, or
+    None."""
     s, parts = lang.story, [lang.story.begin]
     for i in range(clauses):
         noun, adjective = rng.choice(s.nouns.split()), rng.choice(s.adjectives.split())
@@ -124,8 +129,8 @@ def make_story(lang, clauses, hazard, rng):
 
 
 def make_sentence(lang, vocabulary, rng):
-    """One to four words in any order, for post-training: its text is no use for guessing what comes next, so whoever
-    shall write it down must hear every word. Nothing that is held out occurs in it."""
+    """One to four words in any order, for post-training. The next word cannot be guessed from the text, so a
+    model that transcribes it must hear every word. Nothing that is held out occurs in it."""
     while True:
         words = [rng.choice(vocabulary) for _ in range(rng.randint(1, 4))]
         numbers = [lang.numbers.index(w) for w in words if w in lang.numbers]

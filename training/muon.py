@@ -1,15 +1,16 @@
-"""Muon: steps for matrices (Jordan et al., 2024; with the scale of Liu et al., arXiv 2502.16982).
+"""The optimiser. AdamW, and for a model that starts from nothing Muon for the matrices inside its layers (Jordan et al., 2024;
+with the scale of Liu et al., arXiv 2502.16982).
 
 AdamW scales every number of a matrix by itself. Muon looks at the matrix as a whole: its momentum is U S V^T, and the step
 is U V^T, the same directions, all equally strong. What only few examples ask for is then learned as fast as what all of them
-ask for. A model that starts from nothing learns several times as much in a step (README, "What it reaches"). A pretrained one is
-trained on with AdamW, as the paper does it.
+ask for, and a model that starts from nothing learns several times as much in a step (RESULTS.md). A pretrained model is
+trained on with AdamW, as in the paper.
 
     momentum (m, n)  --Newton-Schulz-->  nearly orthogonal (m, n)  --0.2 sqrt(max(m, n))-->  as large as a step of AdamW
 """
 import torch
 
-from training.parallel import shard_like, gather
+from training.parallel import gather, shard_like
 
 MATRICES = {"qkv", "out", "gate_up", "up", "down", "in_proj", "out_proj"}  # inside the layers: not embeddings, not heads
 A, B, C = 3.4445, -4.7750, 2.0315  # of the polynomial a x + b x^3 + c x^5, which brings what is in (0, 1] near 1
@@ -21,20 +22,36 @@ def is_matrix(name, p):
     return p.ndim > 1 and not MATRICES.isdisjoint(name.split("."))
 
 
+def make_optimizer(modules, muon):
+    """AdamW, with muon Muon for what is inside the layers. For weights in bfloat16: AdamW with 8-bit states and stochastic
+    rounding; 6 bytes a parameter with its gradient, instead of 16."""
+    named = [(name, p) for name, p in modules.named_parameters() if p.requires_grad]
+    kinds = [(muon and is_matrix(name, p), p.ndim > 1) for name, p in named]  # (Muon, weight decay)
+    groups = [{"params": [p for (_, p), k in zip(named, kinds) if k == kind], "muon": kind[0], "weight_decay": 0.05 * kind[1]}
+              for kind in sorted(set(kinds))]
+    if named[0][1].dtype != torch.bfloat16:
+        return Muon(groups, lr=0, betas=(0.9, 0.98), fused=True)
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError:
+        raise ValueError("--eight-bit needs the extra 'eightbit': pip install '.[eightbit]'") from None
+    return AdamW8bit(groups, lr=torch.tensor(0.0), betas=(0.9, 0.98), bf16_stochastic_round=True)
+
+
 class Muon(torch.optim.AdamW):
-    """AdamW, but for the groups that say {"muon": True}. each: how to go through the matrices, such as a thread pool's map."""
-    each = map
+    """AdamW, except for the groups that say {"muon": True}. map: how to go through the matrices, such as a thread pool's."""
+    map = map
 
     @torch.no_grad()
     def step(self):
         matrices = [(p, p.grad, group) for group in self.param_groups if group["muon"] for p in group["params"]]
-        for _ in self.each(self.turn, matrices):
+        for _ in self.map(self.update, matrices):
             pass
-        super().step()  # which leaves alone what has no gradient
+        super().step()  # leaves alone what has no gradient
         for p, grad, _ in matrices:
             p.grad = grad
 
-    def memory(self, p, muon):
+    def init_state(self, p, muon):
         """What is kept of a parameter from step to step, zeros at first. AdamW wants a count of steps in all of them."""
         state = self.state[p]
         if not state:
@@ -44,19 +61,18 @@ class Muon(torch.optim.AdamW):
         return state
 
     @torch.no_grad()
-    def turn(self, matrix):
+    def update(self, matrix):
         p, grad, group = matrix
-        state = self.memory(p, True)
-        state["exp_avg"].lerp_(grad, 1 - MOMENTUM)
-        step = orthogonal(gather(grad.lerp(state["exp_avg"], MOMENTUM)))  # Nesterov's
+        momentum = self.init_state(p, True)["exp_avg"].lerp_(grad, 1 - MOMENTUM)
+        step = orthogonal(gather(grad.lerp(momentum, MOMENTUM)))  # Nesterov momentum
         p.mul_(1 - group["lr"] * group["weight_decay"])
         p.sub_(shard_like(p, step), alpha=group["lr"] * 0.2 * max(p.shape[-2:]) ** 0.5)
         p.grad = None
 
 
 def orthogonal(x, rounds=5):
-    """x (..., m, n) = U S V^T -> about U V^T. Each round of Newton-Schulz is x <- q(x x^T) x with the same q, so x x^T alone goes
-    through the rounds (smaller than x by n / m), and their product is applied once."""
+    """x (..., m, n) = U S V^T -> about U V^T. Each round of Newton-Schulz is x <- q(x x^T) x with the same q, so x x^T alone
+    goes through the rounds (smaller than x by n / m), and their product is applied once."""
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)

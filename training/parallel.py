@@ -1,4 +1,4 @@
-"""Many processes, one training: each holds a slice of every parameter, gradient and optimiser state (FSDP2, ZeRO-3).
+"""Many processes, one training: each holds a shard of every parameter, gradient and optimiser state (FSDP2, ZeRO-3).
 
     torchrun --nproc_per_node 8 train.py --config 7b --init Qwen2.5-VL-7B-Instruct --data data/mine/encoded
 
@@ -6,17 +6,19 @@
     a block is computed       gathered whole in bfloat16, used, dropped again
     its gradients             summed over the processes in float32, each keeping its rows
 
-A batch is cut into slices that do not depend on the number of processes, so two processes follow one process's losses, and a
-checkpoint of two goes on with one or three. Without torchrun nothing here happens.
+The rows of a batch do not depend on the number of processes, so two processes follow one process's losses, and a checkpoint
+of two goes on with one or three. Without torchrun nothing here happens.
 """
 import os
+import re
 import shutil
 
 import torch
-import torch.distributed as dist  # its parts are imported where they are used: they take a second, also of who has one process
+import torch.distributed as dist  # its parts are imported where they are used: they take a second even on a single process
 
 from files.atomic import replace_when_done
 from files.checkpoint import load_checkpoint
+from model import FLM
 
 
 def begin(device):
@@ -36,25 +38,39 @@ def end():
 
 
 def is_distributed():
-    return dist.is_initialized()
+    return dist.is_available() and dist.is_initialized()
 
 
 def rank():
     return dist.get_rank() if is_distributed() else 0
 
 
-def world():
+def world_size():
     return dist.get_world_size() if is_distributed() else 1
 
 
-def place(model, device, bf16):
-    """Give a model that was made on the meta device memory on `device`: all of it, or this process's slices of it. It is not
-    filled yet: see fill."""
+# ------------------------------------------------------------------------------------------------------------
+# a model in shards
+
+
+def build(config, place=None, seed=0, given=()):
+    """A new model. It is made without memory; place(model) gives it some (default: on the CPU), and only then is it
+    filled, so it never exists twice. given: names of parameters that the caller fills."""
+    with torch.device("meta"):
+        model = FLM(config)
+    model = place(model) if place else model.to_empty(device="cpu")
+    model.init_weights(seed, given, assign_shard)
+    return model
+
+
+def shard_and_allocate(model, device, bf16):
+    """Give a model on the meta device memory on `device`: all of it, or this process's shards. It is not filled yet."""
     if is_distributed():
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-        mesh = init_device_mesh(torch.device(device).type, (world(),))
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
+        mesh = init_device_mesh(torch.device(device).type, (world_size(),))
+        # Inputs are not cast: the cos and sin of rotary embedding stay float32, as on a single process.
+        policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
         for block in (*model.blocks, model.depth):
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
@@ -65,41 +81,45 @@ def place(model, device, bf16):
 
 
 def reshard(model):
-    """Drop what is still gathered whole from the last forward pass: the model's parameters are slices again."""
+    """Drop what is still gathered whole from the last forward pass: the model's parameters are shards again."""
     for module in model.modules():
         if hasattr(module, "reshard"):
             module.reshard()
 
 
-def is_slice(x):
+def is_sharded(x):
     """Whether a tensor is a DTensor, of which this process holds some rows."""
     return hasattr(x, "placements")
 
 
+def local(x):
+    return x.to_local() if is_sharded(x) else x
+
+
 def gather(x):
-    """The whole of a tensor, of which this process may hold a slice."""
-    return x.full_tensor() if is_slice(x) else x
+    """The whole of a tensor, of which this process may hold a shard."""
+    return x.full_tensor() if is_sharded(x) else x
 
 
 def shard_like(x, values):
-    """Of the whole, `values`, the slice that x is."""
-    if not is_slice(x):
+    """Of the whole, `values`, the shard that x is."""
+    if not is_sharded(x):
         return values
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(values.to(x.device, x.dtype), x.device_mesh, x.placements, src_data_rank=None)
 
 
 @torch.no_grad()
-def fill(parameter, values):
-    """Set a parameter, or the slice of it that is here, from all of its values."""
+def assign_shard(parameter, values):
+    """Set a parameter, or the shard of it that is here, from all of its values."""
     parameter.copy_(shard_like(parameter, values))
 
 
-def mean(values):
-    """The mean over all processes of a float32 tensor."""
+def all_sum(values):
+    """The sum of a tensor over all processes."""
     if is_distributed():
         dist.all_reduce(values, dist.ReduceOp.SUM)
-    return values / world()
+    return values
 
 
 def any_of(here):
@@ -111,47 +131,60 @@ def any_of(here):
     return bool(flag.item())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# checkpoints in slices: out/shards-00000012/0-of-2.pt, 1-of-2.pt. A file holds each tensor's rows of one process; put one
-# after another they are the whole. The newest folder without ".partial" in its name counts.
+def barrier():
+    if is_distributed():
+        dist.barrier()
 
 
-def local(x):
-    return x.to_local() if is_slice(x) else x
+# ------------------------------------------------------------------------------------------------------------
+# sharded checkpoints: out/shards-00000012/0-of-2.pt, 1-of-2.pt. A file holds each tensor's rows of one process; one after
+# another they are the whole. Not torch.distributed.checkpoint: it unpickles its metadata, and here nothing is unpickled.
+
+FOLDER, FILE = re.compile(r"shards-(\d{8})"), re.compile(r"(\d+)-of-(\d+)\.pt")
 
 
 def newest(out):
-    found = sorted(f for f in os.listdir(out) if f.startswith("shards-") and not f.endswith(".partial")) if os.path.isdir(out) else []
+    """The newest whole sharded checkpoint in a folder, or None."""
+    found = sorted(f for f in os.listdir(out) if FOLDER.fullmatch(f)) if os.path.isdir(out) else []
     return os.path.join(out, found[-1]) if found else None
 
 
 def save(out, number, tensors, facts):
-    """Every process: write its part of `tensors` {name: parameter or state} and the facts, which are the same in all."""
+    """Every process: write its part of `tensors` {name: parameter or state} and the facts, which are the same in all. The
+    checkpoint before is there until the new one is whole on the disk, read back, and in its place."""
     folder = os.path.join(out, f"shards-{number:08}")
+    partial = folder + ".partial"
+    if rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)  # what a killed save has left
+        os.makedirs(partial, exist_ok=True)
+    barrier()
     error = ""
     try:
-        os.makedirs(folder + ".partial", exist_ok=True)
-        with replace_when_done(os.path.join(folder + ".partial", f"{rank()}-of-{world()}.pt")) as temporary:
-            torch.save({"kind": "shard", "facts": facts, "tensors": {name: local(x).cpu() for name, x in tensors.items()}}, temporary)
-    except (OSError, RuntimeError) as e:  # so torch tells of a full disk
+        with replace_when_done(os.path.join(partial, f"{rank()}-of-{world_size()}.pt")) as temporary:
+            parts = {name: local(x).cpu() for name, x in tensors.items()}
+            torch.save({"kind": "shard", "facts": facts, "tensors": parts}, temporary)
+    except (OSError, RuntimeError) as e:  # a full disk is a RuntimeError in torch
         error = str(e).splitlines()[0]
-    if any_of(bool(error)):  # nobody goes on alone
+    if any_of(bool(error)):  # none goes on alone
         raise OSError(f"{folder}: could not be written; is the disk full? {error or '(in another process)'}")
     if rank() == 0:
-        before = newest(out)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(folder + ".partial", folder)
-        if before and before != folder:
-            shutil.rmtree(before)
-    dist.barrier()
+        read(partial)
+        before = [f for f in os.listdir(out) if FOLDER.fullmatch(f)]
+        if os.path.exists(folder):
+            os.rename(folder, folder + ".old")
+        os.rename(partial, folder)
+        for name in os.listdir(out):
+            if name in before and name != os.path.basename(folder) or re.fullmatch(FOLDER.pattern + r"\.(old|partial)", name):
+                shutil.rmtree(os.path.join(out, name), ignore_errors=True)
+    barrier()
 
 
 def read(folder):
-    """(facts, the tensors of each file in order), memory-mapped."""
-    names = sorted(os.listdir(folder), key=lambda name: int(name.split("-")[0]))
-    files = [load_checkpoint(os.path.join(folder, name), "shard", mmap=True) for name in names]
-    if not files or len(files) != int(names[0].split("-of-")[1].split(".")[0]):
+    """(facts, the tensors of each file in order), memory-mapped. Raises ValueError if one is missing or cut off."""
+    found = sorted(tuple(map(int, m.groups())) for m in map(FILE.fullmatch, os.listdir(folder)) if m)
+    if not found or found != [(i, found[0][1]) for i in range(found[0][1])]:
         raise ValueError(f"{folder}: some of its files are missing")
+    files = [load_checkpoint(os.path.join(folder, f"{i}-of-{n}.pt"), "shard", mmap=True) for i, n in found]
     return files[0]["facts"], [f["tensors"] for f in files]
 
 
@@ -164,14 +197,14 @@ def restore(files, tensors):
             mine.copy_(parts[0])
             continue
         rows = sum(len(p) for p in parts)
-        at = min(rows, rank() * -(-rows // world())) if is_slice(x) else 0
+        first = min(rows, rank() * -(-rows // world_size())) if is_sharded(x) else 0
         if tuple(x.shape) != (rows, *parts[0].shape[1:]):
             raise ValueError(f"{name}: is {(rows, *parts[0].shape[1:])} in the checkpoint, {tuple(x.shape)} here")
         begin = 0
         for p in parts:
-            a, b = max(begin, at), min(begin + len(p), at + len(mine))
+            a, b = max(begin, first), min(begin + len(p), first + len(mine))
             if a < b:
-                mine[a - at:b - at] = p[a - begin:b - begin]
+                mine[a - first:b - first] = p[a - begin:b - begin]
             begin += len(p)
 
 

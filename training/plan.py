@@ -80,15 +80,15 @@ def measure(config, recompute, rows, T, share, bf16, device="meta"):
         with torch.device(device):
             flm = model.FLM(dataclasses.replace(config, layers=layers))
         flm.recompute = recompute
-        return flm, cost(lambda: flm(torch.zeros(rows, 1 + 2 * K, T, dtype=torch.long, device=device)), device, bf16)
+        return flm, cost(lambda: flm.hidden(torch.zeros(rows, 1 + 2 * K, T, dtype=torch.long, device=device)), device, bf16)
     (flm, one), (_, two) = temporal(1), temporal(2)
     total = one + (two + one * -1) * (config.layers - 1)
-    for losses, n, at_once, shape in ((model.text_losses, rows * T, model.rows_of_text(config), ()),
-                                      (model.sound_losses, round(share * rows * T), model.rows_of_sound(config), (K,))):
+    for losses, n, at_once, shape in ((flm.text_losses, rows * T, model.pieces_of_text(config), ()),
+                                      (flm.depth, round(share * rows * T), model.pieces_of_codes(config), (K,))):
         some = n if n <= at_once else 2 * at_once
         h = torch.zeros(some, config.width, device=device, requires_grad=True)
         right = torch.zeros(some, *shape, dtype=torch.long, device=device)
-        loss = cost(lambda: losses(flm, h, right)[:, 0], device, bf16) * (n / some)
+        loss = cost(lambda: losses(h, right)[:, 0], device, bf16) * (n / some)
         total += loss if n <= at_once else dataclasses.replace(loss, kept=0)
     return total
 
@@ -97,7 +97,7 @@ def plan(config, stage, gpus, bf16=True, eight_bit=False):
     """A Plan for one stage of training on so many GPUs; eight_bit: see train.make_optimizer."""
     with torch.device("meta"):
         flm = model.FLM(config)
-    rows = stage.rows or stage.batch // gpus or 1
+    rows = stage.micro_batch or stage.batch // gpus or 1
     share = 0.5 * (stage.depth[0] + stage.depth[1])  # about half of the frames is speech
     each = measure(config, stage.recompute, rows, stage.frames, share, bf16)
     P, size = sum(p.numel() for p in flm.parameters()), 2 if bf16 else 4

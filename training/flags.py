@@ -1,0 +1,50 @@
+"""Flags from the fields of a config and of a stage: --layers 6 --batch 4 --lr 1e-3."""
+import argparse
+import dataclasses
+
+NOT_FLAGS = {"name", "layouts", "empty"}  # tables in the code, and what the data decides
+
+
+def fields(cls):
+    return {f.name: f.type for f in dataclasses.fields(cls) if f.name not in NOT_FLAGS}
+
+
+def known(*classes):
+    return ", ".join("--" + name.replace("_", "-") for cls in classes for name in fields(cls))
+
+
+def parse(text, kind, name):
+    """text as a value of a field: an int, a float, a bool, a str, or a tuple of numbers with commas."""
+    kind = kind if isinstance(kind, str) else kind.__name__
+    try:
+        if kind == "bool":
+            return {"true": True, "false": False}[text.lower()]
+        if kind == "tuple":
+            return tuple(float(x) if "." in x or "e" in x else int(x) for x in text.split(","))
+        return {"int": int, "float": float, "str": str}[kind](text)
+    except (KeyError, ValueError):
+        raise ValueError(f"--{name.replace('_', '-')} {text}: is not a {kind}") from None
+
+
+def apply(config, stages, arguments):
+    """(config, stages) with the fields that the arguments name. steps is for all stages together and lr the highest rate of
+    them; the others keep their proportion. SystemExit for an unknown flag, ValueError for a value of another type."""
+    ours, theirs = fields(type(config)), fields(type(stages[0]))
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in {**ours, **theirs}:
+        parser.add_argument("--" + name.replace("_", "-"))
+    given, rest = parser.parse_known_args(arguments)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}; beside those of --help there are "
+                     + known(type(config), type(stages[0])))
+    given = {name: value for name, value in vars(given).items() if value is not None}
+    values = {name: parse(value, {**theirs, **ours}[name], name) for name, value in given.items()}
+    config = dataclasses.replace(config, **{name: value for name, value in values.items() if name in ours})
+    for_stages = {name: value for name, value in values.items() if name in theirs and name not in ("steps", "lr")}
+    if "steps" in values:
+        share = values["steps"] / sum(s.steps for s in stages)
+        stages = [dataclasses.replace(s, steps=max(1, round(s.steps * share))) for s in stages]
+    if "lr" in values:
+        factor = values["lr"] / max(s.lr for s in stages)
+        stages = [dataclasses.replace(s, lr=s.lr * factor, lr_end=s.lr_end * factor) for s in stages]
+    return config, tuple(dataclasses.replace(s, **for_stages) for s in stages)

@@ -1,0 +1,376 @@
+"""One training on its way through its stages: what a kill, a resume, several processes, the threads of a CPU and a time budget
+need, so that train.py's loop need not show it.
+
+    out/checkpoint.pt    the task's weights, the optimiser's state, and where the run stands (several processes: shards-*)
+    out/log.jsonl        a line every ten steps, and one for each held-out loss
+    out/lock             held while a training writes to this folder
+"""
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import random
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from files.atomic import copy
+from files.checkpoint import load_checkpoint, save_checkpoint
+from training import parallel
+
+LOG_EVERY = 10  # steps
+SAVING = 0.05  # share of the time that saving may take
+
+
+class Stopped(Exception):
+    """By SIGTERM or Ctrl-C, with everything saved: (message, number of the signal)."""
+
+
+def default_precision(device):
+    """bfloat16 where the hardware multiplies it faster: GPUs, and CPUs with instructions for it. Never by a stopwatch."""
+    if torch.device(device).type == "cuda":
+        return "bfloat16"
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return "bfloat16" if torch.device(device).type == "cpu" and supported() else "float32"
+
+
+class Run:
+    """A task with its optimiser, in the folder `out`. Raises ValueError or OSError if the folder holds another run."""
+
+    def __init__(self, task, stages, out, optimizer, minutes=None, resume=False, seed=1, save_every=60.0):
+        self.task, self.stages, self.out, self.optimizer = task, stages, out, optimizer
+        self.minutes, self.seed, self.save_every = minutes, seed, save_every
+        self.path = os.path.join(out, "checkpoint.pt")
+        self.params = [p for group in optimizer.param_groups for p in group["params"]]
+        # where it stands; num_steps of each stage (None: a time budget will tell)
+        self.progress = {"num_steps": [None if minutes else s.steps for s in stages], "stage": 0, "step": 0}
+        if os.path.exists(self.path) or parallel.is_distributed() and parallel.newest(out):
+            if not resume:
+                raise ValueError(f"{out}: holds a run already; --resume goes on with it, --out names another folder")
+            self.restore()
+        self.threads = None
+        if task.device == "cpu" and not parallel.is_distributed():
+            n = self.micro_batches = 1 << min(2, (os.cpu_count() or 1).bit_length() - 1)
+            self.threads = ThreadPoolExecutor(n, initializer=torch.set_num_threads if n > 1 else None,
+                                              initargs=(max(1, os.cpu_count() // n),))
+            optimizer.map = self.threads.map
+        else:
+            self.micro_batches = 1
+        self.signal, self.bar = None, None
+        self.saved_at, self.save_took = time.monotonic(), 0.0
+        if parallel.rank() == 0:
+            os.makedirs(out, exist_ok=True)
+
+    # where the run stands
+
+    @property
+    def stage(self):
+        return self.stages[self.progress["stage"]]
+
+    @property
+    def step(self):
+        return self.progress["step"]
+
+    @property
+    def num_steps(self):
+        """Of this stage, or None if a time budget has not told yet."""
+        return self.progress["num_steps"][self.progress["stage"]]
+
+    def fraction(self, step=None):
+        """How much of the stage is behind it at this step, 0 to 1."""
+        return (self.step if step is None else step) / self.num_steps if self.num_steps else 0.0
+
+    def total_steps(self):
+        """Of all stages so far."""
+        return sum(self.progress["num_steps"][:self.progress["stage"]]) + self.step
+
+    def unfinished_stages(self):
+        """Each stage that is not over; when the loop has done its steps, its held-out loss is printed and it is saved."""
+        while self.progress["stage"] < len(self.stages):
+            self.bar = tqdm(total=self.num_steps, initial=self.step, desc=f"{self.stage.name:16}", unit="step", mininterval=1,
+                            disable=parallel.rank() > 0)
+            self.begun_at, self.first = time.monotonic(), self.step
+            self.logged_at, self.tokens = self.begun_at, 0
+            yield self.stage
+            self.bar.close()
+            losses = "  ".join(f"{name} {value:.3f}" for name, value in self.held_out(self.stage).items())
+            if parallel.rank() == 0 and losses:
+                print(f"{self.stage.name}: held out  {losses}", flush=True)
+            self.progress["stage"], self.progress["step"] = self.progress["stage"] + 1, 0
+            self.save()
+
+    # batches
+
+    def batches(self, stage):
+        """This process's rows of each batch of the stage. On a GPU, workers make them ahead."""
+        on_gpu = torch.device(self.task.device).type == "cuda"
+        workers = max(1, min(4, (os.cpu_count() or 2) // 2)) if on_gpu else 0
+        while self.num_steps is None or self.step < self.num_steps:
+            loader = DataLoader(_Batches(self, stage), None, sampler=self._steps(), num_workers=workers, pin_memory=on_gpu,
+                                multiprocessing_context="fork" if workers else None, worker_init_fn=_ignore_ctrl_c,
+                                generator=torch.Generator())
+            for batch in loader:
+                yield batch
+                if self.num_steps is not None and self.step >= self.num_steps:
+                    break
+
+    def _steps(self):
+        step = self.step
+        while self.num_steps is None or step < self.num_steps:
+            yield step, self.fraction(step)
+            step += 1
+
+    def rng(self, step):
+        return random.Random(f"{self.seed} {self.progress['stage']} {step}")
+
+    def rows(self, stage):
+        """The rows of a batch that this process computes."""
+        if stage.batch % parallel.world_size():
+            raise ValueError(f"a batch of {stage.batch} rows cannot be shared by {parallel.world_size()} processes")
+        return range(parallel.rank(), stage.batch, parallel.world_size())
+
+    def split(self, batch):
+        """A batch, a tuple of tensors and lists with a row for each item, as micro-batches: as many rows at a time as the
+        stage says, and on a CPU one for each thread."""
+        rows = len(batch[0])
+        at_once = max(1, min(self.stage.micro_batch or rows, rows // self.micro_batches))
+        return [tuple(x[i:i + at_once] for x in batch) for i in range(0, rows, at_once)]
+
+    # gradients
+
+    def totals(self, batch):
+        """What the losses are divided by: how many of each there are in the whole batch, over all processes."""
+        return parallel.all_sum(self.task.totals(batch).to(self.params[0].device))
+
+    def backward(self, loss, batch):
+        """p.grad = the gradients of the sum of loss(micro-batch) over all micro-batches of all processes. Returns the sums
+        of the loss and its parts, and [what loss returned third, for each micro-batch of this process]."""
+        compute = self._backward_in_threads if self.threads else self._backward_in_turn
+        results = compute(loss, self.split(batch))
+        parts = self._sum([parts for parts, _ in results])
+        if not torch.isfinite(parts["loss"]):
+            raise ValueError(f"the loss is {parts['loss'].item()} at step {self.step} of {self.stage.name}; the last good "
+                             f"state is in {self.out}; learned from: {self._sources()}")
+        return parts, [kept for _, kept in results]
+
+    def forward(self, loss, micro):
+        with torch.autocast(torch.device(self.task.device).type, torch.bfloat16, enabled=self.uses_autocast()):
+            total, parts, kept = loss(micro)
+        return total, {"loss": total.detach(), **{name: x.detach() for name, x in parts.items()}}, kept
+
+    def uses_autocast(self):
+        """Several processes need none: FSDP2's shards are gathered in bfloat16."""
+        return self.task.precision == "bfloat16" and not parallel.is_distributed()
+
+    def _backward_in_turn(self, loss, micro_batches):
+        self.optimizer.zero_grad()
+        results = []
+        for micro in micro_batches:
+            total, *rest = self.forward(loss, micro)
+            (total * parallel.world_size()).backward()  # FSDP2 takes the mean over the processes: make it a sum
+            results.append(rest)
+        return results
+
+    def _backward_in_threads(self, loss, micro_batches):
+        """On a CPU, threads with a core each do more than one operation after another on all cores (half as much again)."""
+        def one(micro):
+            total, *rest = self.forward(loss, micro)
+            return torch.autograd.grad(total, self.params, materialize_grads=True), rest
+        gradients, results = zip(*self.threads.map(one, micro_batches))
+        for p, *parts in zip(self.params, *gradients):
+            p.grad = sum(parts)
+        return results
+
+    def _sum(self, parts):
+        """[{name: value}] of this process's micro-batches -> {name: sum over them and over all processes}"""
+        sums = {name: sum(x[name] for x in parts).float() for name in parts[0]}
+        return dict(zip(sums, parallel.all_sum(torch.stack([*sums.values()]))))
+
+    def _sources(self):
+        names = getattr(self.task, "sources", lambda *args: [])
+        names = names(self.stage, self.fraction(), self.rng(self.step), self.rows(self.stage))
+        return ", ".join(names[:8]) + (", ..." if names[8:] else "") or "unknown"
+
+    @torch.no_grad()
+    def held_out(self, stage, batches=4):
+        """The losses over the same batches of held-out items every time, logged; {} if the data has none for this stage."""
+        if not self.task.holds(stage, "seen"):
+            return {}
+        self.task.modules.eval()
+        means = {}
+        for i in range(batches):
+            batch = self.task.batch(stage, 1.0, "seen", random.Random(i), self.rows(stage))
+            totals = self.totals(batch)
+            parts = [self.forward(lambda micro: self.task.loss(stage, micro, totals), micro)[1] for micro in self.split(batch)]
+            for name, value in self._sum(parts).items():
+                means[name] = means.get(name, 0) + value.item() / batches
+        self.task.modules.train()
+        means.pop("loss")
+        self._write_log(split="held-out", **{name: round(value, 4) for name, value in means.items()})
+        return means
+
+    # after a step
+
+    def end_step(self, batch, parts, lr):
+        """Count the step, show and log it, look at the clock, and save if it is time. Stopped if a signal has come."""
+        self.progress["step"] += 1
+        self.bar.update()
+        self.tokens += self.task.tokens(batch) * parallel.world_size()
+        if self.minutes and self.step % 50 == 30:
+            self._plan_steps()
+        if self.step % LOG_EVERY == 1:
+            self._log(parts, lr)
+        if self.num_steps and self.step % math.ceil(self.num_steps / 4) == 0 and self.step < self.num_steps:
+            self.held_out(self.stage)
+        if parallel.any_of(self.signal is not None):
+            self.save()
+            text = f"{self.out}: stopped and saved at step {self.step} of {self.stage.name}; --resume goes on"
+            raise Stopped(text, self.signal or signal.SIGTERM)
+        if parallel.any_of(time.monotonic() - self.saved_at > max(self.save_every, self.save_took / SAVING)):
+            self.save()
+
+    def _plan_steps(self):
+        """With a time budget: how many steps the stage will have, from how long they have taken so far."""
+        passed = torch.tensor(time.monotonic() - self.begun_at, device=self.params[0].device)
+        passed = parallel.all_sum(passed).item() / parallel.world_size()
+        if self.num_steps is None or not self.first:
+            seconds = 60 * self.minutes * self.stage.steps / sum(s.steps for s in self.stages)
+            steps = max(self.step, round((self.step - self.first) * seconds / passed))
+            self.bar.total = self.progress["num_steps"][self.progress["stage"]] = steps
+
+    def _log(self, parts, lr):
+        numbers = {name: round(value.item(), 4) for name, value in parts.items()}
+        now = time.monotonic()
+        speed, self.logged_at, self.tokens = round(self.tokens / (now - self.logged_at)), now, 0
+        left = (now - self.begun_at) / (self.step - self.first) * (self.num_steps - self.step) if self.num_steps else None
+        self.bar.set_postfix({name: f"{value:.2f}" for name, value in numbers.items()} | {"tok/s": speed}, refresh=False)
+        self._write_log(lr=lr, **numbers, tokens_per_second=speed, seconds_left=None if left is None else round(left))
+
+    def _write_log(self, **numbers):
+        if parallel.rank() == 0:
+            with open(os.path.join(self.out, "log.jsonl"), "a", encoding="utf-8") as f:
+                f.write(json.dumps({"stage": self.stage.name, "step": self.step, **numbers}) + "\n")
+
+    # checkpoints
+
+    def facts(self):
+        """What a checkpoint says besides its tensors."""
+        return {"data": self.task.fingerprint, "progress": self.progress, "precision": self.task.precision,
+                "stages": [dataclasses.asdict(s) for s in self.stages]}
+
+    def save(self):
+        begin = time.monotonic()
+        if parallel.is_distributed():
+            facts = {"config": dataclasses.asdict(self.task.config), **self.facts()}
+            parallel.save(self.out, self.total_steps(), self.sharded_tensors(), facts)
+        else:
+            save_checkpoint(self.path, self.task.kind, self.task.config, **self.task.state(), **self.facts(),
+                            optimizer=self.optimizer.state_dict())
+        self.saved_at = time.monotonic()
+        self.save_took = self.saved_at - begin
+
+    def restore(self):
+        if parallel.is_distributed():
+            path = parallel.newest(self.out)
+            if not path:
+                raise ValueError(f"{self.path}: is of one process; it cannot go on in several")
+            saved, files = parallel.read(path)
+        else:
+            path, saved = self.path, load_checkpoint(self.path, self.task.kind)
+        if "progress" not in saved:
+            raise ValueError(f"{path}: was written by an older version; --out names another folder")
+        if saved["config"] != dataclasses.asdict(self.task.config) or saved["data"] != self.task.fingerprint:
+            raise ValueError(f"{path}: was trained with another config or on other data; --out names another folder")
+        if [s["name"] for s in saved["stages"]] != [s.name for s in self.stages]:
+            raise ValueError(f"{path}: was trained in other stages; --out names another folder")
+        if saved["precision"] != self.task.precision:
+            raise ValueError(f"{path}: was trained in {saved['precision']}; --precision {saved['precision']} goes on with it")
+        if "optimizer" not in saved and not parallel.is_distributed():
+            raise ValueError(f"{path}: holds no optimiser: it is the result of several processes, which go on with torchrun")
+        self.progress = saved["progress"]
+        if parallel.is_distributed():
+            parallel.restore(files, self.sharded_tensors())
+        else:
+            self.task.load(saved, path)
+            self.optimizer.load_state_dict(saved["optimizer"])
+
+    def sharded_tensors(self):
+        """All that several processes hold in shards: {name: parameter or state of the optimiser}."""
+        out = {}
+        parallel.reshard(self.task.modules)
+        names = {p: name for name, p in self.task.modules.named_parameters()}
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                state = self.optimizer.init_state(p, group["muon"])
+                out |= {f"model {names[p]}": p, **{f"{k} {names[p]}": x for k, x in state.items()}}
+        return out
+
+    def finish(self):
+        """The result of several processes as one checkpoint, which chat.py reads. Returns its path."""
+        if parallel.is_distributed():
+            if parallel.rank() == 0:
+                _, files = parallel.read(parallel.newest(self.out))
+                weights = dict(parallel.whole(files, "model "))
+                if self.task.config.tied:
+                    weights["head.weight"] = weights["text.weight"]
+                state = self.task.state() | {"model": weights}
+                save_checkpoint(self.path, self.task.kind, self.task.config, **state, **self.facts())
+            parallel.barrier()
+        return self.path
+
+    @contextlib.contextmanager
+    def guarded(self):
+        """While this lasts, SIGTERM and Ctrl-C stop the run after its step, saved (a second Ctrl-C at once), and another
+        training that would write to the same folder is refused."""
+        def stop(number, frame):
+            if self.signal:
+                raise KeyboardInterrupt
+            self.signal = number
+        before = {}
+        if threading.current_thread() is threading.main_thread():
+            before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)
+                      if signal.getsignal(s) is not signal.SIG_IGN}
+        try:
+            with lock(self.out) if parallel.rank() == 0 else contextlib.nullcontext():
+                if parallel.rank() == 0:
+                    for name, source in self.task.files.items():
+                        copy(source, os.path.join(self.out, name))
+                yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class _Batches(torch.utils.data.Dataset):
+    def __init__(self, run, stage):
+        self.task, self.stage, self.rng, self.rows = run.task, stage, run.rng, run.rows(stage)
+
+    def __getitem__(self, step_and_fraction):
+        step, fraction = step_and_fraction
+        return self.task.batch(self.stage, fraction, "train", self.rng(step), self.rows)
+
+
+def _ignore_ctrl_c(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def lock(folder):
+    """Only one process at a time writes to a folder; the system lets go of the lock however the process ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with open(os.path.join(folder, "lock"), "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another training writes to it; --out names another folder") from None
+        yield
