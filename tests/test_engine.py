@@ -28,19 +28,19 @@ def duplex_of(world, context=128, device="cpu"):
 
 
 def alone(duplex, heard, seed):
-    """What a conversation by itself gives for each frame heard, [(1920,), ...]: [(text token, audio
-    (1920,)), ...]"""
+    """What a conversation alone gives for frames [(1920,), ...]: [(text token, audio (1920,)), ...]"""
     text, said = duplex.converse(torch.cat([*heard, torch.zeros(FRAME)])[None], seed)
     return list(zip(text[0, :len(heard)].tolist(), said[0, FRAME:].split(FRAME)))
 
 
 def same(a, b):
     """The same tokens; and the same audio, but for the order in which sums over more rows are made."""
-    return [x[0] for x in a] == [x[0] for x in b] and all((x[1] - y[1]).abs().max() < 1e-5 for x, y in zip(a, b, strict=True))
+    return ([x[0] for x in a] == [x[0] for x in b]
+            and all((x[1] - y[1]).abs().max() < 1e-5 for x, y in zip(a, b, strict=True)))
 
 
-# ----------------------------------------------------------------------------------------------------------
-# ----------- one conversation
+# ------------------------------------------------------------------------------------------------------------
+# one conversation
 
 
 def test_what_is_heard_later_changes_nothing_before(world):
@@ -49,7 +49,8 @@ def test_what_is_heard_later_changes_nothing_before(world):
     y = x.clone()
     y[:, 6 * FRAME:] = 0
     (text_a, said_a), (text_b, said_b) = duplex.converse(x), duplex.converse(y)
-    assert torch.equal(text_a[:, :6], text_b[:, :6]) and torch.equal(said_a[:, :7 * FRAME], said_b[:, :7 * FRAME])
+    assert torch.equal(text_a[:, :6], text_b[:, :6])
+    assert torch.equal(said_a[:, :7 * FRAME], said_b[:, :7 * FRAME])
     assert (said_a[:, :FRAME] == 0).all()  # nothing can be said about what has not been heard
 
 
@@ -94,7 +95,8 @@ def test_a_frame_never_waits_for_its_device(world, monkeypatch):
     # does not know that device
     monkeypatch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext())
     s = DuplexModel.load(str(world / "flm"))
-    duplex = DuplexModel(s.model.to("meta").bfloat16(), s.vocab, s.codec.to("meta"), s.tokenizer, Sampling(0.7, 20, 0.9, 1.2),
+    duplex = DuplexModel(s.model.to("meta").bfloat16(), s.vocab, s.codec.to("meta"), s.tokenizer,
+                         Sampling(0.7, 20, 0.9, 1.2),
                       Sampling(0.8, 20))
     text, said = duplex.step(torch.zeros(2, 1, FRAME, device="meta"), duplex.init_state([1, 2]))
     assert text.shape == (2,) and said.shape == (2, 1, FRAME) and said.is_meta
@@ -120,8 +122,8 @@ def test_a_captured_frame_is_the_same(world):
     assert (captured == eager.cpu()).all()
 
 
-# ----------------------------------------------------------------------------------------------------------
-# ----------- many
+# ------------------------------------------------------------------------------------------------------------
+# many
 
 
 @pytest.mark.parametrize("context, seed", [(128, 1), (8, 10)])
@@ -203,12 +205,14 @@ def test_a_second_session_equals_the_first(world):
     b = converse(second)
     engine.leave(second)
     c = converse(engine.join(5))
-    assert all(u[0] == v[0] == w[0] and torch.equal(u[1], v[1]) and torch.equal(u[1], w[1]) for u, v, w in zip(a, b, c))
+    for other in (b, c):
+        assert all(u[0] == v[0] and torch.equal(u[1], v[1]) for u, v in zip(a, other, strict=True))
 
 
 def test_a_frame_of_another_shape_or_not_finite_is_refused(world):
     session = Engine(duplex_of(world), 1).join()
-    for bad in (torch.zeros(FRAME - 1), torch.zeros(1, FRAME), torch.full((FRAME,), float("nan")), np.full(FRAME, np.inf)):
+    for bad in (torch.zeros(FRAME - 1), torch.zeros(1, FRAME), torch.full((FRAME,), float("nan")),
+                np.full(FRAME, np.inf)):
         with pytest.raises(ValueError, match="1920 finite numbers"):
             session.hear(bad)
     assert session.hear(np.zeros(FRAME)) and len(session.queue) == 1
@@ -247,7 +251,7 @@ def test_ticks_may_run_in_a_thread_of_their_own(world):
     thread.start()
     try:
         first = engine.join(1)
-        for t in range(40):  # two at a time; the second one leaves in the middle of the first one's conversation
+        for t in range(40):  # two at a time; the second leaves in the middle of the first one's conversation
             if t % 20 == 0:
                 second = engine.join(2 + t)
             talks = [(first, x[t // 2]), (second, x[t % 20])] if t % 2 else [(second, x[t % 20])]
@@ -266,8 +270,8 @@ def test_ticks_may_run_in_a_thread_of_their_own(world):
         assert same(outs, alone(duplex, x[:len(outs)], s.seed))
 
 
-# ----------------------------------------------------------------------------------------------------------
-# ----------- no end
+# ------------------------------------------------------------------------------------------------------------
+# no end
 
 
 def test_a_conversation_has_no_end(world):
