@@ -38,7 +38,7 @@ def test_a_reply_on_the_clock_of_the_input(world, tmp_path):
 
 @pytest.mark.parametrize("name, seconds, rate, channels", [
     ("phone.wav", 0.7, 8000, 1), ("cd.wav", 0.7, 44100, 2), ("studio.flac", 0.5, 96000, 2),
-                                                           ("voice.ogg", 0.6, 48000, 1),
+    ("voice.ogg", 0.6, 48000, 1),
     ("music.mp3", 0.6, 44100, 2), ("blink.wav", 0.0001, 24000, 1), ("surround.wav", 0.3, 48000, 6)])
 def test_any_audio_file(world, tmp_path, name, seconds, rate, channels):
     source, target = tone(tmp_path / name, seconds, rate, channels), tmp_path / "reply.flac"
@@ -50,11 +50,11 @@ def test_any_audio_file(world, tmp_path, name, seconds, rate, channels):
 
 def test_stereo_holds_the_user_left_and_the_model_right(world, tmp_path):
     source = tone(tmp_path / "in.wav", 0.5)
-    assert chat(world, source, tmp_path / "one.wav")[0] == chat(world, source, tmp_path / "two.wav",
-                                                                "--stereo")[0] == 0
+    assert chat(world, source, tmp_path / "one.wav")[0] == 0
+    assert chat(world, source, tmp_path / "two.wav", "--stereo")[0] == 0
     left, right = read_audio(str(tmp_path / "two.wav"), mono=False)
-    assert torch.equal(left, read_audio(str(source))) and torch.equal(right,
-                                                                      read_audio(str(tmp_path / "one.wav")))
+    assert torch.equal(left, read_audio(str(source)))
+    assert torch.equal(right, read_audio(str(tmp_path / "one.wav")))
 
 
 def test_where_the_model_yields():
@@ -75,8 +75,8 @@ def test_a_picture_of_the_conversation(world, tmp_path):
     source = tone(tmp_path / "in.wav", 2.0)
     code, out, err = chat(world, source, tmp_path / "reply.wav", "--picture", tmp_path / "reply.png")
     assert code == 0, err
-    assert (tmp_path / "reply.png").read_bytes()[:4] == b"\x89PNG" and out.splitlines()[-1].endswith(
-        "reply.png")
+    assert (tmp_path / "reply.png").read_bytes()[:4] == b"\x89PNG"
+    assert out.splitlines()[-1].endswith("reply.png")
 
 
 def test_a_picture_draws_what_it_is_given(tmp_path):
@@ -103,8 +103,7 @@ def test_bad_input_is_one_line_and_leaves_the_old_reply(world, tmp_path, kind):
 @pytest.mark.parametrize("target, message", [
     ("reply.xyz", "cannot write this kind of file"), ("reply", "cannot write this kind of file"),
     ("folder.wav", "is a folder"), ("file.txt/reply.wav", "file.txt")])
-def test_an_output_that_cannot_be_written_stops_before_the_conversation(world, tmp_path, monkeypatch, target,
-                                                                        message):
+def test_an_output_is_checked_before_the_conversation(world, tmp_path, monkeypatch, target, message):
     (tmp_path / "folder.wav").mkdir()
     (tmp_path / "file.txt").write_text("in the way")
     monkeypatch.setattr(DuplexModel, "load", None)
@@ -112,7 +111,7 @@ def test_an_output_that_cannot_be_written_stops_before_the_conversation(world, t
     assert code == 1 and len(err.strip().splitlines()) == 1 and message in err
 
 
-def test_a_picture_that_cannot_be_drawn_stops_before_the_conversation(world, tmp_path, monkeypatch):
+def test_a_picture_is_checked_before_the_conversation(world, tmp_path, monkeypatch):
     monkeypatch.setattr(DuplexModel, "load", None)
     source = tone(tmp_path / "in.wav", 0.3)
     code, _, err = chat(world, source, tmp_path / "reply.wav", "--picture", tmp_path / "reply.docx")
@@ -122,8 +121,7 @@ def test_a_picture_that_cannot_be_drawn_stops_before_the_conversation(world, tmp
 @pytest.mark.parametrize("device, message", [
     ("mps", "float64"), ("tpu", "unknown"), ("xpu", "unknown"), ("", "unknown"), ("cuda:99", "GPU")])
 @pytest.mark.parametrize("script", ["chat.py", "eval.py"])
-def test_a_device_that_is_not_there_is_one_line_before_any_work(world, tmp_path, monkeypatch, script, device,
-                                                                message):
+def test_a_device_is_checked_before_any_work(world, tmp_path, monkeypatch, script, device, message):
     monkeypatch.setattr(DuplexModel, "load", None)
     flags = ("--input", tone(tmp_path / "in.wav", 0.3)) if script == "chat.py" else ()
     code, _, err = run(script, "--checkpoint", world / "flm", "--device", device, *flags)
@@ -139,8 +137,8 @@ def test_the_monologue_is_printed_line_by_line(world, capsys):
     transcript = PrintedTranscript(DuplexModel.load(str(world / "flm")))
     for t, token in ((0, b"a"), (3, b"b"), (7, b"c")):
         transcript.add(t, token[0])
-    assert capsys.readouterr().out.split("\n")[1:] == ["   0.08 s ab",
-                                                       ""], "a pause of four frames ends a line"
+    lines = capsys.readouterr().out.split("\n")
+    assert lines[1:] == ["   0.08 s ab", ""], "a pause of four frames ends a line"
     transcript.print_line()
     assert capsys.readouterr().out == "   0.64 s c\n"
 

@@ -1,5 +1,4 @@
-"""Late and lost frames do no harm; a conversation in the terminal equals the file's; echo is heard where it
-belongs."""
+"""Late and lost frames do no harm; a conversation in the terminal equals the file's; echo is heard."""
 import concurrent.futures
 import json
 import random
@@ -23,9 +22,9 @@ from mimi import FRAME
 
 
 def link(frames, loss=0.02, burst=0.2, seed=1):
-    """When each frame, sent every 80 ms, arrives at the end of a bad link: [(seconds, number), ...] in
-    order of time. About every two seconds nothing passes for `burst` seconds, and then all of it at once; a
-    share `loss` is lost."""
+    """When each frame, sent every 80 ms, arrives over a bad link: [(seconds, number), ...] in order of
+    time. About every two seconds nothing passes for `burst` seconds, then all at once; a share `loss` never
+    arrives."""
     rng, arrivals, shut = random.Random(seed), [], -1.0
     for n in range(frames):
         now = 0.08 * n + 0.02 + 0.02 * rng.random()
@@ -131,7 +130,8 @@ def test_the_page_plays_as_python_does():
             sums.append(float(np.abs(audio).sum()))
     theirs = node(f"""
         const loud = n => n % 100 < 60 ? 0.1 : 0.001
-        const frame = n => Float32Array.from({{ length: FRAME }}, (_, i) => loud(n) * Math.sin(0.01 * (n * FRAME + i)))
+        const frame = n => Float32Array.from({{ length: FRAME }},
+          (_, i) => loud(n) * Math.sin(0.01 * (n * FRAME + i)))
         const jitter = new JitterBuffer(), numbers = [], sums = []
         for (const event of {json.dumps(events)}) {{
           if (event >= 0) {{ jitter.put(event, frame(event)); continue }}
@@ -152,10 +152,12 @@ def test_the_page_resamples_any_rate_without_seams(rate):
         const through = (hertz, from, to) => {{
           const resampler = new Resampler(from, to), out = []
           for (let i = 0; i < from; i += 128)
-            out.push(...resampler.push(Float32Array.from({{ length: 128 }}, (_, k) => Math.sin(2 * Math.PI * hertz * (i + k) / from))))
+            out.push(...resampler.push(Float32Array.from({{ length: 128 }},
+              (_, k) => Math.sin(2 * Math.PI * hertz * (i + k) / from))))
           return out
         }}
-        console.log(JSON.stringify([through(1000, {rate}, RATE), through(1000, RATE, {rate}), through(15000, {rate}, RATE)]))""")
+        console.log(JSON.stringify(
+          [through(1000, {rate}, RATE), through(1000, RATE, {rate}), through(15000, {rate}, RATE)]))""")
     for x, to in ((down, 24_000), (up, rate)):
         assert abs(len(x) - to) < 0.01 * to
         x, t = np.array(x[to // 10:]), np.arange(len(x) - to // 10) / to

@@ -184,7 +184,7 @@ async def test_a_full_server_says_so_and_a_place_that_is_left_is_free(duplex):
 
 
 @live
-async def test_a_page_loaded_anew_in_the_middle_takes_no_second_place(duplex):
+async def test_a_reloaded_page_takes_no_second_place(duplex):
     async with serving(duplex, sessions=1) as (address, _, server, client):
         for _ in range(4):
             ws = await begun(client, address)
