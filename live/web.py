@@ -42,7 +42,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MESSAGE_BYTES = 4 + 2 * FRAME  # of a binary message
 RATE, BURST = 1.2 * FRAME_RATE, 50  # token bucket: messages a second, and at once after a stall
 RESTART = 10  # messages that one restart counts for
-MAX_UNSENT = 50  # messages that may wait for a client who reads too slowly
+MAX_UNSENT = 50  # messages that may wait for a client that reads too slowly
 HEADERS = {
     "Content-Security-Policy":
         "default-src 'none'; script-src 'unsafe-inline' blob:; style-src 'unsafe-inline'; "
