@@ -1,22 +1,24 @@
-"""Does it hear, speak, take turns? Conversations frame by frame through engine.py, and recordings of any other system.
+"""Does it hear, speak, take turns? The measures of FLM-Audio (section 4) and of FLEXI, on held-out items.
 
-    python eval.py --checkpoint out/tiny                         answers, hearing, and FLEXI's scenarios, 200 items each
-    python eval.py --checkpoint out/tiny --smoke                 the scenarios with 20 items
-    python eval.py --checkpoint out/tiny --keep out/talks        also keep every conversation of the scenarios as a folder
-    python eval.py --folder out/talks                            score such a folder, whatever system has spoken there
-    python eval.py --checkpoint out/tiny --asr 'mycmd {wav}'     another recogniser: it prints the words it hears
-    python eval.py --codec out/codec/checkpoint.pt               the codec alone: how far off, how well understood
+    python eval.py --checkpoint out/tiny                       answers, hearing, turn-taking, 200 items each
+    python eval.py --checkpoint out/tiny --smoke               20 items for each scenario of turn-taking
+    python eval.py --checkpoint out/tiny --keep out/talks      keep the scenarios' conversations as folders
+    python eval.py --folder out/talks                          score such folders, of any system
+    python eval.py --checkpoint out/tiny --asr 'mycmd {wav}'   another recogniser: a command that prints words
+    python eval.py --codec out/codec/checkpoint.pt             the codec alone: distance, intelligibility
 
-Answers, to requests that were never trained on (FLM-Audio, section 4):
+Requests that are not in the training data are spoken to the model, frame by frame:
 
-    text        the monologue is the right answer, word for word
-    spoken      the reply, as the recogniser hears it: share of right words (1 - word error rate), and all words right;
-                against the right answer, and against what the model itself has written
-    in time     the reply begins at most 0.4 s after the user's end; early: before it
-    kept on     of an answer of six words or more, the last word that was written is the last that is heard
-    hearing     ASR style: the clip is heard, the text channel writes down what was said
+    text              the monologue is the right answer, word for word
+    spoken 1 - WER    the reply, as a recogniser hears it, against the right answer; as written: against the
+                      monologue; exactly: no word is wrong
+    in time           the reply begins at most 0.4 s after the user's end; early: before it
+    kept on           of an answer of six words or more, the last word written is also the last one heard
+    hearing 1 - WER   ASR style: what the model writes of what it hears; CER: the same in letters
+    WER, CER          true error rates: (substitutions + deletions + insertions) / length of the references
 
-Turns: turns.py. What recogniser.py makes of the originals and of their codec reconstructions is printed as the ceiling.
+1 - WER is at least 0 for each item, so that it is a proportion. Turn-taking: evals/turns.py. The recogniser's
+own scores, on the original recordings and after the codec, are printed as the ceiling.
 """
 import argparse
 import json
@@ -24,33 +26,34 @@ import os
 import random
 import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from chat import DuplexModel
+from evals.conversations import converse_all, read_conversations, save_conversation, save_samples, written
+from evals.recogniser import get_recogniser
+from evals.turns import LEAD, Reply, ScenarioMaker, earliest, format_proportion, report_turns, run_scenarios
+from evals.turns import score_all, silence, speech, wilson, words_of
 from files.atomic import replace_when_done
-from files.audio import SAMPLE_RATE, read_audio, write_audio
-from live.transcript import Transcript
+from files.audio import SAMPLE_RATE, read_audio
+from files.device import check_device
 from files.manifest import read_manifest
 from mimi import FRAME, Mimi, log_spectral_distance, mel_filters
-from evals.recogniser import get_recogniser
 from streams import DELAYED, LISTEN, ROWS, SPEAK, TEXT
-from toy.world import KIND_PROPORTIONS
-from evals.turns import LEAD, Reply, World, first, run_scenarios, keep_talk, read_talks, report_turns, score_all, share_line, silence, speech, wilson, words_of
 
-KINDS = ("repeat", "count", "next", "opposite")  # of requests that are asked for their answers: no chants, no stories
+KINDS = ("repeat", "count", "next", "opposite")  # of requests; chants and stories have no single right answer
 LISTEN_ON = 2.5  # seconds that a recording goes on after the expected answer
+BEFORE, AFTER = 6, 40  # frames before and after a clip in `hearing`
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # measures
 
 
-def word_errors(found, right):
-    """Words to insert, delete or exchange."""
+def edit_distance(found, right):
+    """Substitutions, deletions and insertions that separate two sequences (Levenshtein)."""
     row = list(range(len(right) + 1))
     for i, a in enumerate(found, 1):
         last, row[0] = row[0], i
@@ -60,117 +63,127 @@ def word_errors(found, right):
 
 
 class Proportions:
-    """Named counts of hits, printed as shares with their 95% intervals."""
+    """Named counts of hits, printed as proportions with their 95% intervals, and of errors."""
 
     def __init__(self):
-        self.hits, self.n = Counter(), Counter()
+        self.hits, self.n, self.errors = Counter(), Counter(), Counter()
 
     def add(self, name, hit, of=1):
         self.hits[name] += hit
         self.n[name] += of
 
-    def add_right(self, name, found, right):
-        """How many of the right words (or letters) were found: 1 - error rate."""
-        self.add(name, max(0, len(right) - word_errors(found, right)), len(right))
+    def add_errors(self, name, found, right):
+        """Words or letters that were found, and the right ones."""
+        errors = edit_distance(found, right)
+        self.errors[name] += errors
+        self.add(name, max(0, len(right) - errors), len(right))
 
-    def share(self, name):
+    def proportion(self, name):
         return self.hits[name] / max(1, self.n[name])
 
+    def error_rate(self, name):
+        return self.errors[name] / max(1, self.n[name])
+
     def line(self, name):
-        return share_line(self.share(name), *wilson(self.hits[name], self.n[name]), self.n[name])
+        line = format_proportion(self.proportion(name), *wilson(self.hits[name], self.n[name]), self.n[name])
+        if name not in self.errors:
+            return line
+        return f"{line}   {'CER' if 'CER' in name else 'WER'} {self.error_rate(name):.3f}"
 
 
-def converse_all(duplex, sounds, seed, what, rows=50):
-    """Many conversations, up to `rows` side by side, cut to the length of their sounds (N,): [(text tokens (T,), sound said (N,)), ...]
-    Those of similar length should be neighbours. On a CPU each core has its own."""
-    cores = os.cpu_count() if duplex.device.type == "cpu" else 1
-    rows = max(1, min(rows, -(-len(sounds) // cores)))
-    some = [sounds[i:i + rows] for i in range(0, len(sounds), rows)]
-    padded = [torch.stack([F.pad(x, (0, max(map(len, part)) - len(x))) for x in part]) for part in some]
-    bar = tqdm(total=sum(-(-x.shape[1] // FRAME) for x in padded), desc=f"{what}, {len(sounds)}", unit="frame", leave=False)
-    with ThreadPoolExecutor(cores, initializer=one_thread, initargs=(duplex,)) as pool:
-        talks = pool.map(lambda x, i: duplex.converse(x, seed + i, each=lambda t, text: bar.update()), padded, range(0, len(sounds), rows))
-        out = [(t[:-(-len(x) // FRAME)], y[:len(x)]) for part, (text, said) in zip(some, talks) for x, t, y in zip(part, text, said)]
-    bar.close()
-    return out
+# ------------------------------------------------------------------------------------------------------------
+# does it answer, and speak what it writes?
 
 
-def one_thread(duplex):
-    if duplex.device.type == "cpu":
-        torch.set_num_threads(1)
-
-
-def written(duplex, text):
-    """The monologue of text tokens (T,): [(second, text), ...]"""
-    transcript = Transcript(duplex)
-    for t, token in enumerate(text.tolist()):
-        transcript.add(t, token)
-    return [(piece["time"], piece["text"]) for piece in transcript.pieces]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# answers
-
-
-def answers(duplex, recogniser, items, seed, shares, name):
+def answers(duplex, recogniser, items, seed, scores, split):
     """Each item's request, spoken to the model after a second of silence. Returns the conversations."""
     items = sorted(items, key=lambda d: len(d["turns"][1]["starts"]))
     users, replies = ([read_audio(d["turns"][i]["path"]) for d in items] for i in (0, 1))
-    sounds = [torch.cat([silence(LEAD), u, silence(len(r) / SAMPLE_RATE + LISTEN_ON)]) for u, r in zip(users, replies)]
-    talks = converse_all(duplex, sounds, seed, name)
-    languages = len({d.get("lang") for d in items})
-    for d, user, reply, (text, said) in zip(items, users, replies, talks):
-        right, end = d["turns"][1]["text"].split(), LEAD + len(user) / SAMPLE_RATE
-        wrote, heard, spans = words_of(written(duplex, text)), recogniser.hear(said), speech(said)
-        shares.add(f"{name} text", wrote == right)
-        shares.add(f"{name} text, {d['kind']}", wrote == right)
-        if languages > 1:
-            shares.add(f"{name} text, {d['lang']}", wrote == right)
-        shares.add_right(f"{name} spoken words", heard, right)
-        shares.add(f"{name} spoken exactly", heard == right)
-        shares.add_right(f"{name} spoken as written", heard, wrote)
-        onset = first(a for a, _ in spans)
-        shares.add(f"{name} in time", onset is not None and end <= onset <= end + 0.4)
-        shares.add(f"{name} early", onset is not None and onset < end)
+    heard = [torch.cat([silence(LEAD), user, silence(len(reply) / SAMPLE_RATE + LISTEN_ON)])
+             for user, reply in zip(users, replies)]
+    conversations = converse_all(duplex, heard, seed, split)
+    several = len({d.get("lang") for d in items}) > 1
+    for d, user, (text, said) in zip(items, users, conversations):
+        right, wrote = d["turns"][1]["text"].split(), words_of(written(duplex, text))
+        for label in ("text", f"text, {d['kind']}", *([f"text, {d['lang']}"] if several else ())):
+            scores.add(f"{split} {label}", wrote == right)
+        spoken = recogniser.hear(said)
+        scores.add_errors(f"{split} spoken 1 - WER", spoken, right)
+        scores.add_errors(f"{split} spoken 1 - WER, as written", spoken, wrote)
+        scores.add(f"{split} spoken exactly", spoken == right)
         if len(right) >= 6:
-            shares.add(f"{name} kept on", bool(heard) and heard[-1:] == wrote[-1:])
-    return list(zip(items, sounds, talks))
+            scores.add(f"{split} kept on", bool(spoken) and spoken[-1:] == wrote[-1:])
+        end = LEAD + len(user) / SAMPLE_RATE
+        onset = earliest(begin for begin, _ in speech(said))
+        scores.add(f"{split} in time", onset is not None and end <= onset <= end + 0.4)
+        scores.add(f"{split} early", onset is not None and onset < end)
+    return list(zip(items, heard, conversations))
 
 
-def ceiling(codec, recogniser, items, shares, name):
-    """What the recogniser makes of the originals, and of them after the codec."""
-    for turn in (t for d in items for t in d["turns"]):
-        sound = read_audio(turn["path"])
-        understood(recogniser, sound, turn["text"], shares, f"{name} {turn['role']} original")
-        understood(recogniser, reconstruct(codec, sound), turn["text"], shares, f"{name} {turn['role']} codec")
+# ------------------------------------------------------------------------------------------------------------
+# does it hear?
 
 
 @torch.inference_mode()
-def hearing(duplex, items, shares, name):
-    """ASR style: each clip into the listening rows, nothing on the speaking ones; the text is what the model has understood."""
-    sounds = [read_audio(d["turns"][0]["path"]) for d in items]
-    N = max(map(len, sounds)) // FRAME * FRAME + 40 * FRAME
-    codes = duplex.codec.encode(torch.stack([F.pad(x, (6 * FRAME, N - len(x))) for x in sounds])[:, None].to(duplex.device))
-    v, state = duplex.vocab, duplex.model.init_cache(len(items))
-    late, silent = DELAYED.to(duplex.device), codes.new_full(codes.shape[:2], v.empty)
-    text, before, pieces = codes.new_full((len(items),), v.wait), silent, []
-    for t, now in enumerate(codes.unbind(-1)):
-        spoken = torch.tensor([6 <= t < 6 - (-len(x) // FRAME) for x in sounds], device=duplex.device)
-        now = torch.where(spoken[:, None], now, silent)  # the clip and nothing else, as in post-training
-        column = torch.empty(len(items), ROWS, dtype=torch.long, device=duplex.device)
-        column[:, TEXT], column[:, SPEAK], column[:, LISTEN] = text, silent, torch.where(late, before, now)
-        text, before = duplex.model.text_logits(duplex.model.hidden_step(column, state))[:, :v.text_size].argmax(-1), now
-        pieces.append(text)
-    for d, tokens in zip(items, torch.stack(pieces, 1).cpu()):
+def hearing(duplex, items, scores, split):
+    """ASR style: each clip into the listening rows, nothing in the speaking ones; the monologue is the
+    transcript."""
+    clips = [read_audio(d["turns"][0]["path"]) for d in items]
+    N = max(map(len, clips)) // FRAME * FRAME + (BEFORE + AFTER) * FRAME
+    wav = torch.stack([F.pad(x, (BEFORE * FRAME, N - BEFORE * FRAME - len(x))) for x in clips])
+    codes = duplex.codec.encode(wav[:, None].to(duplex.device))  # (B, K, T)
+    ends = torch.tensor([BEFORE - (-len(x) // FRAME) for x in clips], device=duplex.device)
+    empty, text, transcripts = duplex.vocab.empty, codes.new_full((len(items),), duplex.vocab.wait), []
+    cache, delayed = duplex.model.init_cache(len(items)), DELAYED.to(duplex.device)
+    last = silent = codes.new_full(codes.shape[:2], empty)
+    for t, frame in enumerate(codes.unbind(-1)):
+        # the clip alone, as in post-training
+        frame = frame.where(((t >= BEFORE) & (t < ends))[:, None], silent)
+        column = codes.new_empty(len(items), ROWS)
+        column[:, TEXT], column[:, SPEAK], column[:, LISTEN] = text, silent, torch.where(delayed, last, frame)
+        logits = duplex.model.text_logits(duplex.model.hidden_step(column, cache))
+        text, last = logits[:, :duplex.vocab.text_size].argmax(-1), frame
+        transcripts.append(text)
+    for d, tokens in zip(items, torch.stack(transcripts, 1).cpu()):
         right, found = d["turns"][0]["text"].split(), words_of(written(duplex, tokens))
-        shares.add_right(f"{name} words heard", found, right)
-        shares.add_right(f"{name} letters heard", "".join(found), "".join(right))
+        scores.add_errors(f"{split} hearing 1 - WER", found, right)
+        scores.add_errors(f"{split} hearing 1 - CER", "".join(found), "".join(right))
 
 
-def understood(recogniser, sound, text, shares, label):
-    heard, right = recogniser.hear(sound), text.split()
-    shares.add_right(f"{label} words", heard, right)
-    shares.add(f"{label} exactly", heard == right)
+def turn_taking(duplex, dialogues, tts, seed, n, keep):
+    """n items of each of FLEXI's scenarios: {scenario: {measure: {"value", "n", ...}}}"""
+    def run(items, description):
+        out = []
+        conversations = converse_all(duplex, [item.audio for item in items], seed, description)
+        for item, (text, said) in zip(items, conversations):
+            out.append(Reply(speech(said), written(duplex, text)))
+            if keep:
+                save_conversation(keep, item, said, out[-1].written)
+        return out
+    return score_all(run_scenarios(run, ScenarioMaker(dialogues, tts, seed), n))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the recogniser and the codec
+
+
+def ceiling(codec, recogniser, items, scores, split):
+    """How well the recogniser understands the original recordings, and the same after the codec."""
+    for turn in (t for d in items for t in d["turns"]):
+        audio = read_audio(turn["path"])
+        for version, x in (("original", audio), ("codec", reconstruct(codec, audio))):
+            understood(recogniser, x, turn["text"], scores, f"{split} {turn['role']} {version}")
+
+
+def understood(recogniser, audio, text, scores, label):
+    heard, right = recogniser.hear(audio), text.split()
+    scores.add_errors(f"{label} 1 - WER", heard, right)
+    scores.add(f"{label} exactly", heard == right)
+
+
+def understood_line(scores, labels):
+    return "   ".join(f"{label.split()[-1]} {scores.proportion(f'{label} 1 - WER'):.3f} / "
+                      f"{scores.proportion(f'{label} exactly'):.3f}" for label in labels)
 
 
 def reconstruct(codec, x):
@@ -178,108 +191,98 @@ def reconstruct(codec, x):
     return codec.decode(codec.encode(x[None, None].to(device)))[0, 0, :len(x)].cpu()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the codec alone
-
-
 def codec_quality(codec, recogniser, dialogues, n, seed):
-    """Held-out speech through the codec: how far its log-mel spectrum is off, and how much of it is still understood."""
-    print(f"\nHeld-out speech through the codec, seed {seed}: words understood / clips understood entirely")
+    """Held-out speech through the codec: the distance of log-mel spectra, and how well it is still
+    understood."""
+    print(f"\nHeld-out speech through the codec, seed {seed}: the recogniser's 1 - WER / exact clips")
+    filters = mel_filters(1024)
     for split, role, who in (("seen", "user", "users heard in training"), ("new", "user", "new users"),
                              ("seen", "model", "the model's voice")):
-        clips = {t["path"]: t["text"] for d in dialogues if d["split"] == split for t in d["turns"] if t["role"] == role}
-        clips = random.Random(seed).sample(sorted(clips.items()), min(n, len(clips)))
-        shares, off = Proportions(), 0.0
+        turns = [t for d in dialogues if d["split"] == split for t in d["turns"] if t["role"] == role]
+        clips = sorted({t["path"]: t["text"] for t in turns}.items())
+        clips = random.Random(seed).sample(clips, min(n, len(clips)))
+        scores, distance = Proportions(), 0.0
         for path, text in tqdm(clips, who, unit="clip", leave=False):
-            sound = read_audio(path)
-            heard = reconstruct(codec, sound)
-            off += log_spectral_distance(sound, heard, MEL_1024) / len(clips)
-            understood(recogniser, sound, text, shares, "original")
-            understood(recogniser, heard, text, shares, "codec")
-        print(f"  {who:24} {len(clips):4} clips   log-mel distance {off:5.2f} dB   "
-              + "   ".join(f"{v} {shares.share(v + ' words'):.3f} / {shares.share(v + ' exactly'):.3f}" for v in ("original", "codec")))
+            audio = read_audio(path)
+            decoded = reconstruct(codec, audio)
+            distance += log_spectral_distance(audio, decoded, filters) / len(clips)
+            understood(recogniser, audio, text, scores, "original")
+            understood(recogniser, decoded, text, scores, "codec")
+        print(f"  {who:24} {len(clips):4} clips   log-mel distance {distance:5.2f} dB   "
+              + understood_line(scores, ("original", "codec")))
 
 
-MEL_1024 = mel_filters(1024)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# all of it
-
-
-def report(shares, seed):
-    print(f"\nHeld out, seed {seed}, 95% intervals in brackets")
-    for name, who in (("seen", "voices heard in training"), ("new", "new voices")):
-        print(f"\n  {who}")
-        kinds = sorted(n for n in shares.n if n.startswith(f"{name} text, "))
-        for label in (f"{name} text", *kinds, *(f"{name} {x}" for x in ("spoken words", "spoken exactly", "spoken as written",
-                                                                      "in time", "early", "kept on", "words heard", "letters heard"))):
-            print(f"    {label[len(name) + 1:]:24} {shares.line(label)}")
-        for kind in ("user", "model"):
-            ceiling = [f"{version} {shares.share(f'{name} {kind} {version} words'):.3f} / "
-                       f"{shares.share(f'{name} {kind} {version} exactly'):.3f}" for version in ("original", "codec")]
-            print(f"    the recogniser's ceiling, words / exactly, {kind}'s speech: {',  '.join(ceiling)}")
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default="out/tiny")
-    parser.add_argument("--codec", help="measure this codec alone instead of a model")
-    parser.add_argument("--folder", help="score the conversations in this folder instead: ours (--keep) or Full-Duplex-Bench's")
-    parser.add_argument("--data", default="data/toy", help="folder with the manifest of the held-out items")
-    parser.add_argument("--items", type=int, default=200, help="for each of seen voices, new voices, and each scenario")
-    parser.add_argument("--smoke", action="store_true", help="20 items a scenario")
-    parser.add_argument("--keep", help="write every conversation of the scenarios into this folder")
-    parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--tts", help="another synthesiser for the scenarios, as for prepare.py")
-    parser.add_argument("--asr", help="another recogniser: a command with {wav} that prints the words")
-    parser.add_argument("--asr-minutes", type=float, help="train the default recogniser so long, if it is not there yet")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    try:
-        if args.folder:
-            return report_turns(score_all(read_talks(args.folder)), os.path.basename(os.path.normpath(args.folder)))
-        recogniser = get_recogniser(args.asr, args.data, "out/recogniser", args.asr_minutes, args.device)
-        dialogues = list(read_manifest(os.path.join(args.data, "manifest.jsonl")))
-        if args.codec:
-            return codec_quality(Mimi.load(args.codec, args.device), recogniser, dialogues, args.items, args.seed)
-        evaluate(DuplexModel.load(args.checkpoint, args.device), recogniser, dialogues, args)
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+# ------------------------------------------------------------------------------------------------------------
+# does it hear, speak and take turns?
 
 
 def evaluate(duplex, recogniser, dialogues, args):
-    rng, shares, talks = random.Random(args.seed), Proportions(), []
-    for name in ("seen", "new"):
-        items = [d for d in dialogues if d["split"] == name and d["kind"] in KINDS]
+    rng, scores, conversations = random.Random(args.seed), Proportions(), []
+    for split in ("seen", "new"):
+        items = [d for d in dialogues if d["split"] == split and d["kind"] in KINDS]
         items = rng.sample(items, min(args.items, len(items)))
-        talks += answers(duplex, recogniser, items, args.seed, shares, name)
-        hearing(duplex, items, shares, name)
-        ceiling(duplex.codec, recogniser, items[:50], shares, name)
-
-    def run(items, what):
-        out = []
-        for item, (text, said) in zip(items, converse_all(duplex, [item.sound for item in items], args.seed, what)):
-            out.append(Reply(speech(said), written(duplex, text)))
-            if args.keep:
-                keep_talk(args.keep, item, said, out[-1].written)
-        return out
-
-    table = score_all(run_scenarios(run, World(dialogues, args.tts, args.seed), 20 if args.smoke else args.items))
+        conversations += answers(duplex, recogniser, items, args.seed, scores, split)
+        hearing(duplex, items, scores, split)
+        ceiling(duplex.codec, recogniser, items[:50], scores, split)
+    n = 20 if args.smoke else args.items
+    table = turn_taking(duplex, dialogues, args.tts, args.seed, n, args.keep)
     folder = os.path.join(args.checkpoint, "samples")
-    kinds = {d["kind"]: (d, heard, text, said) for d, heard, (text, said) in reversed(talks)}  # the first of each
-    print("\nThree of the conversations (left the user, right the model):")
-    for kind in [k for k in KIND_PROPORTIONS if k in kinds][:3]:
-        d, heard, text, said = kinds[kind]
-        path = os.path.join(folder, f"{kind}.wav")
-        write_audio(path, torch.stack([heard, said]))
-        print(f"  user: {d['turns'][0]['text']}\n    model: {' '.join(words_of(written(duplex, text)))}\n    {path}")
-    report(shares, args.seed)
+    save_samples(duplex, conversations, folder)
+    report(scores, args.seed)
     report_turns(table, args.checkpoint)
     path = os.path.join(args.checkpoint, "eval.json")
+    results = {"seed": args.seed, "shares": {name: [scores.hits[name], scores.n[name]] for name in scores.n},
+               "error_rates": {name: scores.error_rate(name) for name in scores.errors}, "turns": table}
     with replace_when_done(path) as temporary, open(temporary, "w") as f:
-        json.dump({"seed": args.seed, "shares": {k: [shares.hits[k], shares.n[k]] for k in shares.n}, "turns": table}, f, indent=1)
+        json.dump(results, f, indent=1)
     print(f"\nWrote {path} and {folder}/" + (f" and {args.keep}/" if args.keep else ""))
+
+
+MEASURES = ("spoken 1 - WER", "spoken exactly", "spoken 1 - WER, as written", "in time", "early", "kept on",
+            "hearing 1 - WER", "hearing 1 - CER")
+
+
+def report(scores, seed):
+    print(f"\nHeld out, seed {seed}, 95% intervals in brackets")
+    for split, who in (("seen", "voices heard in training"), ("new", "new voices")):
+        print(f"\n  {who}")
+        kinds = sorted(name for name in scores.n if name.startswith(f"{split} text, "))
+        for name in (f"{split} text", *kinds, *(f"{split} {measure}" for measure in MEASURES)):
+            print(f"    {name.removeprefix(split)[1:]:28} {scores.line(name)}")
+        for role in ("user", "model"):
+            line = understood_line(scores, [f"{split} {role} {version}" for version in ("original", "codec")])
+            print(f"    the recogniser's ceiling, 1 - WER / exactly, {role}'s speech: {line}")
+
+
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("--checkpoint", default="out/tiny")
+    add("--codec", help="measure this codec alone instead of a model")
+    add("--folder", help="score the conversations of this folder: ours (--keep) or Full-Duplex-Bench's")
+    add("--data", default="data/toy", help="folder with the manifest of the held-out items")
+    add("--items", type=int, default=200, help="for each of seen voices, new voices, and each scenario")
+    add("--smoke", action="store_true", help="20 items a scenario")
+    add("--keep", help="write every conversation of the scenarios into this folder")
+    add("--seed", type=int, default=7)
+    add("--tts", help="another synthesiser for the scenarios, as for prepare.py")
+    add("--asr", help="another recogniser: a command with {wav} that prints the words")
+    add("--asr-minutes", type=float, help="training time of the default recogniser, if it is not trained yet")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:1")
+    args = parser.parse_args()
+    try:
+        device = check_device(args.device)
+        if args.folder:
+            name = os.path.basename(os.path.normpath(args.folder))
+            return report_turns(score_all(read_conversations(args.folder)), name)
+        recogniser = get_recogniser(args.asr, args.data, "out/recogniser", args.asr_minutes, args.device)
+        dialogues = list(read_manifest(os.path.join(args.data, "manifest.jsonl")))
+        if args.codec:
+            return codec_quality(Mimi.load(args.codec, device), recogniser, dialogues, args.items, args.seed)
+        evaluate(DuplexModel.load(args.checkpoint, device), recogniser, dialogues, args)
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
 
 
 if __name__ == "__main__":

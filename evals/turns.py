@@ -1,19 +1,18 @@
-"""Who has the turn? FLEXI's scenarios, and what a system's channel gets for them.
+"""Turn-taking: FLEXI's scenarios, and how a system's audio is scored on them.
 
-What a system does is judged by where there is sound on its channel. A stretch of speech shorter than a second is a backchannel, a
-longer one takes the turn. The published definitions have holes; these have none that we know.
+A system is judged by where there is speech in its audio. A stretch of speech shorter than a second is a
+backchannel, a longer one takes the turn. The published definitions leave cases open; the comments say how
+they are decided here.
 
-    one frame   [ user's sound, 80 ms ] -> system -> [ its sound, 80 ms ] on the same clock
+    one frame   [ user's audio, 80 ms ] -> system -> [ its audio, 80 ms ] on the same clock
 
-    World --speaks--> Item --run--> Reply --score--> shares, seconds
-    (who)            (sound in)    (sound out)
+    ScenarioMaker --speaks--> Item --run--> Reply --score--> proportions, seconds
+                         (user's audio)  (system's speech)
 
-eval.py runs them on a model of ours; any other system's recordings are read from a folder.
+eval.py runs them on our models. Recordings of any other system are read from a folder (conversations.py).
 """
 import dataclasses
-import json
 import math
-import os
 import random
 import statistics
 from collections import Counter
@@ -24,16 +23,15 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import toy.voices
-from files.atomic import replace_when_done
-from files.audio import SAMPLE_RATE, read_audio, write_audio
+from files.audio import SAMPLE_RATE
 from toy.world import LANGUAGES, cut_in_two, make_request, make_story
 
 LEAD = 1.0  # seconds of silence before the user speaks
 
 
 def speech(x, floor=-45.0, bridge=0.3, least=0.1):
-    """Where there is sound in x (N,): [(begin, end), ...] in seconds, by the energy of 20 ms windows. Gaps shorter than
-    `bridge` are closed, then bursts shorter than `least` are dropped."""
+    """Voice activity in x (N,): [(begin, end), ...] in seconds, from the energy of 20 ms windows in dB. Gaps
+    shorter than `bridge` are closed, then bursts shorter than `least` are dropped."""
     n = SAMPLE_RATE // 50
     loud = 20 * torch.log10(F.pad(x, (0, -len(x) % n)).view(-1, n).square().mean(1).sqrt() + 1e-6) > floor
     spans = []
@@ -46,8 +44,9 @@ def speech(x, floor=-45.0, bridge=0.3, least=0.1):
 
 
 def yields(heard, said):
-    """When the model fell silent because the user had begun to speak at most a second before: [seconds, ...]"""
-    return [end for begin, end in speech(said) if any(begin < b < end <= b + 1.0 for b, _ in speech(heard))]
+    """Seconds at which the model fell silent at most a second after the user had begun to speak."""
+    users = speech(heard)
+    return [end for begin, end in speech(said) if any(begin < b < end <= b + 1.0 for b, _ in users)]
 
 
 def silence(seconds):
@@ -58,28 +57,29 @@ def words_of(pieces):
     return "".join(text for _, text in pieces).split()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what is said to the system. Times in seconds on the clock of the recording.
+# ------------------------------------------------------------------------------------------------------------
+# what the user says. Times are in seconds on the clock of the recording.
 
 TAIL = 10.0  # seconds of silence after what the user says
 
 
 @dataclass
 class Item:
-    """A recording to be held to a system, and what happens in it."""
+    """What a system is to hear, and what happens in it."""
     name: str
     scenario: str
-    sound: torch.Tensor  # (N,)
+    audio: torch.Tensor  # (N,)
     end: float  # of what the user says
-    answer: str = None  # what shall be answered after that
+    answer: str = None  # the right answer to it
     pause: tuple = None  # (begin, end) of the pause inside a request
     event: tuple = None  # (begin, end) of an interruption or a backchannel
     clauses: tuple = ()  # where the clauses of a story end
-    control: str = None  # name of the item that is the same without the event, without the hazard
+    control: str = None  # name of the same item without the event or the hazard
 
 
-class World:
-    """Speaks what the scenarios need: held-out requests, stories, backchannels, by the synthesiser of the toy world or --tts."""
+class ScenarioMaker:
+    """Makes the items: held-out requests, stories and backchannels, spoken by the toy world's synthesiser
+    or by --tts."""
 
     def __init__(self, dialogues, tts, seed):
         self.voices = {}  # language -> the users' voices
@@ -91,28 +91,31 @@ class World:
         self.rng, self.synthesiser = random.Random(seed), toy.voices.get_synthesiser(tts)
         self.count = Counter()
 
-    def someone(self):
-        """(a language, the voice of one who speaks it)"""
+    def pick_voice(self):
+        """(a language, one of its voices)"""
         code = self.rng.choice(sorted(self.voices))
         return LANGUAGES[code], self.rng.choice(sorted(self.voices[code]))
 
     def item(self, scenario, voice, parts, pauses=(), **facts):
-        """The user says the parts with pauses between them."""
-        sound, ends = toy.voices.speak(self.synthesiser, parts, pauses, voice, 165, 50)
+        """The parts, spoken with pauses between them, and when each one ends: (Item, [seconds, ...])."""
+        audio, ends = toy.voices.speak(self.synthesiser, parts, pauses, voice, 165, 50)
+        audio = torch.cat([silence(LEAD), torch.from_numpy(audio), silence(TAIL)])
+        ends = [LEAD + end for end in ends]
         self.count[scenario] += 1
-        return Item(f"{scenario.replace(' ', '-')}-{self.count[scenario]:03d}", scenario,
-                    torch.cat([silence(LEAD), torch.from_numpy(sound), silence(TAIL)]), LEAD + ends[-1], **facts), \
-            [LEAD + e for e in ends]
+        name = f"{scenario.replace(' ', '-')}-{self.count[scenario]:03d}"
+        return Item(name, scenario, audio, ends[-1], **facts), ends
 
     def request(self, scenario, *kinds):
-        """One whose answer has three words at least: a shorter one could be taken for a backchannel."""
-        (lang, voice), answer = self.someone(), ""
+        """A request whose answer has at least three words; a shorter answer could be taken for a
+        backchannel."""
+        (lang, voice), answer = self.pick_voice(), ""
         while len(answer.split()) < 3:
-            request, answer = make_request(lang, self.rng.choice(kinds or ["repeat", "count"]), True, self.rng)
+            kind = self.rng.choice(kinds or ["repeat", "count"])
+            request, answer = make_request(lang, kind, True, self.rng)
         return self.item(scenario, voice, [request], answer=answer)[0]
 
     def hesitation(self, scenario, low, high):
-        lang, voice = self.someone()
+        lang, voice = self.pick_voice()
         request, answer = make_request(lang, self.rng.choice(["repeat", "count"]), True, self.rng)
         pause = self.rng.uniform(low, high)
         item, ends = self.item(scenario, voice, cut_in_two(request, self.rng), [pause], answer=answer)
@@ -120,11 +123,11 @@ class World:
         return item
 
     def backchannel(self, scenario):
-        lang, voice = self.someone()
+        lang, voice = self.pick_voice()
         return self.item(scenario, voice, [self.rng.choice(lang.story.user_backchannels)])[0]
 
     def story(self, scenario):
-        lang, voice = self.someone()
+        lang, voice = self.pick_voice()
         parts = make_story(lang, 11, None, self.rng)  # 48 words in English
         item, ends = self.item(scenario, voice, parts, [0.4] * (len(parts) - 1))
         item.clauses = tuple(ends[1:-1])
@@ -132,72 +135,78 @@ class World:
 
     def hazard(self):
         """(a story in which something is on fire, its control: the same in which nothing is)"""
-        (lang, voice), where, seed = self.someone(), self.rng.choice([1, 2]), self.rng.random()
-        told = [make_story(lang, 9, hazard, random.Random(seed)) for hazard in (where, None)]
-        alarm, calm = (self.item(s, voice, parts, [0.4] * (len(parts) - 1))[0] for s, parts in zip(("model interrupt", "control"), told))
+        (lang, voice), where, seed = self.pick_voice(), self.rng.choice([1, 2]), self.rng.random()
+        stories = [make_story(lang, 9, hazard, random.Random(seed)) for hazard in (where, None)]
+        alarm, calm = (self.item(scenario, voice, parts, [0.4] * (len(parts) - 1))[0]
+                       for scenario, parts in zip(("model interrupt", "control"), stories))
         alarm.control = calm.name
         return alarm, calm
 
 
-def break_in(item, reply, other):
-    """The item once more; two seconds after the system began to answer, the user says what `other` says. None if it did not."""
+def barge_in(item, reply, other):
+    """The item once more, but two seconds after the system began to answer, the user says what is said in
+    `other`. None if the system did not answer."""
     onsets = [a for a, b in reply.spans if b > item.end]
     if not onsets:
         return None
     begin = round((max(onsets[0], item.end) + 2.0) * SAMPLE_RATE)
-    said = other.sound[round(LEAD * SAMPLE_RATE):]  # and its silence after that
+    said = other.audio[round(LEAD * SAMPLE_RATE):]  # and the silence after it
     end = begin / SAMPLE_RATE + other.end - LEAD
-    before = F.pad(item.sound, (0, max(0, begin - len(item.sound))))[:begin]
-    return dataclasses.replace(other, sound=torch.cat([before, said]), end=end, event=(begin / SAMPLE_RATE, end), control=item.name)
+    before = F.pad(item.audio, (0, max(0, begin - len(item.audio))))[:begin]
+    return dataclasses.replace(other, audio=torch.cat([before, said]), end=end,
+                               event=(begin / SAMPLE_RATE, end), control=item.name)
 
 
-def run_scenarios(run, world, n):
-    """n items of each scenario, held to a system: run(items, what) -> their replies. Returns [(Item, Reply), ...]."""
-    def make(what, f, *args):
+def run_scenarios(run, maker, n):
+    """n items of each scenario, run through a system by run(items, description) -> replies. Returns
+    [(Item, Reply), ...]."""
+    def build(what, f, *args):
         return [f(*args) for _ in tqdm(range(n), f"speaking: {what}", unit="item", leave=False)]
     out = []
-    for items in (make("turn-taking", world.request, "turn-taking"),
-                  make("pause", world.hesitation, "pause", 0.64, 0.89),
-                  make("long pause", world.hesitation, "long pause", 1.5, 1.5),
-                  make("model backchannel", world.story, "model backchannel")):
+    for items in (build("turn-taking", maker.request, "turn-taking"),
+                  build("pause", maker.hesitation, "pause", 0.64, 0.89),
+                  build("long pause", maker.hesitation, "long pause", 1.5, 1.5),
+                  build("model backchannel", maker.story, "model backchannel")):
         out += zip(items, run(items, items[0].scenario))
-    pairs = make("model interrupt", world.hazard)
+    pairs = build("model interrupt", maker.hazard)
     for items in zip(*pairs):
         out += zip(items, run(items, items[0].scenario))
-    # Two passes: where the system speaks is known after the first. The second is the same up to the event.
-    long = make("long answers", world.request, "control", "chant")
+    # Two passes: only after the first is it known when the system speaks. The second equals it up to the
+    # event.
+    long = build("long answers", maker.request, "control", "chant")
     alone = run(long, "long answers")
     out += zip(long, alone)
-    for scenario, others in (("user interrupt", make("user interrupt", world.request, "user interrupt")),
-                             ("user backchannel", make("user backchannel", world.backchannel, "user backchannel"))):
-        items = [break_in(*x) or x[0] for x in zip(long, alone, others)]  # as many, so that nothing but the event differs
+    for scenario, make in (("user interrupt", maker.request), ("user backchannel", maker.backchannel)):
+        others = build(scenario, make, scenario)
+        # a batch of the same size, so that nothing but the event differs
+        items = [barge_in(*x) or x[0] for x in zip(long, alone, others)]
         out += [(item, reply) for item, reply in zip(items, run(items, scenario)) if item.event]
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what the system does, and what that is worth
+# ------------------------------------------------------------------------------------------------------------
+# what the system says, and its scores
 
 
 @dataclass
 class Reply:
-    """What a system said meanwhile: the stretches of sound, and what it wrote, [(second, text), ...] (None: not known)."""
-    spans: list
-    written: list = None
+    """What a system said during an item."""
+    spans: list  # of speech: [(begin, end), ...]
+    written: list = None  # its monologue: [(second, text), ...]; None if unknown
 
     def words(self, span):
-        """Words written for a stretch of speech: they go a little before their sound, or along with it."""
+        """The number of words written for a stretch of speech, up to half a second before their audio."""
         return len(words_of(p for p in self.written if span[0] - 0.5 <= p[0] < span[1]))
 
     def is_backchannel(self, span):
         return span[1] - span[0] < 1.0 and (self.written is None or self.words(span) <= 2)
 
-    def takes(self):
-        """The stretches of speech with which it takes the turn."""
+    def turns(self):
+        """The stretches of speech that take the turn."""
         return [s for s in self.spans if not self.is_backchannel(s)]
 
     def silences(self):
-        """[(begin, end), ...] around its stretches of speech; the last one lasts for ever."""
+        """[(begin, end), ...] around its stretches of speech; the last one is endless."""
         edges = [0.0, *(t for s in self.spans for t in s), math.inf]
         return [(a, b) for a, b in zip(edges[::2], edges[1::2]) if b > a]
 
@@ -205,25 +214,25 @@ class Reply:
         return words_of(p for p in self.written if p[0] > item.end - 0.1) == item.answer.split()
 
 
-def first(times):
+def earliest(times):
     return min(times, default=None)
 
 
 def score_turn_taking(item, reply, control):
-    onset = first(a for a, _ in reply.spans if a >= item.end)
-    return {"TOR": bool(reply.takes()), "JIR": any(a < item.end for a, _ in reply.spans),
+    onset = earliest(a for a, _ in reply.spans if a >= item.end)
+    return {"TOR": bool(reply.turns()), "JIR": any(a < item.end for a, _ in reply.spans),
             "latency": onset and onset - item.end}
 
 
 def score_pause(item, reply, control):
     begin = item.pause[0]
-    return {"TOR": any(a < item.end and b > begin for a, b in reply.takes()),
-            "TOR as FLEXI counts": any(begin <= a < item.end for a, _ in reply.takes())}
+    return {"TOR": any(a < item.end and b > begin for a, b in reply.turns()),
+            "TOR as FLEXI counts": any(begin <= a < item.end for a, _ in reply.turns())}
 
 
 def speaks_on(item, control):
-    """Whether the control still speaks three seconds after the event begins: only then is there anything to stop. Without a
-    control nobody can know, and it counts."""
+    """Whether the system would still speak three seconds after the event begins, as in the control: only
+    then is there anything to stop. An item without a control counts."""
     begin = item.event[0]
     return control is None or any(a <= begin and b >= begin + 3.0 for a, b in control.spans)
 
@@ -232,10 +241,12 @@ def score_user_interrupt(item, reply, control):
     if not speaks_on(item, control):
         return {"eligible": False}
     begin, end = item.event
-    stop = first(max(a, begin) for a, b in reply.silences() if a <= begin + 3.0 and b - max(a, begin) >= 1.0)
-    answer = first(a for a, _ in reply.spans if a >= end) if stop else None
+    silences = [(max(a, begin), b) for a, b in reply.silences() if a <= begin + 3.0]
+    stop = earliest(a for a, b in silences if b - a >= 1.0)
+    answer = earliest(a for a, _ in reply.spans if a >= end) if stop else None
     return {"eligible": True, "TTR": stop is not None, "stop latency": stop and stop - begin,
-            "silent within 1 s": stop is not None and stop - begin <= 1.0, "response latency": answer and answer - end,
+            "silent within 1 s": stop is not None and stop - begin <= 1.0,
+            "response latency": answer and answer - end,
             "overlap (FLEXI's latency)": sum(max(0.0, min(b, end) - max(a, begin)) for a, b in reply.spans)}
 
 
@@ -243,27 +254,28 @@ def score_user_backchannel(item, reply, control):
     if not speaks_on(item, control):
         return {"eligible": False}
     begin, end = item.event
-    return {"eligible": True, "TTR": any(begin <= a <= end + 1.5 and b - a >= 1.5 for a, b in reply.silences())}
+    stopped = any(begin <= a <= end + 1.5 and b - a >= 1.5 for a, b in reply.silences())
+    return {"eligible": True, "TTR": stopped}
 
 
 def score_model_interrupt(item, reply, control):
-    early = lambda reply, item: any(a < item.end - 0.5 for a, _ in reply.takes())
+    early = lambda reply, item: any(a < item.end - 0.5 for a, _ in reply.turns())
     return {"TOR": early(reply, item)} | ({"control TOR": early(control, item)} if control else {})
 
 
 def score_model_backchannel(item, reply, control):
     onsets = [s[0] for s in reply.spans if s[0] < item.end and reply.is_backchannel(s)]
-    return {"TOR": any(a < item.clauses[-1] for a, _ in reply.takes()), "BCR": len(onsets) / item.end,
+    return {"TOR": any(a < item.clauses[-1] for a, _ in reply.turns()), "BCR": len(onsets) / item.end,
             "JSD": jensen_shannon(onsets, item.clauses, item.end)}
 
 
 def jensen_shannon(found, right, end, width=0.2):
-    """Divergence, base 2, between two sets of times as histograms: 0 for the same, 1 for nothing in common."""
+    """Divergence, base 2, of two sets of times as histograms: 0 if equal, 1 if disjoint."""
     if not found or not right:
         return 1.0
     n = math.ceil(end / width)
-    p, q = (torch.bincount(torch.tensor([min(n - 1, int(t / width + 1e-6)) for t in times]), minlength=n).double() / len(times)
-            for times in (found, right))
+    bins = lambda times: torch.tensor([min(n - 1, int(t / width + 1e-6)) for t in times])
+    p, q = (torch.bincount(bins(times), minlength=n).double() / len(times) for times in (found, right))
     entropy = lambda x: -(x[x > 0] * x[x > 0].log2()).sum().item()
     return entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2
 
@@ -273,14 +285,14 @@ SCORES = {"turn-taking": score_turn_taking, "pause": score_pause, "long pause": 
           "user backchannel": score_user_backchannel, "model backchannel": score_model_backchannel}
 
 
-def score_all(held):
-    """[(Item, Reply), ...] -> {scenario: {measure: {"value", "n", ...}}}: shares with their 95% interval, medians of latencies,
-    means of other numbers."""
-    replies = {item.name: reply for item, reply in held}
+def score_all(conversations):
+    """[(Item, Reply), ...] -> {scenario: {measure: {"value", "n", ...}}}: proportions with their 95%
+    interval, medians of latencies, means of other numbers."""
+    replies = {item.name: reply for item, reply in conversations}
     table = {}
     for scenario, score in SCORES.items():
         columns = {}
-        for item, reply in held:
+        for item, reply in conversations:
             if item.scenario == scenario:
                 row = score(item, reply, replies.get(item.control))
                 if row.get("eligible", True) and item.answer and reply.written is not None:
@@ -289,12 +301,13 @@ def score_all(held):
                     columns.setdefault(name, []).append(value)
         table[scenario] = found = {name: summary(name, values) for name, values in columns.items()}
         if "control TOR" in found:
-            found["TOR minus control"] = {"value": found["TOR"]["value"] - found["control TOR"]["value"], "n": found["control TOR"]["n"]}
+            found["TOR minus control"] = {"value": found["TOR"]["value"] - found["control TOR"]["value"],
+                                          "n": found["control TOR"]["n"]}
     return {scenario: columns for scenario, columns in table.items() if columns}
 
 
 def wilson(hits, n, z=1.96):
-    """95% interval of a share."""
+    """Wilson's 95% interval of a proportion."""
     if not n:
         return 0.0, 1.0
     p = hits / n
@@ -302,8 +315,8 @@ def wilson(hits, n, z=1.96):
     return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
 
 
-def share_line(share, low, high, n):
-    return f"{share:.3f} [{low:.2f}, {high:.2f}] of {n}"
+def format_proportion(p, low, high, n):
+    return f"{p:.3f} [{low:.2f}, {high:.2f}] of {n}"
 
 
 def summary(name, values):
@@ -313,94 +326,43 @@ def summary(name, values):
     if isinstance(values[0], bool):
         low, high = wilson(sum(values), len(values))
         return {"value": sum(values) / len(values), "n": len(values), "low": low, "high": high}
-    return {"value": statistics.median(values) if "latency" in name else statistics.mean(values), "n": len(values)}
+    return {"value": statistics.median(values) if "latency" in name else statistics.mean(values),
+            "n": len(values)}
 
 
-# The rows of FLEXI's tables 2 to 4. Its items, its voices, its recogniser and its definitions differ from ours.
-COLUMNS = {"TT TOR+": ("turn-taking", "TOR"), "TT lat-": ("turn-taking", "latency"), "TT JIR-": ("turn-taking", "JIR"),
-           "PH TOR-": ("pause", "TOR"), "UI TTR+": ("user interrupt", "TTR"), "UI lat-": ("user interrupt", "stop latency"),
-           "MI TOR+": ("model interrupt", "TOR"), "UBC TTR-": ("user backchannel", "TTR"), "MBC TOR-": ("model backchannel", "TOR"),
-           "MBC BCR+": ("model backchannel", "BCR"), "MBC JSD-": ("model backchannel", "JSD")}
-PUBLISHED = {"Moshi": (0.995, 0.696, 0.785, 0.550, 0.462, 2.660, 0.390, 0.020, 0.578, 0.031, 0.947),
-             "Freeze-Omni": (1.000, 1.147, 0.120, 0.937, 0.539, 1.751, 0.535, 0.086, 0.608, 0.003, 0.986),
-             "VITA-1.5": (1.000, 4.878, 0.000, 0.916, 0.226, 4.016, 0.000, 0.000, 0.578, 0.002, 0.986),
-             "Gemini-2.5-flash-live": (1.000, 1.736, 0.000, 0.835, 0.935, 1.766, 0.000, 0.031, 0.045, 0.012, 0.981)}
+# The rows of FLEXI's tables 2 to 4. Its items, voices, recogniser and definitions differ from ours.
+COLUMNS = {"TT TOR+": ("turn-taking", "TOR"), "TT lat-": ("turn-taking", "latency"),
+           "TT JIR-": ("turn-taking", "JIR"), "PH TOR-": ("pause", "TOR"),
+           "UI TTR+": ("user interrupt", "TTR"),
+           "UI lat-": ("user interrupt", "stop latency"), "MI TOR+": ("model interrupt", "TOR"),
+           "UBC TTR-": ("user backchannel", "TTR"),
+           "MBC TOR-": ("model backchannel", "TOR"), "MBC BCR+": ("model backchannel", "BCR"),
+           "MBC JSD-": ("model backchannel", "JSD")}
+PUBLISHED = {
+    "Moshi": (0.995, 0.696, 0.785, 0.550, 0.462, 2.660, 0.390, 0.020, 0.578, 0.031, 0.947),
+    "Freeze-Omni": (1.000, 1.147, 0.120, 0.937, 0.539, 1.751, 0.535, 0.086, 0.608, 0.003, 0.986),
+    "VITA-1.5": (1.000, 4.878, 0.000, 0.916, 0.226, 4.016, 0.000, 0.000, 0.578, 0.002, 0.986),
+    "Gemini-2.5-flash-live": (1.000, 1.736, 0.000, 0.835, 0.935, 1.766, 0.000, 0.031, 0.045, 0.012, 0.981)}
 
 
 def report_turns(table, name):
+    """Prints every measure, then our row above the published ones."""
     for scenario, columns in table.items():
         print(f"\n  {scenario}")
-        for measure, c in columns.items():
-            if c["value"] is None:
-                line = "never"
-            elif "low" in c:
-                line = share_line(c["value"], c["low"], c["high"], c["n"])
-            else:
-                line = f"{c['value']:.3f} s, median of {c['n']}" if "latency" in measure else f"{c['value']:.3f}, mean of {c['n']}"
-            print(f"    {measure:28} {line}")
+        for measure, column in columns.items():
+            print(f"    {measure:28} {format_measure(measure, column)}")
     print(f"\n{'(+ more is better)':22}" + "".join(f"{column:>10}" for column in COLUMNS))
     ours = [table.get(scenario, {}).get(measure, {}).get("value") for scenario, measure in COLUMNS.values()]
     for system, row in ((name, ours), *PUBLISHED.items()):
         print(f"{system:22}" + "".join(f"{'-' if x is None else f'{x:.3f}':>10}" for x in row))
-    print("The published rows are of other items, voices, recognisers and definitions: not comparable item by item.")
+    print("The published rows are of other items, voices, recognisers and definitions: "
+          "not comparable item by item.")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# conversations as folders, ID/{input.wav, output.wav, meta.json, reply.jsonl}
-
-
-def keep_talk(folder, item, said, written):
-    """reply.jsonl holds the monologue, as chat.py writes it."""
-    os.makedirs(os.path.join(folder, item.name), exist_ok=True)
-    place = lambda name: os.path.join(folder, item.name, name)
-    write_audio(place("input.wav"), item.sound)
-    write_audio(place("output.wav"), said)
-    facts = {k: v for k, v in dataclasses.asdict(item).items() if k not in ("name", "sound") and v not in (None, ())}
-    for name, lines in (("meta.json", [facts]), ("reply.jsonl", [{"time": t, "text": text} for t, text in written])):
-        with replace_when_done(place(name)) as temporary, open(temporary, "w", encoding="utf-8") as f:
-            f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-
-
-def read_talks(folder):
-    """The conversations of a folder, ours or of Full-Duplex-Bench v1 (pause.json, turn_taking.json, interrupt.json):
-    [(Item, Reply), ...]. Raises ValueError or OSError with the file's name."""
-    out = []
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"{folder}: no such folder")
-    for name in tqdm(sorted(os.listdir(folder)), "reading", unit="talk", leave=False):
-        place = lambda file: os.path.join(folder, name, file)
-        labels = [file for file in ("meta.json", "pause.json", "turn_taking.json", "interrupt.json") if os.path.isfile(place(file))]
-        if not labels:
-            continue
-        heard, said = read_audio(place("input.wav")), read_audio(place("output.wav"))
-        try:
-            with open(place(labels[0]), encoding="utf-8") as f:
-                facts = json.load(f)
-            item = Item(name, sound=heard, **(facts if labels[0] == "meta.json" else full_duplex_bench(labels[0], facts, heard)))
-            needs = {"pause": item.pause, "long pause": item.pause, "user interrupt": item.event, "user backchannel": item.event}
-            if item.scenario not in (*SCORES, "control"):
-                raise ValueError(f"no scenario {item.scenario!r}")
-            for span in (needs.get(item.scenario, (0, 0)), (item.end, item.end), *((t, t) for t in item.clauses)):
-                if span is None or not 0 <= span[0] <= span[1] < math.inf:
-                    raise ValueError(f"{item.scenario}: needs its times in seconds")
-            written = None
-            if os.path.isfile(place("reply.jsonl")):
-                with open(place("reply.jsonl"), encoding="utf-8") as f:
-                    written = [(float(d["time"]), str(d["text"])) for d in map(json.loads, f)]
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
-            raise ValueError(f"{place(labels[0])}: not what --folder reads ({type(e).__name__}: {e})") from None
-        out.append((item, Reply(speech(said), written)))
-    if not out:
-        raise ValueError(f"{folder}: holds no folder with input.wav, output.wav and meta.json (or Full-Duplex-Bench's pause.json, "
-                         "turn_taking.json, interrupt.json)")
-    return out
-
-
-def full_duplex_bench(file, facts, heard):
-    """The labels of Full-Duplex-Bench v1 as fields of an Item."""
-    begin, end = (float(t) for t in (*facts[0]["timestamp"], math.nan)[:2])
-    if file == "turn_taking.json":
-        return {"scenario": "turn-taking", "end": begin}
-    if file == "interrupt.json":
-        return {"scenario": "user interrupt", "end": end, "event": (begin, end)}
-    return {"scenario": "pause", "end": speech(heard)[-1][1], "pause": (begin, end)}
+def format_measure(measure, c):
+    if c["value"] is None:
+        return "never"
+    if "low" in c:
+        return format_proportion(c["value"], c["low"], c["high"], c["n"])
+    unit, average = (" s", "median") if "latency" in measure else ("", "mean")
+    return f"{c['value']:.3f}{unit}, {average} of {c['n']}"

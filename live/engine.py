@@ -4,47 +4,49 @@
     session 3 ----------+-- tick: one frame of --+
     session 9 -----[ ]--'   each that has one   '--> text, 80 ms
 
-Session 3 has sent nothing in time. It waits alone: its row of the batch is computed with the others, since a batch of
-fixed size is what a GPU captures once and replays, but then its state is put back as it was, and its next frame follows
-its last.
+Session 3 has sent nothing in time and waits, without delaying the others. Its row of the batch is computed
+with theirs, since a GPU captures a batch of fixed size once and replays it, but then its state is put back.
+Its next frame follows its last.
 """
 from collections import deque
 
 import torch
 
-from mimi import FRAME, restore
+from mimi import FRAME, restore, tensors
 
 QUEUE = 6  # frames of a session that may wait: about half a second
 
 
 class Session:
-    """One conversation of an engine: what is to be heard queues here."""
+    """One conversation of an engine, with the queue of its incoming frames."""
 
     def __init__(self, seed):
         self.seed, self.queue = seed, deque()
 
-    def hear(self, sound):
-        """80 ms of sound, (1920,) from -1 to 1. False if QUEUE frames wait already: then it is not taken. ValueError if it is no
-        such thing."""
-        sound = torch.as_tensor(sound, dtype=torch.float32)
-        if sound.shape != (FRAME,) or not sound.isfinite().all():
-            raise ValueError(f"a frame of sound is {FRAME} finite numbers")
+    def hear(self, audio):
+        """80 ms of audio, (1920,) from -1 to 1. False, and not taken, if QUEUE frames wait already.
+        ValueError if it has another shape or is not finite."""
+        audio = torch.as_tensor(audio, dtype=torch.float32)
+        if audio.shape != (FRAME,) or not audio.isfinite().all():
+            raise ValueError(f"a frame of audio is {FRAME} finite numbers")
         if len(self.queue) >= QUEUE:
             return False
-        self.queue.append(sound.clone())
+        self.queue.append(audio.clone())
         return True
 
 
 class Engine:
-    """Up to `size` conversations in one batch. They join, leave and begin anew at any frame; nobody waits for anybody.
+    """Up to `size` conversations in one batch. They join, leave and restart at any frame, independently.
 
-    tick belongs to one thread; join, leave, reset and Session.hear to the same or to one other, even while a tick runs."""
+    tick belongs to one thread; join, leave, reset and Session.hear to the same or to one other, even during
+    a tick."""
 
     def __init__(self, duplex, size):
         self.duplex, self.state = duplex, duplex.init_state(range(size))
+        self.fresh = duplex.init_state([0]).small_tensors()
         self.step = duplex.compiled_step(self.state)
-        self.sessions = [None] * size  # whose each row is,
-        self.inside = [None] * size  # and whose memory it still holds
+        self.sessions = [None] * size  # the session of each row,
+        self.loaded = [None] * size  # and the one whose memory the row still holds
 
     def join(self, seed=1):
         """A new Session, or None if the engine is full."""
@@ -54,35 +56,50 @@ class Engine:
         return session
 
     def leave(self, session):
-        """Its place is free. Nothing happens if it has left before."""
+        """Frees the session's row. A session that has left before is ignored."""
         if session in self.sessions:
             self.sessions[self.sessions.index(session)] = None
 
     def reset(self, session):
-        """The conversation from its start again: a new Session in this one's place, or None if it has left before."""
+        """The conversation from its start: a new Session in place of this one, or None if it has left
+        before."""
         if session not in self.sessions:
             return None
         new = self.sessions[self.sessions.index(session)] = Session(session.seed)
         return new
 
     def tick(self):
-        """One frame of each session that has one waiting: {session: (text token, sound said (1920,))}. In place of the pair stands
-        None once the model's logits have not been numbers: that conversation is over, and the others are not."""
+        """One frame of each session that has one waiting: {session: (text token, audio said (1920,))}, with
+        None in place of the pair if the model's logits are not numbers. Such a conversation is over; the
+        others are not."""
         sessions = list(self.sessions)
         ready = [row for row, s in enumerate(sessions) if s and s.queue]
         if not ready:
             return {}
-        new = [row for row in ready if self.inside[row] is not sessions[row]]
-        if new:
-            restore(self.state, new, self.duplex.init_state([sessions[row].seed for row in new]))
+        self.begin([row for row in ready if self.loaded[row] is not sessions[row]], sessions)
         wav = torch.zeros(len(sessions), 1, FRAME)
         for row in ready:
             wav[row, 0] = sessions[row].queue.popleft()
-            self.inside[row] = sessions[row]
-        waiting = [row for row, s in enumerate(sessions) if s and row not in ready]
-        small = self.state.small_tensors() if waiting else []
-        kept = [t[waiting] for t in small]
+        waiting = self.upload([row for row, s in enumerate(sessions) if s and row not in ready])
+        small = self.state.small_tensors() if len(waiting) else []
+        saved = [t[waiting] for t in small]
         text, said = self.step(wav.to(self.duplex.device))
-        restore(small, waiting, kept)
+        restore(small, waiting, saved)
         text, said, failed = text.tolist(), said.cpu(), self.state.failed.tolist()
         return {sessions[row]: None if failed[row] else (text[row], said[row, 0]) for row in ready}
+
+    def begin(self, rows, sessions):
+        """Gives these rows the state of a conversation's start, in place."""
+        if not rows:
+            return
+        index, seeds = self.upload(rows), self.upload([sessions[row].seed for row in rows])
+        for memory in tensors(self.state.cache):  # masked, but a NaN in it would not be
+            memory[index] = 0
+        restore(self.state.small_tensors(), index, self.fresh)
+        self.state.seed[index] = seeds
+        for row in rows:
+            self.loaded[row] = sessions[row]
+
+    def upload(self, values):
+        """A list of integers as one tensor on the device, so that indexing many tensors uploads it once."""
+        return torch.tensor(values, dtype=torch.long, device=self.duplex.device)

@@ -5,8 +5,8 @@ from mimi import tensors
 
 
 def capture(step, x, state):
-    """step(x) as one CUDA graph: a function of new x's whose results live until its next call. What capturing does to `state`,
-    tensors in any nesting, is undone."""
+    """step(x) as one CUDA graph: a function of new x's whose results live until its next call. What
+    capturing does to `state`, tensors in any nesting, is undone."""
     before = [t.clone() for t in tensors(state)]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

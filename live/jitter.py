@@ -1,83 +1,89 @@
-"""A jitter buffer against late frames. Frames do not come every 80 ms. They come in bursts, and some never:
+"""A jitter buffer. Frames are sent every 80 ms, but they arrive in bursts, and some never do:
 
     sent      0  1  2  3  4  5  6  7  8  9
     arrives   0  1  2  .  .  .  345 6  .  8  79
-    played    0  1  2  ~  ~  ~  3  4  5  6  ~  8      ~ concealed; 7 came too late, and is dropped
+    played    0  1  2  ~  ~  ~  3  4  5  6  ~  8      ~ concealed; 7 came too late and is dropped
 
-After a burst everything is played later by as much as the burst was late, so that the next one harms nothing. In pauses the
-delay is taken back, quiet frame by quiet frame. web.html plays through the same buffer, line for line in JavaScript.
+After a burst, playout is delayed by as much as the burst was late, so that the next burst does no harm. The
+delay shrinks again in pauses, one quiet frame at a time. The page plays through the same buffer, written in
+JavaScript (web.html).
 """
 import numpy as np
 
 from mimi import FRAME
 
-MOST = 12  # frames that may wait to be played: about a second; more, and the oldest are dropped
-WINDOW = 50  # frames over which nothing may have been late before the delay is taken back: 4 s
-QUIET = 0.005  # rms of a frame that can be left out unheard: -46 dB
+CAPACITY = 12  # frames that may wait: about a second; the oldest are dropped beyond that
+WINDOW = 50  # frames (4 s) over which the buffer must have held more than it needed before the delay shrinks
+QUIET = 0.005  # rms of a frame that can be skipped unnoticed: -46 dB
 FADE = 120  # samples: 5 ms
 
 
 def conceal(last):
-    """What stands for a frame that is not there: the last one backwards, so that nothing jumps, fading out. (1920,) -> same."""
+    """Packet loss concealment: the last frame (1920,) backwards, so that nothing jumps, fading out. None
+    gives silence."""
+    if last is None:
+        return np.zeros(FRAME, np.float32)
     return last[::-1] * np.linspace(1, 0, FRAME, dtype=np.float32)
 
 
-class Jitter:
-    """Frames (1920,), numbered by the sender, come when they like; one leaves at every pop."""
+def rms(x):
+    return np.sqrt(np.mean(x * x))
+
+
+class JitterBuffer:
+    """Frames (1920,), numbered by the sender, arrive at any time; one leaves at every pop."""
 
     def __init__(self):
-        self.frames, self.next = {}, None  # what waits, and which is to be played now
-        self.last, self.whole = np.zeros(FRAME, np.float32), True  # what was played, and whether it was a real frame
-        self.waits = 0  # pops since then for which nothing was there
-        self.low, self.count, self.spare = MOST, 0, 0  # the fewest that waited in this window, its pops, frames not needed in the last
+        self.frames, self.next = {}, None  # frames that wait, by number; the number to be played next
+        self.last = None  # the frame played last; None if that was concealed
+        self.underruns = 0  # pops that found the buffer empty, since a frame was last played
+        self.least, self.count = CAPACITY, 0  # the fewest frames that waited in this window; pops in it
+        self.surplus = 0  # frames that the last window did not need
 
     @property
     def waiting(self):
-        """Frames from the one to be played now to the newest one."""
+        """Frames from the one to be played next to the newest."""
         return max(self.frames) - self.next + 1 if self.frames else 0
 
     def put(self, n, frame):
-        """False if it comes too late, and is dropped."""
+        """False if the frame is too late and is dropped."""
         if self.next is None:
             self.next = n
         if n < self.next:
             return False
         self.frames[n] = frame
-        if self.waiting > MOST:
-            self.go_to(max(self.frames) - MOST + 1)
+        if self.waiting > CAPACITY:
+            self.skip_to(max(self.frames) - CAPACITY + 1)
         return True
 
     def pop(self):
-        """(1920,) to play in the next 80 ms, and the number of the frame, or None where it is concealed."""
-        self.take_back()
-        while self.waits and self.frames and self.next not in self.frames:  # its time went by in waiting
-            self.next, self.waits = self.next + 1, self.waits - 1
-        if not self.frames:
-            self.waits += self.next is not None
-            return self.conceal(), None
-        n, self.next = self.next, self.next + 1
-        frame = self.frames.pop(n, None)
+        """(1920,) to play for the next 80 ms, and the number of the frame, or None if it is concealed."""
+        self.shrink_delay()
+        # its time passed in an underrun
+        while self.underruns and self.frames and self.next not in self.frames:
+            self.next, self.underruns = self.next + 1, self.underruns - 1
+        frame = self.frames.pop(self.next, None)
+        if self.frames or frame is not None:
+            self.next += 1
+        elif self.next is not None:
+            self.underruns += 1
         if frame is None:
-            return self.conceal(), None
-        if not self.whole:
+            audio, self.last = conceal(self.last), None
+            return audio, None
+        if self.last is None:  # fade in
             frame = np.concatenate([frame[:FADE] * np.linspace(0, 1, FADE, dtype=np.float32), frame[FADE:]])
-        self.last, self.whole, self.waits = frame, True, 0
-        return frame, n
+        self.last, self.underruns = frame, 0
+        return frame, self.next - 1
 
-    def take_back(self):
-        """Leave out a quiet frame while fewer have been left out than waited for a whole window without need."""
-        self.low, self.count = min(self.low, self.waiting), self.count + 1
+    def shrink_delay(self):
+        """Skip a quiet frame, at most as many as the last window had to spare."""
+        self.least, self.count = min(self.least, self.waiting), self.count + 1
         if self.count == WINDOW:
-            self.low, self.count, self.spare = self.waiting, 0, max(0, self.low - 1)
+            self.least, self.count, self.surplus = self.waiting, 0, max(0, self.least - 1)
         frame = self.frames.get(self.next)
-        if self.spare and frame is not None and self.waiting > 1 and np.sqrt(np.mean(frame * frame)) < QUIET:
-            self.go_to(self.next + 1)
-            self.spare -= 1
+        if self.surplus and frame is not None and self.waiting > 1 and rms(frame) < QUIET:
+            self.skip_to(self.next + 1)
+            self.surplus -= 1
 
-    def go_to(self, n):
+    def skip_to(self, n):
         self.frames, self.next = {k: f for k, f in self.frames.items() if k >= n}, n
-
-    def conceal(self):
-        sound = conceal(self.last)
-        self.last, self.whole = np.zeros(FRAME, np.float32), False
-        return sound

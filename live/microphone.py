@@ -1,47 +1,88 @@
-"""A conversation with the microphone and the loudspeaker of this machine, in the terminal."""
-import queue
+"""A conversation through the microphone and the loudspeaker of this machine, in the terminal."""
+import collections
+import threading
+
+import numpy as np
 
 from files.audio import SAMPLE_RATE
-from live.engine import Engine
-from live.jitter import Jitter
-from live.transcript import Lines, Transcript
+from live.engine import QUEUE, Engine
+from live.jitter import JitterBuffer
+from live.transcript import Transcript
 from mimi import FRAME
+
+SILENT = 5.0  # seconds without a call from the sound card, after which it counts as gone
+GONE = "the microphone or the loudspeaker has gone away; connect it and start again"
+
+
+class SoundCard:
+    """What the callback's thread and the model's thread share, under one lock."""
+
+    def __init__(self):
+        self.heard = collections.deque(maxlen=QUEUE)  # when full, it drops the oldest frame
+        self.playout, self.finished, self.changed = JitterBuffer(), False, threading.Condition()
+
+    def callback(self, indata, outdata, frames, clock, status):
+        """sounddevice calls this every 80 ms, in a thread of its own."""
+        with self.changed:
+            self.heard.append(indata[:, 0].copy())
+            outdata[:, 0] = self.playout.pop()[0]
+            self.changed.notify()
+
+    def finish(self):
+        """sounddevice calls this when the stream has ended, whatever the reason."""
+        with self.changed:
+            self.finished = True
+            self.changed.notify()
+
+    def hear(self):
+        """The next frame (1920,). ValueError if the device is gone."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.heard or self.finished, SILENT)
+            if not self.heard:
+                raise ValueError(GONE)
+            return self.heard.popleft()
+
+    def say(self, t, frame):
+        with self.changed:
+            self.playout.put(t, frame)
 
 
 def talk_to_microphone(duplex, seed):
-    """Until Ctrl-C. ValueError if there is no extra, no PortAudio or no device."""
+    """Until Ctrl-C. ValueError if there is no extra, no PortAudio or no device, or if the device goes
+    away."""
     try:
         import sounddevice
     except ImportError:
         raise ValueError("--mic needs the extra 'mic': pip install '.[mic]'") from None
     except OSError:
         raise ValueError("--mic needs the library PortAudio, on Debian: apt install libportaudio2") from None
-    heard, jitter = queue.Queue(), Jitter()
-
-    def callback(indata, outdata, frames, clock, status):
-        heard.put(indata[:, 0].copy())
-        outdata[:, 0] = jitter.pop()[0]
-
+    engine, card, opened = Engine(duplex, 1), SoundCard(), False
     try:
-        with sounddevice.Stream(SAMPLE_RATE, FRAME, channels=1, dtype="float32", callback=callback):
-            print("ConversationState; Ctrl-C ends. With headphones it hears you alone.")
-            converse_live(duplex, seed, heard.get, jitter.put)
+        with sounddevice.Stream(SAMPLE_RATE, FRAME, channels=1, dtype="float32", callback=card.callback,
+                                finished_callback=card.finish):
+            opened = True
+            print("Talk; Ctrl-C ends. Use headphones, or it hears itself.")
+            converse_live(engine, seed, card.hear, card.say)
     except sounddevice.PortAudioError as e:
-        raise ValueError(f"no microphone or loudspeaker of 24 kHz: {e}; `python -m sounddevice` lists what there is") from None
+        raise ValueError(GONE if opened else f"no microphone or loudspeaker for 24 kHz: {e}; "
+                         "`python -m sounddevice` lists the devices") from None
     except KeyboardInterrupt:
         print()
 
 
-def converse_live(duplex, seed, hear, say):
-    """A conversation for as long as hear() gives frames (1920,), not None; say(t, frame (1920,)) gets what is said to the t-th.
-    The monologue is printed. ValueError if the model's logits are not numbers."""
-    engine, lines, t = Engine(duplex, 1), Lines(Transcript(duplex)), 0
-    session = engine.join(seed)
+def converse_live(engine, seed, hear, say):
+    """A conversation for as long as hear() gives frames (1920,), not None. say(t, frame (1920,)) gets the
+    answer to frame t. Prints the monologue as it is written. ValueError if the model's logits are not
+    numbers."""
+    session, transcript, t = engine.join(seed), Transcript(engine.duplex), 0
     while (frame := hear()) is not None:
         session.hear(frame)
         out = engine.tick()[session]
         if out is None:
-            raise ValueError("the model's logits are not numbers; its weights are spoilt")
-        lines.add(t, out[0])
-        say(t, out[1].numpy())
+            raise ValueError("the model's logits are not numbers; its weights are damaged")
+        text, said = out
+        if piece := transcript.add(t, text):
+            time = f"\n{transcript.pieces[-1]['time']:7.2f} s " if transcript.new_line else ""
+            print(time + piece, end="", flush=True)
+        say(t, np.asarray(said))
         t += 1

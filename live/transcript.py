@@ -1,40 +1,47 @@
-"""The monologue of a live conversation, piece by piece as it is written."""
+"""The monologue of a conversation, piece by piece as it is written."""
 import codecs
-import sys
+
+from tqdm import tqdm
 
 from streams import FRAME_RATE
 
+PAUSE = 4  # frames (0.32 s) from one piece to the next that begin a new line
+
 
 class Transcript:
-    """The monologue as it comes: pieces of text with the second at which each was written."""
+    """Text tokens become pieces of text with the second at which they were written."""
 
     def __init__(self, duplex):
-        self.duplex, self.pieces = duplex, []
+        self.duplex, self.pieces = duplex, []  # [{"time": seconds, "text": ...}, ...]
+        self.last = -PAUSE  # frame of the last piece
+        self.new_line = True  # whether the last piece follows a pause
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, t, token):
-        """The piece that token (an int, of frame t) completes, or ''."""
-        v = self.duplex.vocab
-        if token == v.wait:
+        """token (int, of frame t) -> the piece that it completes, or ''."""
+        if token == self.duplex.vocab.wait:
             return ""
-        raw = self.duplex.tokenizer.decode_single_token_bytes(token)  # <asr> and <answer> too have their names there
-        piece = self.utf8.decode(raw)
+        piece = self.utf8.decode(self.duplex.tokenizer.decode_single_token_bytes(token))
         if piece:
             self.pieces.append({"time": round((t + 1) / FRAME_RATE, 2), "text": piece})
+            self.new_line, self.last = t - self.last >= PAUSE, t
         return piece
 
 
-class Lines:
-    """The monologue in a terminal: a pause begins a new line."""
+class PrintedTranscript(Transcript):
+    """Also prints each line, once the next one begins, above a progress bar if there is one."""
 
-    def __init__(self, transcript):
-        self.transcript, self.last = transcript, None  # the frame of the last word
+    def __init__(self, duplex):
+        super().__init__(duplex)
+        self.line = ""
 
     def add(self, t, token):
-        piece = self.transcript.add(t, token)
-        if piece:
-            if self.last is None or t - self.last > 3:
-                sys.stdout.write(f"\n{(t + 1) / FRAME_RATE:7.2f} s ")
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-            self.last = t
+        if piece := super().add(t, token):
+            if self.new_line:
+                self.print_line()
+                self.line = f"{self.pieces[-1]['time']:7.2f} s "
+            self.line += piece
+        return piece
+
+    def print_line(self):
+        tqdm.write(self.line)

@@ -1,15 +1,15 @@
-"""The page and its server: each WebSocket is one session of engine.py, 80 ms at a time both ways.
+"""The web page and its server: each WebSocket is one session of the engine, 80 ms at a time both ways.
 
-    browser                                             server
-    GET /                                          -->  web.html, the only file there is
-    GET /talk, a WebSocket                         -->  a place in the engine, or the word that all are taken
-    binary: number of the frame, 1920 samples      -->  the session's queue --.
-    text:   {"type": "restart"}                    -->                        | tick, in a thread of its own
-    binary: number of the frame heard, 1920 said   <--  ----------------------'
-    text:   {"type": "text", "time": 1.2, "text": " seven"}, {"type": "begin"}
+    browser                                             server GET /
+    -->  web.html, the only file there is GET /talk, a WebSocket                         -->  a session of
+    the engine, or closed because all are in use binary: number of the frame, 1920 samples      -->  the
+    session's queue --. text:   {"type": "restart"}                    -->                        | tick, in
+    a thread of its own binary: number of the frame heard, 1920 said   <--  ----------------------' text:
+    {"type": "text", "time": 1.2, "text": " seven"}, {"type": "begin"}
 
-A number is 4 bytes, a sample 2, little-endian. Frames of a gap are concealed, so that what is said keeps the clock of what is
-heard. Who breaks a rule or a limit is told in the reason of the close, and so is the log, in one line.
+A number is 4 bytes, a sample 2, little-endian. Missing frames are concealed, so the reply keeps the clock
+of what is heard. A client that breaks a rule or a limit is disconnected; the reason is in the close message
+and in the log, in one line.
 """
 import asyncio
 import hmac
@@ -38,16 +38,17 @@ except ImportError:
     raise ValueError("--web needs the extra 'web': pip install '.[web]'") from None
 
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "web.html")
-HERE = ("127.0.0.1", "localhost", "::1")
-BYTES = 4 + 2 * FRAME  # of a binary message
-RATE, BURST = 1.2 * FRAME_RATE, 50  # messages a second, and how many at once after a stall
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+MESSAGE_BYTES = 4 + 2 * FRAME  # of a binary message
+RATE, BURST = 1.2 * FRAME_RATE, 50  # token bucket: messages a second, and at once after a stall
 RESTART = 10  # messages that one restart counts for
-BEHIND = 50  # messages that may wait for a client who reads too slowly
+MAX_UNSENT = 50  # messages that may wait for a client that reads too slowly
 HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline' blob:; style-src 'unsafe-inline'; "
-                               "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "Permissions-Policy": "microphone=(self)", "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-store", "Connection": "close"}
+    "Content-Security-Policy":
+        "default-src 'none'; script-src 'unsafe-inline' blob:; style-src 'unsafe-inline'; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Permissions-Policy": "microphone=(self)", "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", "Connection": "close"}
 
 
 @dataclass(frozen=True)
@@ -55,101 +56,109 @@ class Limits:
     sessions: int = 4
     total: float = 900.0  # seconds that a conversation may last
     idle: float = 30.0  # seconds without a frame
-    request: float = 10.0  # seconds that a connection may take to ask for something
-    send: float = 5.0  # seconds that one message may take to be taken
+    request: float = 10.0  # seconds that a connection may take until its request
+    send: float = 5.0  # seconds until the client accepts a message
     connections: int = 64
 
 
-class Over(Exception):
-    """A conversation ends: (close code, why, in a few words for the page and the log)"""
+class Ended(Exception):
+    """A conversation has ended: (close code, reason in a few words, for the page and the log)."""
 
 
-class Guest:
-    """One client's conversation: numbers of frames in, what is to be sent out."""
+class Client:
+    """One client's conversation: which frames have come, and what is to be sent."""
 
     def __init__(self, limits):
         self.session, self.transcript, self.out = None, None, asyncio.Queue()
-        self.limits, self.begun = limits, time.monotonic()
-        self.heard_at, self.allowance, self.counted = self.begun, BURST, self.begun
+        self.limits, self.started = limits, time.monotonic()
+        self.last_frame_at, self.allowance, self.allowed_at = self.started, BURST, self.started
 
     def begin(self, session, duplex):
         self.session, self.transcript = session, Transcript(duplex)
-        self.asked = deque()  # of the frames that the engine has taken: (number, whether it was sent, not concealed)
-        self.next, self.last = 0, np.zeros(FRAME, np.float32)
+        self.pending = deque()  # frames in the engine's queue: (number, whether it was received)
+        self.next, self.last = 0, None
         self.out.put_nowait(json.dumps({"type": "begin"}))
 
     def seconds_left(self):
-        """(seconds, what it means when they are over)"""
+        """(seconds until the conversation must end, the reason)"""
         now = time.monotonic()
-        idle, total = self.heard_at + self.limits.idle - now, self.begun + self.limits.total - now
+        idle, total = self.last_frame_at + self.limits.idle - now, self.started + self.limits.total - now
         if idle < total:
             return idle, f"nothing was heard for {self.limits.idle:g} seconds"
         return total, f"a conversation lasts {self.limits.total / 60:g} minutes"
 
-    def spend(self, messages):
+    def count_messages(self, messages):
+        """Token bucket: raises Ended for a client that sends too many."""
         now = time.monotonic()
-        self.allowance, self.counted = min(BURST, self.allowance + (now - self.counted) * RATE), now
+        self.allowance, self.allowed_at = min(BURST, self.allowance + (now - self.allowed_at) * RATE), now
         if self.allowance < messages:
-            raise Over(WSCloseCode.POLICY_VIOLATION, "too many messages")
+            raise Ended(WSCloseCode.POLICY_VIOLATION, "too many messages")
         self.allowance -= messages
 
     def hear(self, data):
-        """A binary message: the frame, and what stands for those missing before it, into the session's queue."""
-        if len(data) != BYTES:
-            raise Over(WSCloseCode.POLICY_VIOLATION, f"a frame is {BYTES} bytes")
-        n, frame = int.from_bytes(data[:4], "little"), np.frombuffer(data, "<i2", offset=4).astype(np.float32) / 32768
-        self.heard_at = time.monotonic()
+        """Puts the frame of a binary message, and concealed ones for those missing before it, into the
+        queue."""
+        if len(data) != MESSAGE_BYTES:
+            raise Ended(WSCloseCode.POLICY_VIOLATION, f"a frame is {MESSAGE_BYTES} bytes")
+        n = int.from_bytes(data[:4], "little")
+        frame = np.frombuffer(data, "<i2", offset=4).astype(np.float32) / 32768
+        self.last_frame_at = time.monotonic()
         if n < self.next:
             return
         room = QUEUE - 1 - len(self.session.queue)  # beside the frame itself
         for missing in range(max(self.next, n - room), n):
-            self.take(missing, False, conceal(self.last))
-            self.last = np.zeros(FRAME, np.float32)
-        self.take(n, True, frame)
+            self.enqueue(missing, False, conceal(self.last))
+            self.last = None
+        self.enqueue(n, True, frame)
         self.next, self.last = n + 1, frame
 
-    def take(self, n, sent, frame):
-        self.asked.append((n, sent))
-        if not self.session.hear(frame):  # the queue is full: what comes too fast is not heard
-            self.asked.pop()
+    def enqueue(self, n, sent, frame):
+        self.pending.append((n, sent))
+        if not self.session.hear(frame):  # the queue is full: a client that sends too fast is not heard
+            self.pending.pop()
 
-    def say(self, token, sound):
-        """What the engine gave for the oldest frame asked."""
-        n, sent = self.asked.popleft()
+    def say(self, token, audio):
+        """Sends what the engine gave for the oldest pending frame."""
+        n, sent = self.pending.popleft()
         if self.transcript.add(n, token):
             self.out.put_nowait(json.dumps({"type": "text", **self.transcript.pieces[-1]}))
         if sent:
-            samples = (sound.clamp(-1, 1) * 32767).round().numpy().astype("<i2")
+            samples = (audio.clamp(-1, 1) * 32767).round().numpy().astype("<i2")
             self.out.put_nowait(n.to_bytes(4, "little") + samples.tobytes())
 
 
-class Server:
-    """Serves until cancelled. The engine ticks in a thread; everything else happens in the event loop's."""
+def log_to_stderr(line):
+    print(line, file=sys.stderr, flush=True)
 
-    def __init__(self, duplex, limits=Limits(), token=None, log=lambda line: print(line, file=sys.stderr, flush=True)):
+
+class Server:
+    """Serves until cancelled. The engine ticks in a thread of its own, the rest runs in the event loop's."""
+
+    def __init__(self, duplex, limits=Limits(), token=None, log=log_to_stderr):
         self.duplex, self.limits, self.token, self.log = duplex, limits, token, log
-        self.engine, self.guests = Engine(duplex, limits.sessions), {}
-        self.fed, self.ended = threading.Event(), threading.Event()
-        self.asking = set()  # connections that have not yet asked for anything
+        self.engine, self.clients = Engine(duplex, limits.sessions), {}
+        self.frames_waiting, self.stopping = threading.Event(), threading.Event()
+        self.unanswered = set()  # connections that have sent no request yet
         with open(PAGE, "rb") as f:
             self.page = f.read()
 
     # the engine
 
-    def ticks(self):
-        """The thread: ticks as long as somebody has a frame waiting. While one runs, the frames of others gather for the next."""
+    def run_engine(self):
+        """The engine's thread: ticks as long as any frame waits. Frames that come meanwhile wait for the
+        next tick."""
         try:
-            while not self.ended.is_set():
-                self.fed.wait(0.2)
-                self.fed.clear()
+            while not self.stopping.is_set():
+                self.frames_waiting.wait(0.2)
+                self.frames_waiting.clear()
                 while results := self.engine.tick():
                     self.loop.call_soon_threadsafe(self.deliver, results)
         except Exception as e:
-            self.loop.call_soon_threadsafe(self.broken.set_exception, e)
+            self.loop.call_soon_threadsafe(self.engine_failed.set_exception, e)
             raise
 
     def warm_up(self):
-        """The first frame is slow: it is nobody's."""
+        """The first frame is slow, so it is computed before there is a client."""
         session = self.engine.join()
         session.hear(np.zeros(FRAME))
         self.engine.tick()
@@ -157,29 +166,33 @@ class Server:
 
     def deliver(self, results):
         for session, said in results.items():
-            guest = self.guests.get(session)  # gone, if it has left or begun anew since
-            if guest and said:
-                guest.say(*said)
-            elif guest:
-                guest.out.put_nowait(Over(WSCloseCode.INTERNAL_ERROR, "the model's logits are not numbers"))
+            client = self.clients.get(session)  # None if it has left or restarted since
+            if client and said:
+                client.say(*said)
+            elif client:
+                client.out.put_nowait(Ended(WSCloseCode.INTERNAL_ERROR, "the model's logits are not numbers"))
 
     # requests
 
     @http.middleware
-    async def guard(self, request, handler):
-        """Nobody but the page gets further, and it only with the token, or, where there is none, from this machine."""
-        self.asking.discard(request.protocol)
+    async def authorise(self, request, handler):
+        """Refuses requests without the token or, if there is no token, for a host that is not this
+        machine."""
+        self.unanswered.discard(request.protocol)
         try:
             self.check(request)
             return await handler(request)
         except http.HTTPException as e:
-            self.log(f"{request.remote} {request.method} {request.path[:60]!r}: {e.status} {e.text or e.reason}")
-            return http.Response(status=e.status, text=f"{e.text or e.reason}\n", headers=HEADERS)
+            reason = e.text or e.reason
+            self.log(f"{request.remote} {request.method} {request.path[:60]!r}: {e.status} {reason}")
+            return http.Response(status=e.status, text=f"{reason}\n", headers=HEADERS)
 
     def check(self, request):
-        if self.token is None and hostname(request.host) not in HERE:  # a foreign name that leads here (DNS rebinding)
+        # DNS rebinding: a foreign name that resolves to this machine
+        if self.token is None and hostname(request.host) not in LOOPBACK:
             raise http.HTTPForbidden(text="this name is not served here")
-        if self.token is not None and not hmac.compare_digest(request.query.get("token", "").encode(), self.token.encode()):
+        token = request.query.get("token", "").encode()
+        if self.token is not None and not hmac.compare_digest(token, self.token.encode()):
             raise http.HTTPForbidden(text="the address needs its token: ?token=...")
         origin = request.headers.get("Origin", "")
         if request.path == "/talk" and urlsplit(origin).netloc != request.host:
@@ -189,122 +202,126 @@ class Server:
         return http.Response(body=self.page, content_type="text/html", charset="utf-8", headers=HEADERS)
 
     async def talk(self, request):
-        ws = http.WebSocketResponse(max_msg_size=BYTES + 1, heartbeat=10, autoping=False, compress=False, timeout=2)
+        ws = http.WebSocketResponse(max_msg_size=MESSAGE_BYTES + 1, heartbeat=10, autoping=False,
+                                    compress=False, timeout=2)
         await ws.prepare(request)
-        guest = Guest(self.limits)
+        client = Client(self.limits)
         try:
             session = self.engine.join(secrets.randbits(31))
             if session is None:
-                raise Over(WSCloseCode.TRY_AGAIN_LATER, f"full: all {self.limits.sessions} places are taken")
-            self.seat(guest, session)
-            self.log(f"{request.remote} talks: {len(self.guests)} of {self.limits.sessions}")
-            await first_to_fail(self.read(ws, guest), self.write(ws, guest))
-        except Over as e:
-            code, why = e.args
+                raise Ended(WSCloseCode.TRY_AGAIN_LATER, f"full: all {self.limits.sessions} places are taken")
+            self.start_session(client, session)
+            self.log(f"{request.remote} talks: {len(self.clients)} of {self.limits.sessions}")
+            await first_to_fail(self.read(ws, client), self.write(ws, client))
+        except Ended as e:
+            code, reason = e.args
         except asyncio.CancelledError:
-            code, why = WSCloseCode.GOING_AWAY, "the server ends"
+            code, reason = WSCloseCode.GOING_AWAY, "the server ends"
         finally:
-            self.guests.pop(guest.session, None)
-            self.engine.leave(guest.session)
-        self.log(f"{request.remote} {why}, after {time.monotonic() - guest.begun:.0f} s")
-        await self.close(request, ws, code, why)
+            self.clients.pop(client.session, None)
+            self.engine.leave(client.session)
+        self.log(f"{request.remote} {reason}, after {time.monotonic() - client.started:.0f} s")
+        await self.close(request, ws, code, reason)
         return ws
 
-    def seat(self, guest, session):
-        guest.begin(session, self.duplex)
-        self.guests[session] = guest
+    def start_session(self, client, session):
+        client.begin(session, self.duplex)
+        self.clients[session] = client
 
-    async def close(self, request, ws, code, why):
+    async def close(self, request, ws, code, reason):
         try:
-            await asyncio.wait_for(ws.close(code=code, message=why.encode()[:123]), 3)
+            await asyncio.wait_for(ws.close(code=code, message=reason.encode()[:123]), 3)
         except (TimeoutError, asyncio.TimeoutError, ConnectionError):
             pass
-        if request.transport:  # whoever has not read so far never will
+        if request.transport:  # a client that has not read the message by now never will
             request.transport.abort() if code == WSCloseCode.POLICY_VIOLATION else request.transport.close()
 
-    async def read(self, ws, guest):
+    async def read(self, ws, client):
         while True:
-            seconds, why = guest.seconds_left()
+            seconds, reason = client.seconds_left()
             try:
                 message = await ws.receive(timeout=max(0, seconds))
             except (TimeoutError, asyncio.TimeoutError):
-                raise Over(WSCloseCode.OK, why) from None
-            if message.type in (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR):
-                raise Over(ws.close_code or WSCloseCode.OK, "left" if message.type != WSMsgType.ERROR else f"{message.data}"[:100])
-            guest.spend(1)
+                raise Ended(WSCloseCode.OK, reason) from None
+            if message.type in (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED):
+                raise Ended(ws.close_code or WSCloseCode.OK, "left")
+            if message.type == WSMsgType.ERROR:
+                raise Ended(ws.close_code or WSCloseCode.OK, f"{message.data}"[:100])
+            client.count_messages(1)
             if message.type == WSMsgType.PING:
                 await ws.pong(message.data)
             elif message.type == WSMsgType.BINARY:
-                guest.hear(message.data)
-                self.fed.set()
+                client.hear(message.data)
+                self.frames_waiting.set()
             elif message.type == WSMsgType.TEXT:
-                self.restart(guest, message.data)
+                self.restart(client, message.data)
 
-    def restart(self, guest, text):
+    def restart(self, client, text):
         if text != '{"type":"restart"}':
-            raise Over(WSCloseCode.POLICY_VIOLATION, "not a message of the page's")
-        guest.spend(RESTART)
-        self.guests.pop(guest.session)
-        self.seat(guest, self.engine.reset(guest.session))
+            raise Ended(WSCloseCode.POLICY_VIOLATION, "not a message of the page's")
+        client.count_messages(RESTART)
+        self.clients.pop(client.session)
+        self.start_session(client, self.engine.reset(client.session))
 
-    async def write(self, ws, guest):
+    async def write(self, ws, client):
         while True:
-            message = await guest.out.get()
-            if isinstance(message, Over):
+            message = await client.out.get()
+            if isinstance(message, Ended):
                 raise message
-            if guest.out.qsize() > BEHIND:
-                raise Over(WSCloseCode.POLICY_VIOLATION, "reads too slowly")
+            if client.out.qsize() > MAX_UNSENT:
+                raise Ended(WSCloseCode.POLICY_VIOLATION, "reads too slowly")
             send = ws.send_str if isinstance(message, str) else ws.send_bytes
             try:
                 await asyncio.wait_for(send(message), self.limits.send)
             except (TimeoutError, asyncio.TimeoutError):
-                raise Over(WSCloseCode.POLICY_VIOLATION, "reads too slowly") from None
+                raise Ended(WSCloseCode.POLICY_VIOLATION, "reads too slowly") from None
             except ConnectionError:
-                raise Over(WSCloseCode.OK, "left") from None
+                raise Ended(WSCloseCode.OK, "left") from None
 
     # connections
 
     def connect(self):
-        """A new connection's protocol. One too many, or one that asks too slowly, is cut off."""
+        """The protocol of a new connection. One too many, or one that asks too slowly, is disconnected."""
         protocol = self.runner.server()
-        full = len(self.asking.union(self.runner.server.connections)) >= self.limits.connections
-        self.asking.add(protocol)
-        seconds, why = (0, "is one too many") if full else (self.limits.request, "asked for nothing in time")
-        self.loop.call_later(seconds, self.cut, protocol, why)
+        full = len(self.unanswered.union(self.runner.server.connections)) >= self.limits.connections
+        self.unanswered.add(protocol)
+        seconds = 0 if full else self.limits.request
+        reason = "is one too many" if full else "asked for nothing in time"
+        self.loop.call_later(seconds, self.disconnect, protocol, reason)
         return protocol
 
-    def cut(self, protocol, why):
-        if protocol in self.asking and protocol.transport:
-            self.log(f"{protocol.transport.get_extra_info('peername')[0]} {why}")
+    def disconnect(self, protocol, reason):
+        if protocol in self.unanswered and protocol.transport:
+            self.log(f"{protocol.transport.get_extra_info('peername')[0]} {reason}")
             protocol.force_close()
-        self.asking.discard(protocol)
+        self.unanswered.discard(protocol)
 
     async def start(self, host, port):
-        """Listens from here on. The port, which is another than `port` if that is 0."""
-        app = http.Application(middlewares=[self.guard], client_max_size=1024)
+        """Starts to listen. Returns the port, which the system chooses if `port` is 0."""
+        app = http.Application(middlewares=[self.authorise], client_max_size=1024)
         app.add_routes([http.get("/", self.send_page), http.get("/talk", self.talk)])
-        self.loop, self.broken = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
+        self.loop, self.engine_failed = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
         self.runner = http.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=3)
         await self.runner.setup()
         self.listening = await self.loop.create_server(self.connect, host, port)
         self.warm_up()
-        self.thread = threading.Thread(target=self.ticks, daemon=True)
+        self.thread = threading.Thread(target=self.run_engine, daemon=True)
         self.thread.start()
         return self.listening.sockets[0].getsockname()[1]
 
     async def stop(self):
-        """Everybody is told, the thread is done, nothing is left."""
+        """Tells every client, closes all connections and ends the thread."""
         self.listening.close()
-        for guest in list(self.guests.values()):
-            guest.out.put_nowait(Over(WSCloseCode.GOING_AWAY, "the server ends"))
+        for client in list(self.clients.values()):
+            client.out.put_nowait(Ended(WSCloseCode.GOING_AWAY, "the server ends"))
         await self.runner.cleanup()
-        self.ended.set()
-        self.fed.set()
+        self.stopping.set()
+        self.frames_waiting.set()
         await asyncio.to_thread(self.thread.join)
 
 
 async def first_to_fail(*work):
-    """Runs all until one raises; raises that, and cancels the others."""
+    """Runs all until one raises, cancels the others and raises that exception."""
     tasks = [asyncio.ensure_future(w) for w in work]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -313,7 +330,8 @@ async def first_to_fail(*work):
         while left := [task for task in tasks if not task.done()]:
             for task in left:
                 task.cancel()
-            await asyncio.wait(left, timeout=0.1)  # and once more: before Python 3.12 wait_for may swallow a cancellation
+            # repeated, since wait_for may lose a cancellation before Python 3.12
+            await asyncio.wait(left, timeout=0.1)
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
@@ -326,10 +344,10 @@ def hostname(host):
 
 
 def serve(duplex, host, port, sessions, token):
-    """Until Ctrl-C. OSError if the port is taken, ValueError if there is no such port, or no place."""
+    """Until Ctrl-C. OSError if the port is in use, ValueError for a bad port or number of sessions."""
     if sessions < 1 or not 0 <= port < 2 ** 16:
         raise ValueError("--sessions is at least 1, --port below 65536")
-    if host not in HERE:
+    if host not in LOOPBACK:
         token = token or secrets.token_urlsafe(12)
     try:
         asyncio.run(run(Server(duplex, Limits(sessions=sessions), token), host, port))
@@ -340,8 +358,9 @@ def serve(duplex, host, port, sessions, token):
 async def run(server, host, port):
     port = await server.start(host, port)
     where = f"[{host}]" if ":" in host else host
-    print(f"ConversationState to it at http://{where}:{port}/{f'?token={server.token}' if server.token else ''} (Ctrl-C ends)", flush=True)
+    query = f"?token={server.token}" if server.token else ""
+    print(f"Talk to it at http://{where}:{port}/{query} (Ctrl-C ends)", flush=True)
     try:
-        await server.broken
+        await server.engine_failed
     finally:
         await server.stop()

@@ -1,14 +1,14 @@
-"""Does it keep up? A conversation of an hour, many at once, one that hears itself, and the step beside Kyutai's.
+"""Does it keep up? A conversation of an hour, many at once, one with echo, and the step beside Kyutai's.
 
-    python tests/bench_talk.py hour                  held-out requests for an hour, faster than real time
-    python tests/bench_talk.py sessions              1, 2, 4, ... conversations, until a frame takes more than 80 ms
-    python tests/bench_talk.py echo                  held-out requests while the model hears itself, as from loudspeakers
-    python tests/bench_talk.py step                  where the time of a frame goes, and what reading the weights alone would take
-    python tests/bench_talk.py step --config 7b --device cuda        the same of a size that nobody has trained, with Mimi itself
-    python tests/bench_talk.py lmgen                 the step of the `moshi` package's LMGen and ours, same shapes, in turn
+    python tests/bench_talk.py hour        held-out requests for an hour, faster than real time
+    python tests/bench_talk.py sessions    1, 2, 4, ... conversations, until a frame takes more than 80 ms
+    python tests/bench_talk.py echo        held-out requests while the model hears itself from loudspeakers
+    python tests/bench_talk.py step        where the time of a frame goes, and what reading the weights takes
+    python tests/bench_talk.py step --config 7b --device cuda     the same with random weights and Mimi itself
+    python tests/bench_talk.py lmgen       our step and that of the `moshi` package's LMGen, same shapes
 
-All but the last need what `make demo` leaves (--checkpoint, --data), or for `step` and `sessions` a --config, whose weights are then
-random; the last one needs the packages that `make slow` installs.
+All but the last need what `make demo` leaves (--checkpoint, --data); `step` and `sessions` need only a
+--config, whose weights are then random. The last one needs the packages that `make slow` installs.
 """
 import argparse
 import dataclasses
@@ -24,7 +24,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from chat import DuplexModel  # noqa: E402
 from live.engine import Engine  # noqa: E402
 from live.graph import capture  # noqa: E402
-from eval import KINDS, written  # noqa: E402
+from eval import KINDS  # noqa: E402
+from evals.conversations import written  # noqa: E402
 from kernels.sampling import Sampling, sample  # noqa: E402
 from live.transcript import Transcript  # noqa: E402
 from files.audio import SAMPLE_RATE, read_audio  # noqa: E402
@@ -48,19 +49,21 @@ def quantile(times, q):
 
 def held_out(data):
     """The dialogues of held-out requests."""
-    return [d for d in read_manifest(os.path.join(data, "manifest.jsonl")) if d["split"] == "seen" and d["kind"] in KINDS]
+    dialogues = read_manifest(os.path.join(data, "manifest.jsonl"))
+    return [d for d in dialogues if d["split"] == "seen" and d["kind"] in KINDS]
 
 
 def requests(data, frames):
-    """Held-out requests, each with time for its answer, until there are so many frames: (frames of sound, right answer)"""
+    """Held-out requests, each followed by time for its answer, of `frames` frames in all: yields
+    (frames of audio, right answer)."""
     items, rng, t = held_out(data), random.Random(1), 0
     while t < frames:
         d = rng.choice(items)
         user, reply = (read_audio(turn["path"]) for turn in d["turns"])
-        sound = torch.cat([user, torch.zeros(len(reply) + round(PAUSE * SAMPLE_RATE))])
-        sound = torch.nn.functional.pad(sound, (0, -len(sound) % FRAME)).split(FRAME)[:frames - t]
-        t += len(sound)
-        yield sound, d["turns"][1]["text"]
+        audio = torch.cat([user, torch.zeros(len(reply) + round(PAUSE * SAMPLE_RATE))])
+        audio = torch.nn.functional.pad(audio, (0, -len(audio) % FRAME)).split(FRAME)[:frames - t]
+        t += len(audio)
+        yield audio, d["turns"][1]["text"]
 
 
 def hour(args):
@@ -69,32 +72,35 @@ def hour(args):
     session, times, heard, said, answers = engine.join(), [], 0, 0, []
     held = lambda: bytes_of(tensors(engine.state)) / 2 ** 20
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10
-    print(f"{frames} frames, {frames / duplex.model.config.context:.1f} times the context; the conversation's memory {held():.2f} MiB")
-    for sounds, right in requests(args.data, frames):
+    print(f"{frames} frames, {frames / duplex.model.config.context:.1f} times the context; "
+          f"the conversation's memory {held():.2f} MiB")
+    for frames_heard, right in requests(args.data, frames):
         answer = []
-        for x in sounds:
+        for x in frames_heard:
             session.hear(x)
             begun = time.perf_counter()
-            token, sound = engine.tick()[session]
+            token, audio = engine.tick()[session]
             times.append(time.perf_counter() - begun)
-            heard, said = heard + len(x), said + len(sound)
+            heard, said = heard + len(x), said + len(audio)
             answer.append(transcript.add(len(times) - 1, token))
             if len(times) == MINUTE:
                 first = peak()
         answers.append("".join(answer).split() == right.split())
     for name, some, n in (("first", times[:MINUTE], answers[:50]), ("last", times[-MINUTE:], answers[-50:])):
-        print(f"{name:5} minute: {1000 * quantile(some, 0.5):6.2f} ms a frame (p99 {1000 * quantile(some, 0.99):.2f})   "
+        print(f"{name:5} minute: {1000 * quantile(some, 0.5):6.2f} ms a frame "
+              f"(p99 {1000 * quantile(some, 0.99):.2f})   "
               f"{name} {len(n)} requests: {sum(n)} answered right")
-    print(f"{frames / sum(times) / FRAME_RATE:.1f} times real time; {heard} samples heard, {said} said; memory {held():.2f} MiB; "
+    print(f"{frames / sum(times) / FRAME_RATE:.1f} times real time; {heard} samples heard, {said} said; "
+          f"memory {held():.2f} MiB; "
           f"the process's peak {first:.0f} MiB after a minute, {peak():.0f} at the end")
 
 
 @torch.inference_mode()
 def in_a_room(duplex, heard, gain, later):
-    """Conversations (B, N) in which what is said comes back: (text tokens (B, T), what was really heard (B, N))"""
-    talk, room, texts = duplex.init_state(range(len(heard))), heard.clone(), []
+    """Conversations (B, N) with an echo of the reply: (text tokens (B, T), what was really heard (B, N))"""
+    state, room, texts = duplex.init_state(range(len(heard))), heard.clone(), []
     for at in range(0, heard.shape[1], FRAME):
-        text, said = duplex.step(room[:, None, at:at + FRAME].to(duplex.device), talk)
+        text, said = duplex.step(room[:, None, at:at + FRAME].to(duplex.device), state)
         texts.append(text.clone())
         part = room[:, at + FRAME + later:at + 2 * FRAME + later]  # it is played in the next frame
         part += gain * said[:, 0, :part.shape[1]].cpu()
@@ -102,25 +108,28 @@ def in_a_room(duplex, heard, gain, later):
 
 
 def echo(args):
-    """Held-out requests, all at once, each alone with a model whose voice leaks back `gain` times as loud after `delay` seconds."""
+    """Held-out requests in one batch; the model's voice comes back `gain` times as loud after `delay` s."""
     duplex, items = DuplexModel.load(args.checkpoint, args.device), held_out(args.data)[:args.items]
     heard = [read_audio(d["turns"][0]["path"]) for d in items]
     N = -(-(max(map(len, heard)) + 5 * SAMPLE_RATE) // FRAME) * FRAME
     heard = torch.stack([torch.nn.functional.pad(x, (0, N - len(x))) for x in heard])
     for gain, delay in ((0, 0.1), (0.05, 0.1), (0.1, 0.1), (0.2, 0.1), (0.2, 0.3), (0.2, 0.5), (0.5, 0.3)):
         text, room = in_a_room(duplex, heard, gain, round(delay * SAMPLE_RATE))
-        right = [words_of(written(duplex, row)) == d["turns"][1]["text"].split() for row, d in zip(text, items)]
+        right = [words_of(written(duplex, row)) == d["turns"][1]["text"].split()
+                 for row, d in zip(text, items)]
         level = 20 * torch.log10((room - heard).square().mean().sqrt() + 1e-6)
-        print(f"gain {gain:<4} delay {delay} s: {sum(right)} of {len(right)} answered right; what leaks is heard at {level:.0f} dB")
+        print(f"gain {gain:<4} delay {delay} s: {sum(right)} of {len(right)} answered right; "
+              f"the echo is heard at {level:.0f} dB")
 
 
-def speaker_of(args):
+def duplex_of(args):
     """The trained one, or one of random weights of the size --config with Mimi as it is."""
     if not args.config:
         return DuplexModel.load(args.checkpoint, args.device)
     c = dataclasses.replace(CONFIGS[args.config], empty=CODECS["mimi"].codebook_size)
-    model = build(c, lambda m: (m if args.device == "cpu" else m.bfloat16()).to_empty(device=args.device)).eval()
-    return DuplexModel(model, Vocab.own(c.vocab_size, c.empty, ((0,) * K,)), Mimi(CODECS["mimi"]).to(args.device).eval(), None,
+    place = lambda m: (m if args.device == "cpu" else m.bfloat16()).to_empty(device=args.device)
+    codec = Mimi(CODECS["mimi"]).to(args.device).eval()
+    return DuplexModel(build(c, place).eval(), Vocab.own(c.vocab_size, c.empty, ((0,) * K,)), codec, None,
                    Sampling(0.7, 25), Sampling(0.8, 250))
 
 
@@ -141,68 +150,78 @@ def middle(f, n):
 
 @torch.inference_mode()
 def step(args):
-    duplex = speaker_of(args)
+    duplex = duplex_of(args)
     m, codec, device, n = duplex.model, duplex.codec, duplex.device, max(1, args.ticks // 10)
-    talk = duplex.init_state([1])
-    rows_only = [*m.text.parameters(), *m.speak.parameters(), *m.listen.parameters(), *m.depth.codes.parameters()]  # one row of each
-    read = bytes_of([*({*m.parameters()} - ({*rows_only} - {m.head.weight})), *talk.cache.keys, *talk.cache.values, *codec.parameters()])
+    state = duplex.init_state([1])
+    # one row of each
+    rows_only = [*m.text.parameters(), *m.speak.parameters(), *m.listen.parameters(),
+                 *m.depth.codes.parameters()]
+    read = bytes_of([*({*m.parameters()} - ({*rows_only} - {m.head.weight})), *state.cache.keys,
+                     *state.cache.values, *codec.parameters()])
     a = torch.empty(2 ** (30 if device.type == "cuda" else 27), dtype=torch.uint8, device=device)
     b = torch.empty_like(a)
     speed = 2 * len(a) / middle(lambda: b.copy_(a), 5)
-    print(f"{sum(p.numel() for p in m.parameters()) / 1e6:.1f} M parameters, {str(m.head.weight.dtype)[6:]}, and a codec of "
+    print(f"{sum(p.numel() for p in m.parameters()) / 1e6:.1f} M parameters, {str(m.head.weight.dtype)[6:]}, "
+          "and a codec of "
           f"{sum(p.numel() for p in codec.parameters()) / 1e6:.1f} M; context {m.config.context}; {device}, "
           f"{torch.get_num_threads()} threads")
     floor = read / speed
-    print(f"a frame reads {read / 1e6:.1f} MB, memory is copied at {speed / 1e9:.1f} GB/s: {1000 * floor:.3f} ms at least\n")
-    talk.cache.position += m.config.context  # the ring is full
-    wav, column = torch.zeros(1, 1, FRAME, device=device), torch.zeros(1, ROWS, dtype=torch.long, device=device)
-    h = m.hidden_step(column, talk.cache)
-    text, sound = m.text_logits(h), h.new_zeros(1, m.config.empty + 1)
+    print(f"a frame reads {read / 1e6:.1f} MB, memory is copied at {speed / 1e9:.1f} GB/s: "
+          f"{1000 * floor:.3f} ms at least\n")
+    state.cache.position += m.config.context  # the ring is full
+    wav = torch.zeros(1, 1, FRAME, device=device)
+    column = torch.zeros(1, ROWS, dtype=torch.long, device=device)
+    h = m.hidden_step(column, state.cache)
+    text, audio = m.text_logits(h), h.new_zeros(1, m.config.empty + 1)
+
+    greedy = lambda logits, k: logits[:, :-1].argmax(-1)
 
     def draws(_):
-        duplex.sample_text(text, talk)
+        duplex.sample_text(text, state)
         for k in range(K):
-            duplex.sample_code(sound, k, talk)
-    parts = {"codec, sound to codes": (lambda x: codec.encode_step(x, talk.codec), wav),
-             "temporal transformer": (lambda x: m.hidden_step(x, talk.cache), column),
+            duplex.sample_code(audio, k, state)
+    parts = {"codec, audio to codes": (lambda x: codec.encode_step(x, state.codec), wav),
+             "temporal transformer": (lambda x: m.hidden_step(x, state.cache), column),
              "text head": (m.text_logits, h),
-             "depth transformer, 8 codes": (lambda x: m.depth.generate(x, lambda logits, k: logits[:, :-1].argmax(-1)), h),
+             "depth transformer, 8 codes": (lambda x: m.depth.generate(x, greedy), h),
              "nine draws": (draws, h),
-             "codec, codes to sound": (lambda x: codec.decode_step(x, talk.codec), column[:, SPEAK, None])}
+             "codec, codes to audio": (lambda x: codec.decode_step(x, state.codec), column[:, SPEAK, None])}
     for name, (f, x) in parts.items():
-        run = capture(f, x, talk.small_tensors()) if device.type == "cuda" else f
+        run = capture(f, x, state.small_tensors()) if device.type == "cuda" else f
         print(f"  {name:28} {1000 * middle(lambda: run(x), n):8.3f} ms")
-    run = duplex.compiled_step(talk)
+    run = duplex.compiled_step(state)
     took = middle(lambda: run(wav), n)
     print(f"  {'a frame, in one':28} {1000 * took:8.3f} ms: {took / floor:.2f} times the least")
 
 
 def sessions(args):
-    duplex, B = speaker_of(args), 1
-    sound = torch.randn(FRAME, generator=torch.Generator().manual_seed(0)) * 0.05
+    duplex, B = duplex_of(args), 1
+    audio = torch.randn(FRAME, generator=torch.Generator().manual_seed(0)) * 0.05
     while True:
         engine, times = Engine(duplex, B), []
-        talks = [engine.join(seed) for seed in range(B)]
+        conversations = [engine.join(seed) for seed in range(B)]
         for _ in range(args.ticks + 5):  # the first few warm up
-            for s in talks:
-                s.hear(sound)
+            for s in conversations:
+                s.hear(audio)
             begun = time.perf_counter()
             engine.tick()
             times.append(time.perf_counter() - begun)
         p50, p99 = (1000 * quantile(times[5:], q) for q in (0.5, 0.99))
-        print(f"{B:5} sessions: {p50:7.2f} ms a frame, p99 {p99:7.2f} ms{'' if p99 < 80 else ': too slow'}", flush=True)
+        print(f"{B:5} sessions: {p50:7.2f} ms a frame, p99 {p99:7.2f} ms{'' if p99 < 80 else ': too slow'}",
+              flush=True)
         if p99 >= 80:
             return
         B *= 2
 
 
 def kyutai(V):
-    """LMGen around a model of 8 layers x 512, depth 4 x 256, with random weights, and its number of parameters."""
+    """LMGen, and its model of 8 layers x 512, depth 4 x 256, with random weights."""
     from moshi.models import LMGen
     from moshi.models.loaders import _lm_kwargs, get_moshi_lm
-    m = get_moshi_lm(None, {**_lm_kwargs, "dim": 512, "num_heads": 8, "num_layers": 8, "depformer_dim": 256, "text_card": V,
-                            "depformer_dim_feedforward": int(4.125 * 256), "depformer_num_heads": 4, "depformer_num_layers": 4},
-                     device="cpu", dtype=torch.float32)
+    sizes = {"dim": 512, "num_heads": 8, "num_layers": 8, "depformer_dim": 256, "text_card": V,
+             "depformer_dim_feedforward": int(4.125 * 256), "depformer_num_heads": 4,
+             "depformer_num_layers": 4}
+    m = get_moshi_lm(None, {**_lm_kwargs, **sizes}, device="cpu", dtype=torch.float32)
     return LMGen(m, temp=0.8, top_k=250, temp_text=0.7, top_k_text=25), m
 
 
@@ -210,39 +229,45 @@ def kyutai(V):
 def lmgen(args):
     V, A = 4000, 2048
     gen, theirs = kyutai(V)
-    config = FLMConfig(8, 512, 8, 8, 1408, 4, 256, 4, vocab_size=V, empty=A, context=theirs.transformer.layers[0].self_attn.context)
+    config = FLMConfig(8, 512, 8, 8, 1408, 4, 256, 4, vocab_size=V, empty=A,
+                       context=theirs.transformer.layers[0].self_attn.context)
     ours = FLM(config).eval()
     for name, m in (("LMGen", theirs), ("ours", ours)):
         print(f"{name:6} {sum(p.numel() for p in m.parameters()) / 1e6:6.1f} M parameters")
     state, seed = ours.init_cache(1), torch.tensor([1])
-    text, speak, heard = torch.tensor([0]), torch.zeros(1, K, dtype=torch.long), torch.zeros(1, K, dtype=torch.long)
+    text, (speak, heard) = torch.tensor([0]), torch.zeros(2, 1, K, dtype=torch.long)
 
-    def our_step(codes, how_text, how_sound):
+    def our_step(codes, how_text, how_audio):
         column = torch.empty(1, ROWS, dtype=torch.long)
         column[:, TEXT], column[:, SPEAK], column[:, LISTEN] = text, speak, torch.where(DELAYED, heard, codes)
         new = ours.step(column, state, lambda logits: sample(logits, how_text, seed, state.position),
-                        lambda logits, k: sample(logits[:, :A], how_sound, seed, state.position, 1 + k))
+                        lambda logits, k: sample(logits[:, :A], how_audio, seed, state.position, 1 + k))
         for old, x in zip((text, speak, heard), (*new, codes)):
             old.copy_(x)
     codes = torch.randint(0, A, (1, K))
 
-    for name, draw, how in (("drawn", True, (Sampling(0.7, 25), Sampling(0.8, 250))), ("greedy", False, (Sampling(), Sampling()))):
+    for name, draw, how in (("drawn", True, (Sampling(0.7, 25), Sampling(0.8, 250))),
+                            ("greedy", False, (Sampling(), Sampling()))):
         gen.use_sampling = draw
         with gen.streaming(1):
             rows = [(seconds(lambda: gen.step(codes[..., None])), seconds(lambda: our_step(codes, *how)))
                     for _ in range(args.rounds + 1)][1:]  # the first round warms up
         a, b = (1000 * quantile(t, 0.5) for t in zip(*rows))
         ratios = [y / x for x, y in rows]
-        print(f"{name:6}  LMGen {a:6.2f} ms, ours {b:6.2f} ms a step: {quantile(ratios, 0.5):.3f} of it ({min(ratios):.3f} to "
-              f"{max(ratios):.3f} over {len(rows)} rounds), {torch.get_num_threads()} threads, float32, context {config.context}")
+        print(f"{name:6}  LMGen {a:6.2f} ms, ours {b:6.2f} ms a step: {quantile(ratios, 0.5):.3f} of it "
+              f"({min(ratios):.3f} to {max(ratios):.3f} over {len(rows)} rounds), "
+              f"{torch.get_num_threads()} threads, float32, context {config.context}")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("what", choices=("hour", "sessions", "echo", "step", "lmgen"))
     parser.add_argument("--checkpoint", default="out/tiny")
-    parser.add_argument("--config", choices=CONFIGS, help="step, sessions: random weights of this size instead")
-    parser.add_argument("--data", default="data/toy", help="hour, echo: folder with the manifest of the held-out items")
+    parser.add_argument("--config", choices=CONFIGS,
+                        help="step, sessions: random weights of this size instead")
+    parser.add_argument("--data", default="data/toy",
+                        help="hour, echo: folder with the manifest of the held-out items")
     parser.add_argument("--minutes", type=float, default=60, help="hour: so long, at least one")
     parser.add_argument("--items", type=int, default=200, help="echo: requests")
     parser.add_argument("--ticks", type=int, default=250, help="sessions, step: frames of each kind")

@@ -1,4 +1,4 @@
-"""A headless Chromium with a sound file as its microphone, led over the DevTools protocol; nothing is downloaded."""
+"""A headless Chromium with an audio file as its microphone, driven over the DevTools protocol."""
 import asyncio
 import base64
 import contextlib
@@ -11,7 +11,8 @@ import sys
 
 import aiohttp
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),
+                None)
 
 
 class Tab:
@@ -31,14 +32,15 @@ class Tab:
                 return answer["result"]
 
     async def value(self, script):
-        """What a JavaScript expression, or the promise that it gives, is in the page."""
-        answer = await self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True, userGesture=True)
+        """The value of a JavaScript expression, or of the promise that it returns."""
+        answer = await self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True,
+                                 userGesture=True)
         if "exceptionDetails" in answer:
             raise RuntimeError(f"{script}: {answer['exceptionDetails']}")
         return answer["result"].get("value")
 
     async def until(self, script, seconds=30):
-        """Waits until the expression is true; TimeoutError."""
+        """Waits until the expression is true and returns it. TimeoutError."""
         for _ in range(int(seconds * 5)):
             with contextlib.suppress(RuntimeError):  # while a page loads it has no scripts
                 if value := await self.value(script):
@@ -49,12 +51,16 @@ class Tab:
     async def press(self, key, code):
         for kind in ("keyDown", "keyUp"):
             text = {"text": "\r"} if key == "Enter" and kind == "keyDown" else {}
-            await self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **text)
+            await self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key,
+                            windowsVirtualKeyCode=code, **text)
 
     async def picture(self, path, width, height, scale=1, dark=False):
-        await self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=width < 600)
-        await self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
-        await self.value("new Promise(done => requestAnimationFrame(() => { draw(); requestAnimationFrame(done) }))")
+        await self.call("Emulation.setDeviceMetricsOverride", width=width, height=height,
+                        deviceScaleFactor=scale, mobile=width < 600)
+        await self.call("Emulation.setEmulatedMedia",
+                        features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        await self.value(
+            "new Promise(done => requestAnimationFrame(() => { draw(); requestAnimationFrame(done) }))")
         with open(path, "wb") as f:
             f.write(base64.b64decode((await self.call("Page.captureScreenshot"))["data"]))
 
@@ -71,15 +77,19 @@ class Browser:
 
 @contextlib.asynccontextmanager
 async def chromium(folder, microphone=None, allowed=True):
-    """A Browser; `microphone` is a WAV file, heard over and over. Without it, it beeps. Unless `allowed`, pages get no microphone."""
-    command = [CHROMIUM, "--headless=new", "--remote-debugging-port=0", f"--user-data-dir={folder}", "--no-first-run", "--disable-gpu",
-               "--use-fake-device-for-media-stream", "--autoplay-policy=no-user-gesture-required", "--mute-audio",
-               f"--use-fake-ui-for-media-stream{'' if allowed else '=deny'}", "--disable-background-networking", "--disable-dev-shm-usage"]
+    """A Browser whose microphone repeats a WAV file, or beeps. Unless `allowed`, pages get no microphone."""
+    command = [CHROMIUM, "--headless=new", "--remote-debugging-port=0", f"--user-data-dir={folder}",
+               "--no-first-run", "--disable-gpu",
+               "--use-fake-device-for-media-stream", "--autoplay-policy=no-user-gesture-required",
+               "--mute-audio",
+               f"--use-fake-ui-for-media-stream{'' if allowed else '=deny'}",
+               "--disable-background-networking", "--disable-dev-shm-usage"]
     if microphone:
         command.append(f"--use-file-for-fake-audio-capture={microphone}")
     if sys.platform == "linux" and os.geteuid() == 0:
         command.append("--no-sandbox")
-    process = subprocess.Popen([*command, "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, "about:blank"], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
     try:
         port = os.path.join(folder, "DevToolsActivePort")
         for _ in range(150):

@@ -65,7 +65,7 @@ VARIANTS = {
     "AdamW": stages(),
     "no language": stages(language=0),
 }
-MEASURES = {"text": "text right", "repeat": "- repeat", "count": "- count", "spoken words": "spoken words", "in time": "in time",
+MEASURES = {"text": "text right", "repeat": "- repeat", "count": "- count", "spoken 1 - WER": "spoken words", "in time": "in time",
             "early": "early"}
 
 
@@ -98,7 +98,7 @@ def answer(task):
     held_out = [d for d in read_manifest(os.path.join(DATA, "manifest.jsonl")) if d["split"] == "seen" and d["kind"] in KINDS]
     shares = evaluation.Proportions()
     evaluation.answers(DuplexModel.load(out, "cpu"), recogniser, held_out[:items], 7, shares, "seen")
-    scores = {key: shares.share("seen text" + (f", {key}" if key in ("repeat", "count") else "") if key in ("text", "repeat", "count")
+    scores = {key: shares.proportion("seen text" + (f", {key}" if key in ("repeat", "count") else "") if key in ("text", "repeat", "count")
                                 else f"seen {key}") for key in MEASURES}
     with replace_when_done(path) as temporary, open(temporary, "w") as f:
         json.dump(scores, f)

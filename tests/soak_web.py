@@ -1,8 +1,8 @@
-"""Eight clients who join, begin anew and drop for as long as you like: what the server holds must not grow.
+"""Eight clients that join, restart and drop for as long as you like: the server's memory must not grow.
 
     python tests/soak_web.py --checkpoint out/tiny --minutes 60
 
-The server runs in this process, on this machine's own address. Each line: what it has held for the last while.
+The server runs in this process, under the loopback address. Each line says what it holds at that time.
 """
 import argparse
 import asyncio
@@ -44,9 +44,9 @@ async def client(http, address, rng, count, end):
 async def speak(ws, rng, count, end):
     n = 0
     while time.monotonic() < end and not ws.closed:
-        sound = rng.choice([0, 0, 0.1]) * np.random.default_rng(n).standard_normal(FRAME)
+        audio = rng.choice([0, 0, 0.1]) * np.random.default_rng(n).standard_normal(FRAME)
         if rng.random() > 0.02:
-            await ws.send_bytes(n.to_bytes(4, "little") + (sound * 32767).astype("<i2").tobytes())
+            await ws.send_bytes(n.to_bytes(4, "little") + (audio * 32767).astype("<i2").tobytes())
             count["sent"] += 1
         n += 1
         if rng.random() < 0.01:
@@ -76,19 +76,21 @@ async def soak(args):
     begun, end = time.monotonic(), time.monotonic() + 60 * args.minutes
     print(f"    0 s: {held(server)}", flush=True)
     async with aiohttp.ClientSession() as http:
-        clients = [asyncio.ensure_future(client(http, address, random.Random(i), count, end)) for i in range(CLIENTS)]
+        clients = [asyncio.ensure_future(client(http, address, random.Random(i), count, end))
+                   for i in range(CLIENTS)]
         while time.monotonic() < end:
             await asyncio.sleep(min(args.every, max(0.1, end - time.monotonic())))
             print(f"{time.monotonic() - begun:5.0f} s: {held(server)}; {count}", flush=True)
         await asyncio.gather(*clients)
     await asyncio.sleep(3)
     print(f"all gone: {held(server)}; {count}", flush=True)
-    assert not any(server.engine.sessions) and not server.guests and not server.runner.server.connections
+    assert not any(server.engine.sessions) and not server.clients and not server.runner.server.connections
     await server.stop()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--checkpoint", default="out/tiny")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--every", type=float, default=60, help="seconds between two lines")

@@ -8,9 +8,9 @@ import torch
 
 from conftest import run
 from chat import DuplexModel
-from live.transcript import Transcript
+from live.transcript import PrintedTranscript, Transcript
 from files.audio import read_audio
-from evals.plot import draw_talk
+from evals.plot import draw_conversation
 from evals.turns import yields
 
 
@@ -37,9 +37,10 @@ def test_a_reply_on_the_clock_of_the_input(world, tmp_path):
 
 
 @pytest.mark.parametrize("name, seconds, rate, channels", [
-    ("phone.wav", 0.7, 8000, 1), ("cd.wav", 0.7, 44100, 2), ("studio.flac", 0.5, 96000, 2), ("voice.ogg", 0.6, 48000, 1),
+    ("phone.wav", 0.7, 8000, 1), ("cd.wav", 0.7, 44100, 2), ("studio.flac", 0.5, 96000, 2),
+    ("voice.ogg", 0.6, 48000, 1),
     ("music.mp3", 0.6, 44100, 2), ("blink.wav", 0.0001, 24000, 1), ("surround.wav", 0.3, 48000, 6)])
-def test_any_sound_file(world, tmp_path, name, seconds, rate, channels):
+def test_any_audio_file(world, tmp_path, name, seconds, rate, channels):
     source, target = tone(tmp_path / name, seconds, rate, channels), tmp_path / "reply.flac"
     code, _, err = chat(world, source, target, "--stereo")
     assert code == 0, err
@@ -49,9 +50,11 @@ def test_any_sound_file(world, tmp_path, name, seconds, rate, channels):
 
 def test_stereo_holds_the_user_left_and_the_model_right(world, tmp_path):
     source = tone(tmp_path / "in.wav", 0.5)
-    assert chat(world, source, tmp_path / "one.wav")[0] == chat(world, source, tmp_path / "two.wav", "--stereo")[0] == 0
+    assert chat(world, source, tmp_path / "one.wav")[0] == 0
+    assert chat(world, source, tmp_path / "two.wav", "--stereo")[0] == 0
     left, right = read_audio(str(tmp_path / "two.wav"), mono=False)
-    assert torch.equal(left, read_audio(str(source))) and torch.equal(right, read_audio(str(tmp_path / "one.wav")))
+    assert torch.equal(left, read_audio(str(source)))
+    assert torch.equal(right, read_audio(str(tmp_path / "one.wav")))
 
 
 def test_where_the_model_yields():
@@ -72,19 +75,22 @@ def test_a_picture_of_the_conversation(world, tmp_path):
     source = tone(tmp_path / "in.wav", 2.0)
     code, out, err = chat(world, source, tmp_path / "reply.wav", "--picture", tmp_path / "reply.png")
     assert code == 0, err
-    assert (tmp_path / "reply.png").read_bytes()[:4] == b"\x89PNG" and out.splitlines()[-1].endswith("reply.png")
+    assert (tmp_path / "reply.png").read_bytes()[:4] == b"\x89PNG"
+    assert out.splitlines()[-1].endswith("reply.png")
 
 
 def test_a_picture_draws_what_it_is_given(tmp_path):
     pytest.importorskip("matplotlib")
     heard, said = torch.zeros(48_000), torch.zeros(48_000)
     heard[24_000:36_000], said[:30_000] = 0.1, 0.1
-    draw_talk(str(tmp_path / "a.svg"), heard, said, [{"time": 0.2, "text": " eins"}, {"time": 0.28, "text": " zwei"}])
+    draw_conversation(str(tmp_path / "a.svg"), heard, said,
+                      [{"time": 0.2, "text": " eins"}, {"time": 0.28, "text": " zwei"}])
     svg = (tmp_path / "a.svg").read_text()
     assert "<!-- eins zwei -->" in svg and "<!--  yields -->" in svg
 
 
-@pytest.mark.parametrize("kind", ["missing", "directory", "empty", "garbage", "no frames", "not finite", "cut off"])
+@pytest.mark.parametrize("kind", ["missing", "directory", "empty", "garbage", "no frames", "not finite",
+                                  "cut off"])
 def test_bad_input_is_one_line_and_leaves_the_old_reply(world, tmp_path, kind):
     from test_files import bad_file
     target = tmp_path / "reply.wav"
@@ -94,10 +100,54 @@ def test_bad_input_is_one_line_and_leaves_the_old_reply(world, tmp_path, kind):
     assert target.read_text() == "old"
 
 
+@pytest.mark.parametrize("target, message", [
+    ("reply.xyz", "cannot write this kind of file"), ("reply", "cannot write this kind of file"),
+    ("folder.wav", "is a folder"), ("file.txt/reply.wav", "file.txt")])
+def test_an_output_is_checked_before_the_conversation(world, tmp_path, monkeypatch, target, message):
+    (tmp_path / "folder.wav").mkdir()
+    (tmp_path / "file.txt").write_text("in the way")
+    monkeypatch.setattr(DuplexModel, "load", None)
+    code, _, err = chat(world, tone(tmp_path / "in.wav", 0.3), tmp_path / target)
+    assert code == 1 and len(err.strip().splitlines()) == 1 and message in err
+
+
+def test_a_picture_is_checked_before_the_conversation(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(DuplexModel, "load", None)
+    source = tone(tmp_path / "in.wav", 0.3)
+    code, _, err = chat(world, source, tmp_path / "reply.wav", "--picture", tmp_path / "reply.docx")
+    assert code == 1 and len(err.strip().splitlines()) == 1 and ("reply.docx" in err or "extra 'plot'" in err)
+
+
+@pytest.mark.parametrize("device, message", [
+    ("mps", "float64"), ("tpu", "unknown"), ("xpu", "unknown"), ("", "unknown"), ("cuda:99", "GPU")])
+@pytest.mark.parametrize("script", ["chat.py", "eval.py"])
+def test_a_device_is_checked_before_any_work(world, tmp_path, monkeypatch, script, device, message):
+    monkeypatch.setattr(DuplexModel, "load", None)
+    flags = ("--input", tone(tmp_path / "in.wav", 0.3)) if script == "chat.py" else ()
+    code, _, err = run(script, "--checkpoint", world / "flm", "--device", device, *flags)
+    assert code == 1 and len(err.strip().splitlines()) == 1 and f"--device {device}" in err and message in err
+
+
+def test_a_new_folder_is_made_for_the_output(world, tmp_path):
+    source, target = tone(tmp_path / "in.wav", 0.3), tmp_path / "new/folder/reply.wav"
+    assert chat(world, source, target)[0] == 0 and target.exists()
+
+
+def test_the_monologue_is_printed_line_by_line(world, capsys):
+    transcript = PrintedTranscript(DuplexModel.load(str(world / "flm")))
+    for t, token in ((0, b"a"), (3, b"b"), (7, b"c")):
+        transcript.add(t, token[0])
+    lines = capsys.readouterr().out.split("\n")
+    assert lines[1:] == ["   0.08 s ab", ""], "a pause of four frames ends a line"
+    transcript.print_line()
+    assert capsys.readouterr().out == "   0.64 s c\n"
+
+
 def test_bad_checkpoints_are_one_line(world, tmp_path):
     source = tone(tmp_path / "in.wav", 0.3)
     for folder, message in (("nowhere", "no such folder"), (tmp_path, "no such checkpoint")):
-        code, _, err = run("chat.py", "--checkpoint", folder, "--input", source, "--output", tmp_path / "r.wav")
+        code, _, err = run("chat.py", "--checkpoint", folder, "--input", source, "--output",
+                           tmp_path / "r.wav")
         assert code == 1 and len(err.strip().splitlines()) == 1 and message in err
     assert not (tmp_path / "r.wav").exists()
 
@@ -105,6 +155,7 @@ def test_bad_checkpoints_are_one_line(world, tmp_path):
 def test_the_transcript_joins_bytes_to_characters(world):
     duplex = DuplexModel.load(str(world / "flm"))
     transcript = Transcript(duplex)
-    pieces = [transcript.add(t, token) for t, token in enumerate([*"é".encode(), duplex.vocab.wait, duplex.vocab.asr])]
+    pieces = [transcript.add(t, token)
+              for t, token in enumerate([*"é".encode(), duplex.vocab.wait, duplex.vocab.asr])]
     assert pieces == ["", "é", "", "<asr>"]
     assert transcript.pieces == [{"time": 0.16, "text": "é"}, {"time": 0.32, "text": "<asr>"}]

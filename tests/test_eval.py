@@ -10,13 +10,14 @@ import torch
 from evals import turns
 from conftest import run
 from chat import DuplexModel
-from eval import Proportions, answers, hearing, word_errors
+from eval import Proportions, answers, edit_distance, hearing
 from files.audio import SAMPLE_RATE, read_audio
 from files.manifest import read_manifest
 from mimi import FRAME, Mimi
 from evals.recogniser import RecogniserConfig, RecogniserTask
 from train import Stage, train
-from evals.turns import read_talks, score_all, speech, wilson
+from evals.conversations import read_conversations
+from evals.turns import score_all, speech, wilson
 
 
 def noise(seconds, level=0.1):
@@ -28,7 +29,8 @@ def silence(seconds):
 
 
 def test_speech_is_found_where_it_is():
-    x = torch.cat([silence(1), noise(0.5), silence(0.2), noise(0.4), silence(0.5), noise(0.06), silence(0.5), noise(1)])
+    x = torch.cat([silence(1), noise(0.5), silence(0.2), noise(0.4), silence(0.5), noise(0.06), silence(0.5),
+                   noise(1)])
     spans = speech(x)  # the 0.2 s gap is bridged, the 0.06 s burst dropped
     assert len(spans) == 2
     for (a, b), (c, d) in zip(spans, [(1.0, 2.1), (3.16, 4.16)]):
@@ -36,104 +38,123 @@ def test_speech_is_found_where_it_is():
     assert speech(silence(1)) == [] and speech(noise(1, 0.001)) == []
 
 
-@pytest.mark.parametrize("a, b, n", [("a b c", "a b c", 0), ("a c", "a b c", 1), ("a x c d", "a b c", 2), ("", "a b", 2), ("a", "", 1)])
-def test_word_errors(a, b, n):
-    assert word_errors(a.split(), b.split()) == n
+@pytest.mark.parametrize("a, b, n", [("a b c", "a b c", 0), ("a c", "a b c", 1), ("a x c d", "a b c", 2),
+                                     ("", "a b", 2), ("a", "", 1)])
+def test_edit_distance(a, b, n):
+    assert edit_distance(a.split(), b.split()) == n
+
+
+def test_error_rates_count_insertions():
+    scores = Proportions()
+    for found, right in (("a b", "a b"), ("a x y z", "a"), ("", "c d")):
+        scores.add_errors("hearing 1 - WER", found.split(), right.split())
+    assert scores.proportion("hearing 1 - WER") == 2 / 5 and scores.error_rate("hearing 1 - WER") == 5 / 5
+    line = scores.line("hearing 1 - WER")
+    assert line.startswith("0.400 [") and line.endswith("WER 1.000")
 
 
 def test_wilson_interval():
     low, high = wilson(8, 10)
     assert math.isclose(low, 0.490, abs_tol=1e-3) and math.isclose(high, 0.943, abs_tol=1e-3)
-    assert wilson(0, 10)[0] == pytest.approx(0, abs=1e-9) and wilson(10, 10)[1] == pytest.approx(1) and wilson(0, 0) == (0, 1)
+    assert wilson(0, 10)[0] == pytest.approx(0, abs=1e-9) and wilson(10, 10)[1] == pytest.approx(1)
+    assert wilson(0, 0) == (0, 1)
 
 
 class Agent:
-    """Stands in for a DuplexModel: writes the answer to each request and makes noise for as long as it lasts."""
+    """Stands in for a DuplexModel: writes the answer to each request and makes noise for as long as it
+    lasts."""
 
-    def __init__(self, codec, items, delay=0.3, share=1.0, wrong=False):
-        self.codec, self.delay, self.share = codec, delay, share
-        self.spoken = {}  # sound -> the words in it
+    def __init__(self, codec, items, delay=0.3, part=1.0, wrong=False):
+        self.codec, self.delay, self.part = codec, delay, part
+        self.spoken = {}  # audio -> the words in it
         self.answers = {len(read_audio(d["turns"][0]["path"])): d["turns"][1] for d in items}
         self.vocab = types.SimpleNamespace(wait=0)
         words = sorted({w for t in self.answers.values() for w in t["text"].split()})
         self.ids = {w: i + 1 for i, w in enumerate(words)}
-        self.tokenizer = types.SimpleNamespace(decode_single_token_bytes=lambda t: b" x" if wrong else f" {words[t - 1]}".encode())
+        decode = lambda t: b" x" if wrong else f" {words[t - 1]}".encode()
+        self.tokenizer = types.SimpleNamespace(decode_single_token_bytes=decode)
 
     device = torch.device("cpu")
 
     def converse(self, heard, seed, each):
-        texts, sounds = [], []
+        texts, audio = [], []
         for i, x in enumerate(heard):
             text, y = torch.zeros(-(-len(x) // FRAME), dtype=torch.long), torch.zeros_like(x)
             a, b = x.nonzero()[[0, -1], 0].tolist()
             turn = self.answers[min(self.answers, key=lambda n: abs(n - (b + 1 - a)))]
             start = b + round(self.delay * SAMPLE_RATE)
-            n = round(self.share * len(read_audio(turn["path"])))
+            n = round(self.part * len(read_audio(turn["path"])))
             y[start:start + n] = noise(n / SAMPLE_RATE, 0.1 + 0.001 * i)[:n]
             words = turn["text"].split()
-            self.spoken[y.abs().max().item()] = words[:int(self.share * len(words))]
+            self.spoken[y.abs().max().item()] = words[:int(self.part * len(words))]
             for k, word in enumerate(words):
                 text[b // FRAME + 1 + k] = self.ids[word]
             texts.append(text)
-            sounds.append(y)
-        return torch.stack(texts), torch.stack(sounds)
+            audio.append(y)
+        return torch.stack(texts), torch.stack(audio)
 
 
 @pytest.mark.parametrize("agent, text, in_time, early, kept", [
-    ({}, 1, 1, 0, 1), ({"wrong": True}, 0, 1, 0, 0), ({"delay": 0.6}, 1, 0, 0, 1), ({"delay": -0.1}, 1, 0, 1, 1),
-    ({"share": 0.5}, 1, 1, 0, 0), ({"share": 0}, 1, 0, 0, 0)])
+    ({}, 1, 1, 0, 1), ({"wrong": True}, 0, 1, 0, 0), ({"delay": 0.6}, 1, 0, 0, 1),
+    ({"delay": -0.1}, 1, 0, 1, 1),
+    ({"part": 0.5}, 1, 1, 0, 0), ({"part": 0}, 1, 0, 0, 0)])
 def test_answers_of_agents_with_known_scores(world, agent, text, in_time, early, kept):
-    items = [d for d in read_manifest(str(world / "toy/manifest.jsonl")) if d["kind"] in ("repeat", "count", "next")]
-    shares, agent = Proportions(), Agent(Mimi.load(str(world / "codec.pt")), items, **agent)
-    answers(agent, types.SimpleNamespace(hear=lambda wav: agent.spoken[wav.abs().max().item()]), items, 1, shares, "seen")
-    assert shares.n["seen text"] == len(items) and shares.n["seen kept on"] > 0
-    assert [shares.share(f"seen {m}") for m in ("text", "in time", "early", "kept on")] == [text, in_time, early, kept]
+    items = [d for d in read_manifest(str(world / "toy/manifest.jsonl"))
+             if d["kind"] in ("repeat", "count", "next")]
+    scores, agent = Proportions(), Agent(Mimi.load(str(world / "codec.pt")), items, **agent)
+    recogniser = types.SimpleNamespace(hear=lambda wav: agent.spoken[wav.abs().max().item()])
+    answers(agent, recogniser, items, 1, scores, "seen")
+    assert scores.n["seen text"] == len(items) and scores.n["seen kept on"] > 0
+    found = [scores.proportion(f"seen {m}") for m in ("text", "in time", "early", "kept on")]
+    assert found == [text, in_time, early, kept]
 
 
 def test_hearing_reads_only_what_is_heard(world):
     """ASR style on an untrained model: every clip counts, and what is written depends on it."""
     items = [d for d in read_manifest(str(world / "toy/manifest.jsonl")) if d["kind"] == "heard"][:6]
-    shares = Proportions()
-    hearing(DuplexModel.load(str(world / "flm")), items, shares, "seen")
-    assert shares.n["seen words heard"] == sum(len(d["turns"][0]["text"].split()) for d in items)
-    assert shares.n["seen letters heard"] == sum(len(d["turns"][0]["text"].replace(" ", "")) for d in items)
+    scores = Proportions()
+    hearing(DuplexModel.load(str(world / "flm")), items, scores, "seen")
+    assert scores.n["seen hearing 1 - WER"] == sum(len(d["turns"][0]["text"].split()) for d in items)
+    assert scores.n["seen hearing 1 - CER"] == sum(len(d["turns"][0]["text"].replace(" ", "")) for d in items)
 
 
 def test_the_whole_on_an_untrained_model(world, tmp_path, monkeypatch):
     monkeypatch.setattr(turns, "TAIL", 0.5)
     asr = tmp_path / "asr.py"
     asr.write_text("import sys, soundfile\nassert soundfile.info(sys.argv[1]).frames\nprint('One, two!')\n")
-    code, out, err = run("eval.py", "--checkpoint", world / "flm", "--data", world / "toy", "--items", 2, "--asr",
-                         f"{sys.executable} {asr} {{wav}}", "--keep", tmp_path / "talks")
+    code, out, err = run("eval.py", "--checkpoint", world / "flm", "--data", world / "toy", "--items", 2,
+                         "--asr", f"{sys.executable} {asr} {{wav}}", "--keep", tmp_path / "talks")
     assert code == 0, err
     assert "seed 7" in out and out.splitlines()[-1].startswith("Wrote")
     result = json.load(open(world / "flm/eval.json"))
     assert result["shares"]["seen text"][1] == result["shares"]["new text"][1] == 2
     assert result["turns"]["turn-taking"]["TOR"]["n"] == result["turns"]["model interrupt"]["TOR"]["n"] == 2
-    assert result["turns"] == json.loads(json.dumps(score_all(read_talks(str(tmp_path / "talks")))))
+    assert result["turns"] == json.loads(json.dumps(score_all(read_conversations(str(tmp_path / "talks")))))
     assert out.count("user: ") >= 2 and list((world / "flm/samples").glob("*.wav"))
 
 
 def test_the_codec_alone(world, tmp_path):
     asr = tmp_path / "asr.py"
     asr.write_text("print('one two')")
-    code, out, err = run("eval.py", "--codec", world / "codec.pt", "--data", world / "toy", "--items", 2, "--asr",
-                         f"{sys.executable} {asr} {{wav}}")
+    code, out, err = run("eval.py", "--codec", world / "codec.pt", "--data", world / "toy", "--items", 2,
+                         "--asr", f"{sys.executable} {asr} {{wav}}")
     assert code == 0, err
     lines = [line for line in out.splitlines() if "log-mel distance" in line]
-    assert len(lines) == 3 and all("2 clips" in line and "original 0." in line and "codec 0." in line for line in lines)
+    assert len(lines) == 3
+    assert all("2 clips" in line and "original 0." in line and "codec 0." in line for line in lines)
 
 
 def test_the_recogniser_learns_from_originals(world, tmp_path):
     """A few steps on a few clips: it becomes better at reading them, and is found again."""
-    job = RecogniserTask(RecogniserConfig(width=32, blocks=1), str(world / "toy"), "cpu")
+    task = RecogniserTask(RecogniserConfig(width=32, blocks=1), str(world / "toy"), "cpu")
     stage = Stage("recogniser", 60, 2, 3e-3, 0)
-    train(job, [stage], str(tmp_path))
+    train(task, [stage], str(tmp_path))
     losses = [json.loads(line)["letters"] for line in open(tmp_path / "log.jsonl")]
     assert losses[-1] < 0.7 * losses[0]
 
 
 def test_a_recogniser_command_that_fails_is_a_clear_error(world):
     for command, message in (("false {wav}", "failed"), ("echo hello", "does not occur")):
-        code, _, err = run("eval.py", "--checkpoint", world / "flm", "--data", world / "toy", "--items", 1, "--asr", command)
+        code, _, err = run("eval.py", "--checkpoint", world / "flm", "--data", world / "toy", "--items", 1,
+                           "--asr", command)
         assert code == 1 and message in err.splitlines()[-1]

@@ -1,4 +1,5 @@
-"""Late and lost frames harm nothing; the terminal's conversation is the file's; what leaks back is heard where it should be."""
+"""Late and lost frames do no harm; a conversation in the terminal equals the file's; echo is heard."""
+import concurrent.futures
 import json
 import random
 import re
@@ -11,17 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-import live.jitter
 from conftest import ROOT, run
 from chat import DuplexModel
-from live.jitter import MOST, Jitter
-from live.microphone import converse_live, talk_to_microphone
+from live.jitter import CAPACITY, JitterBuffer
+from live import microphone
+from live.engine import QUEUE, Engine
+from live.microphone import GONE, SoundCard, converse_live, talk_to_microphone
 from mimi import FRAME
 
 
 def link(frames, loss=0.02, burst=0.2, seed=1):
-    """When each frame, sent every 80 ms, arrives at the end of a bad link: [(seconds, number), ...] in order of time. About every
-    two seconds nothing passes for `burst` seconds, and then all of it at once; a share `loss` is lost."""
+    """When each frame, sent every 80 ms, arrives over a bad link: [(seconds, number), ...] in order of
+    time. About every two seconds nothing passes for `burst` seconds, then all at once; a share `loss` never
+    arrives."""
     rng, arrivals, shut = random.Random(seed), [], -1.0
     for n in range(frames):
         now = 0.08 * n + 0.02 + 0.02 * rng.random()
@@ -37,23 +40,24 @@ def frame_of(n, loud=0.1):
 
 
 def play(arrivals, pops, frame=frame_of):
-    """What a Jitter plays every 80 ms: (numbers or None, lengths, sound of each)"""
-    jitter, arrivals, numbers, lengths, sounds = Jitter(), list(arrivals), [], [], []
+    """What a JitterBuffer plays every 80 ms: (numbers or None, frames that wait, audio of each)."""
+    jitter, arrivals, numbers, lengths, played = JitterBuffer(), list(arrivals), [], [], []
     for t in range(pops):
         while arrivals and arrivals[0][0] <= 0.08 * t:
             n = arrivals.pop(0)[1]
             jitter.put(n, frame(n))
-        sound, n = jitter.pop()
+        audio, n = jitter.pop()
         numbers.append(n)
         lengths.append(jitter.waiting)
-        sounds.append(sound)
-    return numbers, lengths, sounds
+        played.append(audio)
+    return numbers, lengths, played
 
 
 def test_a_good_link_is_played_whole_and_at_once():
-    numbers, lengths, sounds = play([(0.08 * n + 0.01, n) for n in range(200)], 200)
+    numbers, lengths, audio = play([(0.08 * n + 0.01, n) for n in range(200)], 200)
     assert numbers[1:] == list(range(199)) and max(lengths) == 0
-    assert all(np.array_equal(s, frame_of(n)) or n == 0 for s, n in zip(sounds[1:], numbers[1:]))  # the first one fades in
+    # the first one fades in
+    assert all(np.array_equal(s, frame_of(n)) or n == 0 for s, n in zip(audio[1:], numbers[1:]))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -67,27 +71,27 @@ def test_bursts_of_200_ms_and_a_loss_of_2_percent_leave_the_conversation_intact(
     assert max(lengths) <= 6 and max(lengths[-750:]) <= 6, "and not ever later"
 
 
-def test_the_delay_is_taken_back_in_pauses_only():
+def test_the_delay_shrinks_in_pauses_only():
     late = [(max(0.08 * n, 4.0), n) for n in range(20, 80)]
     arrivals = sorted([(0.08 * n + 0.01, n) for n in [*range(20), *range(80, 1000)]] + late)
     delay = lambda numbers: [t - n for t, n in enumerate(numbers) if n is not None]
     loud, quiet = (delay(play(arrivals, 1000, lambda n: frame_of(n, level))[0]) for level in (0.1, 0.001))
-    assert max(loud) <= MOST + 1 and loud[-1] > 5, "speech is never cut"
+    assert max(loud) <= CAPACITY + 1 and loud[-1] > 5, "speech is never cut"
     assert quiet[-1] <= 2
 
 
 def test_what_waits_never_grows():
-    jitter = Jitter()
+    jitter = JitterBuffer()
     for n in [*range(1000), 10 ** 9, 2 ** 32 - 1]:
         jitter.put(n, frame_of(0))
-        assert len(jitter.frames) <= MOST and jitter.waiting <= MOST
+        assert len(jitter.frames) <= CAPACITY and jitter.waiting <= CAPACITY
     assert jitter.put(5, frame_of(0)) is False and jitter.pop()[1] is None
 
 
 def test_nothing_jumps_where_a_frame_is_concealed():
     arrivals = [(0.08 * n + 0.01, n) for n in range(60) if n % 7]
-    _, _, sounds = play(arrivals, 60)
-    step = np.abs(np.diff(np.concatenate(sounds)))
+    _, _, audio = play(arrivals, 60)
+    step = np.abs(np.diff(np.concatenate(audio)))
     assert step.max() < 0.005  # 0.001 in the tone itself; a jump would be up to 0.2
 
 
@@ -97,10 +101,11 @@ def page(part):
 
 
 def node(script):
-    """What a script prints as JSON, with the page's part `sound` before it."""
+    """What a script prints as JSON, with the page's script `audio` before it."""
     if not shutil.which("node"):
         pytest.skip("needs node, which runs the page's JavaScript without a browser")
-    out = subprocess.run(["node", "-"], input=page("sound") + script, capture_output=True, text=True, timeout=60)
+    out = subprocess.run(["node", "-"], input=page("audio") + script, capture_output=True, text=True,
+                         timeout=60)
     assert out.returncode == 0, out.stderr
     return json.loads(out.stdout)
 
@@ -115,23 +120,24 @@ def test_the_page_plays_as_python_does():
         if rng.random() < 0.01:
             events.append(max(0, t - 30))  # far too late
     loud = lambda n: 0.1 if n % 100 < 60 else 0.001
-    jitter, numbers, sums = Jitter(), [], []
+    jitter, numbers, sums = JitterBuffer(), [], []
     for n in events:
         if n >= 0:
             jitter.put(n, frame_of(n, loud(n)))
         else:
-            sound, n = jitter.pop()
+            audio, n = jitter.pop()
             numbers.append(n)
-            sums.append(float(np.abs(sound).sum()))
+            sums.append(float(np.abs(audio).sum()))
     theirs = node(f"""
         const loud = n => n % 100 < 60 ? 0.1 : 0.001
-        const frame = n => Float32Array.from({{ length: FRAME }}, (_, i) => loud(n) * Math.sin(0.01 * (n * FRAME + i)))
-        const jitter = new Jitter(), numbers = [], sums = []
+        const frame = n => Float32Array.from({{ length: FRAME }},
+          (_, i) => loud(n) * Math.sin(0.01 * (n * FRAME + i)))
+        const jitter = new JitterBuffer(), numbers = [], sums = []
         for (const event of {json.dumps(events)}) {{
           if (event >= 0) {{ jitter.put(event, frame(event)); continue }}
-          const [sound, n] = jitter.pop()
+          const [audio, n] = jitter.pop()
           numbers.push(n)
-          sums.push(sound.reduce((a, x) => a + Math.abs(x), 0))
+          sums.push(audio.reduce((a, x) => a + Math.abs(x), 0))
         }}
         console.log(JSON.stringify([numbers, sums]))""")
     assert theirs[0] == numbers and numbers.count(None) > 20
@@ -140,15 +146,18 @@ def test_the_page_plays_as_python_does():
 
 @pytest.mark.parametrize("rate", [16_000, 44_100, 48_000, 96_000])
 def test_the_page_resamples_any_rate_without_seams(rate):
-    """A tone through both of the worklet's resamplers, in its blocks of 128, and one above what 24 kHz can hold."""
+    """A tone through both of the worklet's resamplers, in its blocks of 128, and one above what 24 kHz can
+    hold."""
     down, up, above = node(f"""
         const through = (hertz, from, to) => {{
           const resampler = new Resampler(from, to), out = []
           for (let i = 0; i < from; i += 128)
-            out.push(...resampler.push(Float32Array.from({{ length: 128 }}, (_, k) => Math.sin(2 * Math.PI * hertz * (i + k) / from))))
+            out.push(...resampler.push(Float32Array.from({{ length: 128 }},
+              (_, k) => Math.sin(2 * Math.PI * hertz * (i + k) / from))))
           return out
         }}
-        console.log(JSON.stringify([through(1000, {rate}, RATE), through(1000, RATE, {rate}), through(15000, {rate}, RATE)]))""")
+        console.log(JSON.stringify(
+          [through(1000, {rate}, RATE), through(1000, RATE, {rate}), through(15000, {rate}, RATE)]))""")
     for x, to in ((down, 24_000), (up, rate)):
         assert abs(len(x) - to) < 0.01 * to
         x, t = np.array(x[to // 10:]), np.arange(len(x) - to // 10) / to
@@ -159,12 +168,13 @@ def test_the_page_resamples_any_rate_without_seams(rate):
         assert np.abs(above[2400:]).max() < 0.01
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the terminal
 
 
-def live_talk(world, heard, gain=0.0, delay=0.1):
-    """converse_live over a table: what is said comes back after `delay` seconds, `gain` times as loud. (heard, said), (N,) each."""
+def converse_in_a_room(world, heard, gain=0.0, delay=0.1):
+    """converse_live over a table: what is said comes back after `delay` seconds, `gain` times as loud.
+    (heard, said), (N,) each."""
     room, said, later = torch.zeros(len(heard) + FRAME), [], round(delay * 24_000)
     room[:len(heard)] = heard
     frames = iter(range(len(heard) // FRAME))
@@ -173,27 +183,27 @@ def live_talk(world, heard, gain=0.0, delay=0.1):
         t = next(frames, None)
         return None if t is None else room[t * FRAME:(t + 1) * FRAME].clone()
 
-    def say(t, sound):
-        said.append(torch.as_tensor(sound))
+    def say(t, audio):
+        said.append(torch.as_tensor(audio))
         at = (t + 1) * FRAME + later  # it is played in the next frame
         part = room[at:at + FRAME]
         part += gain * said[-1][:len(part)]
-    converse_live(DuplexModel.load(str(world / "flm")), 1, hear, say)
+    converse_live(Engine(DuplexModel.load(str(world / "flm")), 1), 1, hear, say)
     return room[:len(heard)], torch.cat(said)
 
 
 def test_the_terminal_says_what_the_file_would(world, capsys):
     heard = 0.1 * torch.randn(20 * FRAME, generator=torch.Generator().manual_seed(0))
-    room, said = live_talk(world, heard)
+    room, said = converse_in_a_room(world, heard)
     assert torch.equal(room, heard) and capsys.readouterr().out.count(" s ") >= 1
     expected = DuplexModel.load(str(world / "flm")).converse(heard[None])[1][0]
     assert torch.equal(said[:-FRAME], expected[FRAME:])
 
 
 @pytest.mark.parametrize("gain, delay", [(0.2, 0.1), (0.1, 0.5)])
-def test_what_leaks_back_is_heard_later_and_softer(world, gain, delay):
+def test_echo_is_heard_later_and_softer(world, gain, delay):
     heard, later = torch.zeros(20 * FRAME), round(delay * 24_000)
-    room, said = live_talk(world, heard, gain, delay)
+    room, said = converse_in_a_room(world, heard, gain, delay)
     begin = FRAME + later
     assert torch.equal(room[:begin], heard[:begin])
     assert torch.allclose(room[begin:], gain * said[:len(room) - begin]) and room.abs().max() > 0
@@ -209,7 +219,8 @@ def test_no_extra_no_library_and_no_device_are_one_line(world, monkeypatch):
 
     def stream(*args, **kwargs):
         raise PortAudioError("Error querying device -1")
-    monkeypatch.setitem(sys.modules, "sounddevice", types.SimpleNamespace(Stream=stream, PortAudioError=PortAudioError))
+    monkeypatch.setitem(sys.modules, "sounddevice",
+                        types.SimpleNamespace(Stream=stream, PortAudioError=PortAudioError))
     code, _, err = run("chat.py", "--checkpoint", world / "flm", "--mic")
     assert code == 1 and len(err.strip().splitlines()) == 1 and "querying device -1" in err
 
@@ -219,24 +230,94 @@ def test_a_microphone_is_heard_and_answered_until_ctrl_c(world, monkeypatch, cap
     played = []
 
     class Stream:
-        def __init__(self, rate, size, channels, dtype, callback):
+        def __init__(self, rate, size, channels, dtype, callback, finished_callback):
             assert (rate, size, channels, dtype) == (24_000, FRAME, 1, "float32")
             self.callback = callback
 
         def __enter__(self):
             for _ in range(5):
-                self.callback(np.full((FRAME, 1), 0.01, np.float32), np.zeros((FRAME, 1), np.float32), FRAME, None, None)
+                self.callback(np.full((FRAME, 1), 0.01, np.float32), np.zeros((FRAME, 1), np.float32), FRAME,
+                              None, None)
 
         def __exit__(self, *error):
             pass
-    monkeypatch.setitem(sys.modules, "sounddevice", types.SimpleNamespace(Stream=Stream, PortAudioError=OSError))
-    put = Jitter.put
+    monkeypatch.setitem(sys.modules, "sounddevice",
+                        types.SimpleNamespace(Stream=Stream, PortAudioError=OSError))
+    put = JitterBuffer.put
 
     def put_and_stop(self, n, frame):
         played.append(frame)
         if n == 4:
             raise KeyboardInterrupt
         return put(self, n, frame)
-    monkeypatch.setattr(live.jitter.Jitter, "put", put_and_stop)
+    monkeypatch.setattr(JitterBuffer, "put", put_and_stop)
     talk_to_microphone(DuplexModel.load(str(world / "flm")), 1)
     assert len(played) == 5 and "Ctrl-C" in capsys.readouterr().out
+
+
+def fake_sounddevice(monkeypatch, run, close=lambda error: None):
+    """run(stream) is what the sound card does once the stream is open; close() may raise PortAudioError."""
+    class PortAudioError(Exception):
+        pass
+
+    class Stream:
+        def __init__(self, *args, callback, finished_callback, **kwargs):
+            self.callback, self.finished = callback, finished_callback
+
+        def call(self, level=0.01):
+            out = np.zeros((FRAME, 1), np.float32)
+            self.callback(np.full((FRAME, 1), level, np.float32), out, FRAME, None, None)
+
+        def __enter__(self):
+            run(self)
+
+        def __exit__(self, *error):
+            close(PortAudioError)
+    fake = types.SimpleNamespace(Stream=Stream, PortAudioError=PortAudioError)
+    monkeypatch.setitem(sys.modules, "sounddevice", fake)
+
+
+def unplugged(error):
+    raise error("Device unavailable")
+
+
+@pytest.mark.parametrize("close", [lambda error: None, unplugged])
+def test_a_device_that_goes_away_is_one_line(world, monkeypatch, close):
+    def run(stream):
+        for _ in range(3):
+            stream.call()
+        stream.finished()
+    fake_sounddevice(monkeypatch, run, close)
+    with pytest.raises(ValueError, match=GONE):
+        talk_to_microphone(DuplexModel.load(str(world / "flm")), 1)
+
+
+def test_a_sound_card_that_falls_silent_is_one_line(world, monkeypatch):
+    monkeypatch.setattr(microphone, "SILENT", 0.01)
+    fake_sounddevice(monkeypatch, lambda stream: stream.call())
+    with pytest.raises(ValueError, match=GONE):
+        talk_to_microphone(DuplexModel.load(str(world / "flm")), 1)
+
+
+def test_a_slow_model_hears_the_newest_frames():
+    card = SoundCard()
+    for n in range(QUEUE + 10):
+        card.callback(np.full((FRAME, 1), n, np.float32), np.zeros((FRAME, 1), np.float32), FRAME, None, None)
+    assert [card.hear()[0] for _ in range(QUEUE)] == list(range(10, QUEUE + 10)) and not card.heard
+
+
+def test_the_playout_buffer_is_used_under_the_lock(monkeypatch):
+    card, held = SoundCard(), []
+    for name in ("put", "pop"):
+        method = getattr(JitterBuffer, name)
+        monkeypatch.setattr(JitterBuffer, name, lambda self, *args, method=method: (
+            held.append(not can_acquire(card.changed)), method(self, *args))[1])
+    card.say(0, frame_of(0))
+    card.callback(np.zeros((FRAME, 1), np.float32), np.zeros((FRAME, 1), np.float32), FRAME, None, None)
+    assert held == [True, True]
+
+
+def can_acquire(lock):
+    """Whether another thread could take the lock now."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: lock.acquire(blocking=False) and (lock.release() or True)).result()

@@ -1,6 +1,6 @@
 """The page in a real browser, a held-out request for its microphone.
 
-With an untrained model this sees that sound and tokens flow. A trained one's answers are checked too:
+With an untrained model this sees that audio and tokens flow. A trained one's answers are checked too:
 
     TALK_TO=out/tiny TALK_OF=data/toy python -m pytest -m slow tests/test_page.py
 """
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from chat import DuplexModel
-from eval import written
+from evals.conversations import written
 from files.audio import read_audio, write_audio
 from files.manifest import read_manifest
 from evals.turns import words_of
@@ -22,25 +22,28 @@ pytest.importorskip("aiohttp", reason="needs the extra 'web'")
 from live import web  # noqa: E402
 from browser import CHROMIUM, chromium  # noqa: E402
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt install chromium)")]
+pytestmark = [pytest.mark.slow,
+              pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt install chromium)")]
 TRAINED = os.environ.get("TALK_TO")
 
 
 def request_of(world, path):
-    """A held-out request as a WAV file, silence around it, longer than the test; (what was asked, the right answer). Of a trained
-    model's the first one that it answers right from a file: what is tested is the page."""
-    items, second = read_manifest(os.path.join(os.environ.get("TALK_OF", str(world / "toy")), "manifest.jsonl")), torch.zeros(24_000)
-    for item in (d for d in items if d["split"] == "seen" and d["kind"] in ("next", "opposite", "count", "repeat")):
-        sound, (asked, right) = read_audio(item["turns"][0]["path"]), [turn["text"] for turn in item["turns"]]
-        sound = torch.cat([second, second, sound, *[second] * 30])
-        if not TRAINED or answer(sound[:10 * 24_000]) == right.split():
-            write_audio(str(path), sound)
+    """A held-out request between silences as a WAV file, longer than the test: (request, right answer).
+    With a trained model it is the first one that it answers right from a file, to test the page alone."""
+    items = read_manifest(os.path.join(os.environ.get("TALK_OF", str(world / "toy")), "manifest.jsonl"))
+    second = torch.zeros(24_000)
+    for item in (d for d in items if d["split"] == "seen"
+                 and d["kind"] in ("next", "opposite", "count", "repeat")):
+        audio, (asked, right) = read_audio(item["turns"][0]["path"]), [turn["text"] for turn in item["turns"]]
+        audio = torch.cat([second, second, audio, *[second] * 30])
+        if not TRAINED or answer(audio[:10 * 24_000]) == right.split():
+            write_audio(str(path), audio)
             return asked, right
 
 
-def answer(sound):
+def answer(audio):
     duplex = DuplexModel.load(TRAINED)
-    return words_of(written(duplex, duplex.converse(sound[None])[0][0]))
+    return words_of(written(duplex, duplex.converse(audio[None])[0][0]))
 
 
 async def open_page(browser, address):
@@ -64,7 +67,8 @@ def test_a_request_is_heard_and_answered_on_two_pages_at_once_and_after_a_reload
     asked, right = request_of(world, tmp_path / "user.wav")
 
     async def talk():
-        async with serving(world) as (server, address), chromium(str(tmp_path / "profile"), tmp_path / "user.wav") as browser:
+        async with (serving(world) as (server, address),
+                    chromium(str(tmp_path / "profile"), tmp_path / "user.wav") as browser):
             first = await open_page(browser, address)
             assert await first.value("document.activeElement.id") == "talk"
             await first.press("Enter", 13)  # by the keyboard alone
@@ -74,18 +78,22 @@ def test_a_request_is_heard_and_answered_on_two_pages_at_once_and_after_a_reload
             await second.until("record.said.length > 20")
             third = await open_page(browser, address)
             await third.value("$('talk').click()")
-            assert "full" in await third.until("/full/.test($('floor').textContent) && $('floor').textContent")
+            assert "full" in await third.until(
+                "/full/.test($('floor').textContent) && $('floor').textContent")
             await first.until("record.pieces.length && record.said.length > 120", 60)
-            heard, said, trip, shown = json.loads(await first.value("""JSON.stringify([record.heard, record.said].map(
-                frames => Math.max(...frames.map(f => Math.sqrt(f.reduce((a, x) => a + x * x, 0) / FRAME)))).concat(
+            heard, said, trip, shown = json.loads(await first.value("""JSON.stringify(
+                [record.heard, record.said].map(frames => Math.max(
+                ...frames.map(f => Math.sqrt(f.reduce((a, x) => a + x * x, 0) / FRAME)))).concat(
                 record.trip, record.pieces.map(piece => piece.text).join("")))"""))
-            print(f"asked {asked!r}, right {right!r}, shown {shown!r}; round trip {trip:.0f} ms; loudest frames {heard:.0f}, {said:.0f}")
+            print(f"asked {asked!r}, right {right!r}, shown {shown!r}; round trip {trip:.0f} ms; "
+                  f"loudest frames {heard:.0f}, {said:.0f}")
             assert heard > 300 and said > 30 and 0 < trip < 5000 and shown
             if TRAINED:
                 assert shown.split() == right.split()
             size, left, right_ = await first.value("""(() => {
                 const view = new DataView(wav(record.heard, record.said)), at = 44 + 4 * 90 * FRAME
-                return [view.byteLength, view.getInt16(at, true) === record.heard[90][0], view.getInt16(at + 2, true) === record.said[90][0]]
+                return [view.byteLength, view.getInt16(at, true) === record.heard[90][0],
+                        view.getInt16(at + 2, true) === record.said[90][0]]
             })()""")
             assert size % (4 * 1920) == 44 and left and right_
             await first.value("$('restart').click()")
@@ -96,21 +104,22 @@ def test_a_request_is_heard_and_answered_on_two_pages_at_once_and_after_a_reload
             await first.until("typeof talk !== 'undefined' && talk === null && record.heard.length === 0")
             await first.value("$('talk').click()")
             await first.until("record.said.length > 20")
-            assert len(server.guests) == 2
+            assert len(server.clients) == 2
     asyncio.run(talk())
 
 
-def test_a_refused_microphone_is_said_plainly(world, tmp_path):
+def test_a_refused_microphone_has_a_clear_message(world, tmp_path):
     async def talk():
-        async with serving(world) as (server, address), chromium(str(tmp_path / "profile"), allowed=False) as browser:
+        async with (serving(world) as (server, address),
+                    chromium(str(tmp_path / "profile"), allowed=False) as browser):
             tab = await open_page(browser, address)
             await tab.value("$('talk').click()")
             assert await tab.until("$('floor').textContent.startsWith('The microphone was refused')")
-            assert not server.guests
+            assert not server.clients
     asyncio.run(talk())
 
 
-def test_a_server_that_ends_is_said_plainly_and_the_next_one_answers(world, tmp_path):
+def test_a_server_that_ends_has_a_clear_message_and_the_next_one_answers(world, tmp_path):
     async def talk():
         async with chromium(str(tmp_path / "profile")) as browser:
             async with serving(world) as (_, address):

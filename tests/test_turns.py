@@ -8,10 +8,10 @@ import torch
 from evals import turns
 from conftest import run
 from chat import DuplexModel
-from eval import converse_all
+from evals.conversations import converse_all, read_conversations, save_conversation
 from files.audio import SAMPLE_RATE, write_audio
 from files.manifest import read_manifest
-from evals.turns import Item, Reply, World, break_in, run_scenarios, jensen_shannon, keep_talk, read_talks, score_all, speech
+from evals.turns import Item, Reply, ScenarioMaker, barge_in, jensen_shannon, run_scenarios, score_all, speech
 
 
 def bursts(total, spans, level=0.1):
@@ -33,18 +33,19 @@ def items():
         Item("c", "long pause", said((1, 2), (3.5, 5)), 5.0, pause=(2.0, 3.5)),
         query,
         Item("d", "user interrupt", said((1, 2.5)), 2.5), Item("e", "user backchannel", said((1, 1.6)), 1.6),
-        Item("calm", "control", said((1, 12)), 12.0), Item("f", "model interrupt", said((1, 12)), 12.0, control="calm"),
+        Item("calm", "control", said((1, 12)), 12.0),
+        Item("f", "model interrupt", said((1, 12)), 12.0, control="calm"),
         Item("g", "model backchannel", said((1, 15)), 15.0, clauses=(4.1, 8.1, 12.1))]
 
 
 def perfect(item):
-    """Replies 0.4 s after the user's end and speaks 6 s, stops 0.5 s after an interruption begins, backchannels at the clauses' ends,
-    warns two seconds before the end."""
+    """Replies 0.4 s after the user's end and speaks 6 s, stops 0.5 s after an interruption begins,
+    backchannels at the clauses' ends, warns two seconds before the end."""
     if item.scenario == "model interrupt":
         return [(item.end - 2, item.end + 4)]
     backchannels = [(t, t + 0.3) for t in item.clauses]
     if item.event:
-        begun = speech(item.sound)[0][1] + 0.4
+        begun = speech(item.audio)[0][1] + 0.4
         if item.scenario == "user backchannel":
             return [(begun, begun + 6)]
         return [(begun, item.event[0] + 0.5), (item.end + 0.4, item.end + 6.4)]
@@ -52,16 +53,16 @@ def perfect(item):
 
 
 def endpointer(item):
-    """Replies after 0.3 s of silence to whatever lasted a second, and yields to any sound of the user."""
-    users, out = [*speech(item.sound, bridge=0.2), (math.inf, math.inf)], []
+    """Replies after 0.3 s of silence to whatever lasted a second, and yields to any audio of the user."""
+    users, out = [*speech(item.audio, bridge=0.2), (math.inf, math.inf)], []
     for (a, b), (then, _) in zip(users, users[1:]):
         if b - a >= 0.9 and b + 0.3 < then:
             out.append((b + 0.3, min(b + 6.3, then)))
     return out
 
 
-AGENTS = {"perfect": perfect, "always": lambda item: [(0, len(item.sound) / SAMPLE_RATE)], "mute": lambda item: [],
-          "endpointer": endpointer}
+AGENTS = {"perfect": perfect, "always": lambda item: [(0, len(item.audio) / SAMPLE_RATE)],
+          "mute": lambda item: [], "endpointer": endpointer}
 
 
 def system(agent):
@@ -70,23 +71,23 @@ def system(agent):
 
     def run(items, what):
         asked.extend(items)
-        return [Reply(speech(bursts(len(i.sound) / SAMPLE_RATE, agent(i)))) for i in items]
+        return [Reply(speech(bursts(len(i.audio) / SAMPLE_RATE, agent(i)))) for i in items]
     return run, asked
 
 
-def held(agent):
+def run_all(agent):
     """All scenarios of items(), the interruptions in two passes."""
-    talk, _ = system(agent)
+    run, _ = system(agent)
     some = items()
     query, others = some[3], some[4:6]
-    replies = dict(zip((i.name for i in some), talk(some, "")))
+    replies = dict(zip((i.name for i in some), run(some, "")))
     out = [(i, replies[i.name]) for i in some if i not in others]
-    later = [i for i in (break_in(query, replies["query"], other) for other in others) if i]
-    return out + list(zip(later, talk(later, "")))
+    later = [i for i in (barge_in(query, replies["query"], other) for other in others) if i]
+    return out + list(zip(later, run(later, "")))
 
 
 @pytest.mark.parametrize("scenario, measure, values", [
-    #                                              perfect always mute endpointer   ("-": not asked; None: nothing to measure)
+    # values: perfect, always, mute, endpointer ("-": not asked; None: nothing to measure)
     ("turn-taking", "TOR",                         (1, 1, 0, 1)),
     ("turn-taking", "JIR",                         (0, 1, 0, 0)),
     ("turn-taking", "latency",                     (0.4, None, None, 0.3)),
@@ -107,33 +108,36 @@ def held(agent):
 def test_agents_with_known_answers(scenario, measure, values):
     for agent, value in zip(AGENTS, values):
         if value != "-":
-            found = score_all(held(AGENTS[agent])).get(scenario, {}).get(measure, {"value": None})["value"]
+            column = score_all(run_all(AGENTS[agent])).get(scenario, {}).get(measure)
+            found = column["value"] if column else None
             assert found == (value if value is None else pytest.approx(value, abs=0.04)), agent
 
 
 def test_an_endpointer_takes_a_pause_for_the_end():
     short = Item("x", "pause", bursts(15, [(1, 2), (2.8, 4)]), 4.0, pause=(2.0, 2.8))
     takes = lambda words: Reply(speech(bursts(15, endpointer(short))), [(2.2, text) for text in words])
-    # it fits half a second of speech into the pause: a backchannel by its length, unless it is known to be more than two words
+    # It fits half a second of speech into the pause: a backchannel by its length, unless it is known to have
+    # more than two words.
     row = lambda words: turns.score_pause(short, takes(words), None)
     assert row(["one ", "two ", "three"]) == {"TOR": True, "TOR as FLEXI counts": True}
     assert not row(["mhm"])["TOR"]
 
 
 def test_a_stop_that_lasts_and_a_late_stop_are_seen():
-    """What FLEXI's own scoring misses: silence for ever after a backchannel; yielding without another word."""
-    talk = [x for x in held(perfect) if x[0].scenario in ("control", "user backchannel", "user interrupt")]
-    for i, (item, reply) in enumerate(talk):
+    """What FLEXI's own scoring misses: endless silence after a backchannel; yielding without another word."""
+    some = [x for x in run_all(perfect) if x[0].scenario in ("control", "user backchannel", "user interrupt")]
+    for i, (item, reply) in enumerate(some):
         if item.event:
-            talk[i] = item, Reply([(reply.spans[0][0], item.event[0] + 0.5)])
-    table = score_all(talk)
+            some[i] = item, Reply([(reply.spans[0][0], item.event[0] + 0.5)])
+    table = score_all(some)
     assert table["user backchannel"]["TTR"]["value"] == 1 and table["user interrupt"]["TTR"]["value"] == 1
     assert table["user interrupt"]["response latency"] == {"value": None, "n": 0}
 
 
 def test_jensen_shannon():
-    assert jensen_shannon([1.0, 2.0], [1.05, 2.1], 5) == pytest.approx(0) and jensen_shannon([1.0], [3.0], 5) == pytest.approx(1)
-    assert jensen_shannon([1.0], [1.0, 3.0], 5) == pytest.approx(0.3113, abs=1e-4) and jensen_shannon([], [1.0], 5) == 1
+    assert jensen_shannon([1.0, 2.0], [1.05, 2.1], 5) == pytest.approx(0)
+    assert jensen_shannon([1.0], [3.0], 5) == pytest.approx(1) and jensen_shannon([], [1.0], 5) == 1
+    assert jensen_shannon([1.0], [1.0, 3.0], 5) == pytest.approx(0.3113, abs=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -142,17 +146,20 @@ def dialogues(world):
 
 
 def test_scenarios_as_they_are_built(dialogues):
-    """Labels are where the sound says, and the perfect agent is perfect on them."""
-    talk, asked = system(perfect)
-    table = score_all(run_scenarios(talk, World(dialogues, None, 3), 2))
-    assert {s: {m: c["value"] for m, c in table[s].items() if m in ("TOR", "JIR", "TTR", "TOR minus control")} for s in table} == {
-        "turn-taking": {"TOR": 1, "JIR": 0}, "pause": {"TOR": 0}, "long pause": {"TOR": 0}, "user interrupt": {"TTR": 1},
-        "model interrupt": {"TOR": 1, "TOR minus control": 1}, "user backchannel": {"TTR": 0}, "model backchannel": {"TOR": 0}}
+    """Labels agree with the audio, and the perfect agent is perfect on them."""
+    run, asked = system(perfect)
+    table = score_all(run_scenarios(run, ScenarioMaker(dialogues, None, 3), 2))
+    measures = ("TOR", "JIR", "TTR", "TOR minus control")
+    assert {s: {m: c["value"] for m, c in table[s].items() if m in measures} for s in table} == {
+        "turn-taking": {"TOR": 1, "JIR": 0}, "pause": {"TOR": 0}, "long pause": {"TOR": 0},
+        "user interrupt": {"TTR": 1}, "model interrupt": {"TOR": 1, "TOR minus control": 1},
+        "user backchannel": {"TTR": 0}, "model backchannel": {"TOR": 0}}
     assert table["turn-taking"]["latency"]["value"] == pytest.approx(0.4, abs=0.04)
     assert table["user interrupt"]["stop latency"]["value"] == pytest.approx(0.5, abs=0.04)
     for item in asked:
-        spans = speech(item.sound, bridge=0.35)
-        assert spans[-1][1] == pytest.approx(item.end, abs=0.08) and len(item.sound) / SAMPLE_RATE == pytest.approx(item.end + 10, abs=0.01)
+        spans = speech(item.audio, bridge=0.35)
+        assert spans[-1][1] == pytest.approx(item.end, abs=0.08)
+        assert len(item.audio) / SAMPLE_RATE == pytest.approx(item.end + 10, abs=0.01)
         assert spans[0][0] == pytest.approx(1, abs=0.04)
         if item.pause:
             low, high = {"pause": (0.64, 0.89), "long pause": (1.5, 1.5)}[item.scenario]
@@ -164,34 +171,40 @@ def test_scenarios_as_they_are_built(dialogues):
         if item.scenario == "user backchannel":
             assert 0.2 <= item.event[1] - item.event[0] <= 0.9
         if item.scenario == "model backchannel":
-            assert len(item.clauses) == 11 and all(any(b == pytest.approx(t, abs=0.12) for _, b in spans) for t in item.clauses)
+            assert len(item.clauses) == 11
+            assert all(any(b == pytest.approx(t, abs=0.12) for _, b in spans) for t in item.clauses)
     assert len({item.name for item in asked}) == len(asked)
     hazards = {i.name: i for i in asked}
     for item in hazards.values():
         if item.scenario == "model interrupt":
             calm = hazards[item.control]
-            assert (item.sound[:SAMPLE_RATE * 2] == calm.sound[:SAMPLE_RATE * 2]).float().mean() > 0.3 and calm.scenario == "control"
+            same = item.audio[:SAMPLE_RATE * 2] == calm.audio[:SAMPLE_RATE * 2]
+            assert same.float().mean() > 0.3 and calm.scenario == "control"
 
 
 def test_nothing_before_an_event_depends_on_it(world, dialogues):
-    """Two passes that differ from the event on: text and sound up to it are the same to the last bit."""
-    duplex, make = DuplexModel.load(str(world / "flm")), World(dialogues, None, 1)
+    """Two passes that differ from the event on: text and audio up to it are the same to the last bit."""
+    duplex, make = DuplexModel.load(str(world / "flm")), ScenarioMaker(dialogues, None, 1)
     queries = [make.request("control", "chant") for _ in range(3)]
     fake = [Reply([(item.end + 0.4, item.end + 6)]) for item in queries]
-    later = [break_in(item, reply, make.backchannel("user backchannel")) for item, reply in zip(queries, fake)]
-    (texts, sounds), (texts2, sounds2) = (zip(*converse_all(duplex, [i.sound for i in some], 1, "")) for some in (queries, later))
-    for item, a, b, x, y in zip(later, texts, texts2, sounds, sounds2):
+    other = lambda: make.backchannel("user backchannel")
+    later = [barge_in(item, reply, other()) for item, reply in zip(queries, fake)]
+    converse = lambda items: zip(*converse_all(duplex, [item.audio for item in items], 1, ""))
+    (texts, audio), (texts2, audio2) = converse(queries), converse(later)
+    for item, a, b, x, y in zip(later, texts, texts2, audio, audio2):
         n = int(item.event[0] * SAMPLE_RATE)
-        assert torch.equal(a[:int(item.event[0] * 12.5)], b[:int(item.event[0] * 12.5)]) and torch.equal(x[:n], y[:n])
+        t = int(item.event[0] * 12.5)
+        assert torch.equal(a[:t], b[:t]) and torch.equal(x[:n], y[:n])
         assert x[:n].abs().max() > 0 and not torch.equal(x[n:], y[n:len(x)])
 
 
 def test_folders_of_conversations(tmp_path):
     """What was kept is read again with the same scores, through the command line too."""
-    before = held(perfect)
+    before = run_all(perfect)
     for item, reply in before:
-        keep_talk(str(tmp_path / "talks"), item, bursts(len(item.sound) / SAMPLE_RATE, reply.spans), [(0.5, "hello "), (1.5, "you")])
-    after = read_talks(str(tmp_path / "talks"))
+        save_conversation(str(tmp_path / "talks"), item, bursts(len(item.audio) / SAMPLE_RATE, reply.spans),
+                          [(0.5, "hello "), (1.5, "you")])
+    after = read_conversations(str(tmp_path / "talks"))
     plain = lambda talks: score_all([(i, Reply(r.spans)) for i, r in talks])
     assert plain(after) == plain(before)
     assert after[0][1].written == [(0.5, "hello "), (1.5, "you")]
@@ -208,22 +221,26 @@ def test_full_duplex_bench_v1(tmp_path):
         (tmp_path / name / file).write_text(json.dumps(facts))
     add("1", "pause.json", [{"text": "[PAUSE]", "timestamp": [2.0, 2.8]}], [(1, 2), (2.8, 4)], [(2.2, 3.5)])
     add("2", "turn_taking.json", [{"text": "[TURN-TAKING]", "timestamp": [3.0, 4.0]}], [(1, 3)], [(3.5, 6)])
-    add("3", "interrupt.json", [{"context": "c", "interrupt": "i", "timestamp": [5.0, 6.5]}], [(1, 3), (5, 6.5)], [(3.2, 5.4), (7, 9)])
-    table = score_all(read_talks(str(tmp_path)))
-    assert table["pause"]["TOR"]["value"] == 1 and table["turn-taking"]["latency"]["value"] == pytest.approx(0.5, abs=0.04)
+    add("3", "interrupt.json", [{"context": "c", "interrupt": "i", "timestamp": [5.0, 6.5]}],
+        [(1, 3), (5, 6.5)], [(3.2, 5.4), (7, 9)])
+    table = score_all(read_conversations(str(tmp_path)))
+    assert table["pause"]["TOR"]["value"] == 1
+    assert table["turn-taking"]["latency"]["value"] == pytest.approx(0.5, abs=0.04)
     assert table["user interrupt"]["stop latency"]["value"] == pytest.approx(0.4, abs=0.04)
 
 
 @pytest.mark.parametrize("broken, says", [
-    (lambda f: (f / "meta.json").write_text("[]"), "meta.json"), (lambda f: (f / "meta.json").write_text("{"), "meta.json"),
+    (lambda f: (f / "meta.json").write_text("[]"), "meta.json"),
+    (lambda f: (f / "meta.json").write_text("{"), "meta.json"),
     (lambda f: (f / "meta.json").write_text('{"scenario": "chess", "end": 2}'), "chess"),
     (lambda f: (f / "meta.json").write_text('{"scenario": "pause", "end": "late"}'), "meta.json"),
     (lambda f: (f / "meta.json").write_text('{"scenario": "pause", "end": 2}'), "pause"),
-    (lambda f: (f / "output.wav").unlink(), "output.wav"), (lambda f: (f / "output.wav").write_bytes(b"RIFF"), "output.wav"),
+    (lambda f: (f / "output.wav").unlink(), "output.wav"),
+    (lambda f: (f / "output.wav").write_bytes(b"RIFF"), "output.wav"),
     (lambda f: (f / "meta.json").unlink(), "holds no folder")])
 def test_broken_folders(tmp_path, broken, says):
-    item, reply = held(perfect)[0]
-    keep_talk(str(tmp_path), item, bursts(13, reply.spans), [])
+    item, reply = run_all(perfect)[0]
+    save_conversation(str(tmp_path), item, bursts(13, reply.spans), [])
     broken(tmp_path / item.name)
     code, _, err = run("eval.py", "--folder", tmp_path)
     assert code == 1 and says in err.splitlines()[-1], err

@@ -1,4 +1,4 @@
-"""The page's server: its protocol, its limits, and clients who keep to neither."""
+"""The page's server: its protocol, its limits, and clients that break both."""
 import asyncio
 import contextlib
 import json
@@ -40,7 +40,7 @@ async def serving(duplex, token=None, **limits):
             yield address, log, server, client
     finally:
         await server.stop()
-        assert not server.guests and not any(server.engine.sessions) and not server.thread.is_alive()
+        assert not server.clients and not any(server.engine.sessions) and not server.thread.is_alive()
 
 
 def binary(n, level=0.1):
@@ -49,7 +49,8 @@ def binary(n, level=0.1):
 
 
 def join(client, address, **more):
-    return client.ws_connect(f"{address}/talk", headers={"Origin": address, **more.pop("headers", {})}, max_msg_size=0, **more)
+    return client.ws_connect(f"{address}/talk", headers={"Origin": address, **more.pop("headers", {})},
+                             max_msg_size=0, **more)
 
 
 async def begun(client, address, **more):
@@ -59,12 +60,13 @@ async def begun(client, address, **more):
 
 
 async def answers(ws, count):
-    """The next `count` binary messages, and the texts before them: ([(number, samples), ...], [{...}, ...])"""
+    """The next `count` binary messages and the texts before them: ([(number, samples), ...], [dict, ...])"""
     frames, texts = [], []
     while len(frames) < count:
         message = await ws.receive(timeout=20)
         if message.type == aiohttp.WSMsgType.BINARY:
-            frames.append((int.from_bytes(message.data[:4], "little"), np.frombuffer(message.data, "<i2", offset=4)))
+            frames.append((int.from_bytes(message.data[:4], "little"),
+                           np.frombuffer(message.data, "<i2", offset=4)))
         elif message.type == aiohttp.WSMsgType.TEXT:
             texts.append(json.loads(message.data))
         else:
@@ -98,7 +100,7 @@ def live(test):
     return run_it
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the protocol
 
 
@@ -110,11 +112,13 @@ async def test_each_frame_is_answered_as_the_engine_alone_would(duplex):
         for n in range(6):
             await ws.send_bytes(binary(n))
         frames, texts = await answers(ws, 6)
-        heard = np.concatenate([np.frombuffer(binary(n), "<i2", offset=4) for n in range(6)]).astype(np.float32) / 32768
+        sent = np.concatenate([np.frombuffer(binary(n), "<i2", offset=4) for n in range(6)])
+        heard = sent.astype(np.float32) / 32768
         import torch
         _, said = duplex.converse(torch.cat([torch.from_numpy(heard), torch.zeros(FRAME)])[None], seed)
         assert [n for n, _ in frames] == list(range(6))
-        assert np.abs(np.concatenate([x for _, x in frames]) - said[0, FRAME:].clamp(-1, 1).numpy() * 32767).max() <= 1
+        expected = said[0, FRAME:].clamp(-1, 1).numpy() * 32767
+        assert np.abs(np.concatenate([x for _, x in frames]) - expected).max() <= 1
         assert all(t["type"] == "text" and t["text"] and 0.08 <= t["time"] <= 0.48 for t in texts)
         await ws.close()
     assert log[0] == "127.0.0.1 talks: 1 of 2" and "left" in log[1] and len(log) == 2
@@ -136,14 +140,14 @@ async def test_what_is_missing_is_concealed_and_what_is_late_is_dropped(duplex):
 @live
 async def test_restart_begins_a_conversation_that_equals_the_first(duplex):
     async with serving(duplex) as (address, _, _, client):
-        ws, sounds = await begun(client, address), []
+        ws, answered = await begun(client, address), []
         for _ in range(2):
             for n in range(4):
                 await ws.send_bytes(binary(n))
-            sounds.append((await answers(ws, 4))[0])
+            answered.append((await answers(ws, 4))[0])
             await ws.send_str('{"type":"restart"}')
             assert await ws.receive_json(timeout=10) == {"type": "begin"}
-        assert all(a[0] == b[0] and np.array_equal(a[1], b[1]) for a, b in zip(*sounds))
+        assert all(a[0] == b[0] and np.array_equal(a[1], b[1]) for a, b in zip(*answered))
         await ws.close()
 
 
@@ -154,7 +158,7 @@ async def test_a_bad_link_leaves_the_conversation_intact(duplex):
     async with serving(duplex) as (address, _, server, client):
         ws, arrivals = await begun(client, address), link(60, seed=2)
         begin, sent = time.monotonic(), [n for _, n in arrivals]
-        next(iter(server.guests.values())).allowance = 1000
+        next(iter(server.clients.values())).allowance = 1000
         for at, n in arrivals:
             await asyncio.sleep(max(0, begin + at / 2 - time.monotonic()))
             await ws.send_bytes(binary(n))
@@ -164,12 +168,12 @@ async def test_a_bad_link_leaves_the_conversation_intact(duplex):
         await ws.close()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # places and times
 
 
 @live
-async def test_full_is_said_plainly_and_a_place_left_is_free(duplex):
+async def test_a_full_server_says_so_and_a_place_that_is_left_is_free(duplex):
     async with serving(duplex) as (address, log, _, client):
         a, b = await begun(client, address), await begun(client, address)
         assert await ending(await join(client, address)) == (1013, "full: all 2 places are taken")
@@ -180,14 +184,14 @@ async def test_full_is_said_plainly_and_a_place_left_is_free(duplex):
 
 
 @live
-async def test_a_page_loaded_anew_in_the_middle_takes_no_second_place(duplex):
+async def test_a_reloaded_page_takes_no_second_place(duplex):
     async with serving(duplex, sessions=1) as (address, _, server, client):
         for _ in range(4):
             ws = await begun(client, address)
             await ws.send_bytes(binary(0))
             ws._response.connection.transport.abort()  # as a browser that goes away, without a word
             for _ in range(100):
-                if not server.guests:
+                if not server.clients:
                     break
                 await asyncio.sleep(0.02)
         assert await talks(await begun(client, address), 0)
@@ -217,8 +221,8 @@ async def test_pings_do_not_keep_a_place(duplex):
         assert await ending(ws) == (1000, "nothing was heard for 0.4 seconds")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# clients who keep to no rule
+# ------------------------------------------------------------------------------------------------------------
+# clients that break the rules
 
 
 async def short(ws):
@@ -254,8 +258,9 @@ async def restless(ws):
 
 
 @pytest.mark.parametrize("misbehave, code", [
-    (short, 1008), (too_long, 1009), (empty, 1008), (text_for_binary, 1008), (no_utf8, 1007), (hasty, 1008), (restless, 1008)])
-def test_who_breaks_a_rule_is_refused_in_one_line_and_nobody_else_notices(duplex, misbehave, code):
+    (short, 1008), (too_long, 1009), (empty, 1008), (text_for_binary, 1008), (no_utf8, 1007), (hasty, 1008),
+    (restless, 1008)])
+def test_a_client_that_breaks_a_rule_is_refused_in_one_line_and_no_other_notices(duplex, misbehave, code):
     @live
     async def test(duplex):
         async with serving(duplex) as (address, log, server, client):
@@ -270,7 +275,7 @@ def test_who_breaks_a_rule_is_refused_in_one_line_and_nobody_else_notices(duplex
                 if len(log) > before:
                     break
                 await asyncio.sleep(0.02)
-            assert len(log) == before + 1 and len(log[-1]) < 200 and len(server.guests) == 1, log
+            assert len(log) == before + 1 and len(log[-1]) < 200 and len(server.clients) == 1, log
     test(duplex)
 
 
@@ -282,11 +287,13 @@ async def test_a_foreign_page_a_foreign_name_and_a_missing_token_get_nothing(dup
     upgrade = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13",
                "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="}
     async with serving(duplex) as (address, log, server, client):
-        for origin in ("http://evil.example", "null", "", address.replace("127.0.0.1", "localhost"), address + ".evil.example"):
+        for origin in ("http://evil.example", "null", "", address.replace("127.0.0.1", "localhost"),
+                       address + ".evil.example"):
             assert await status(client, f"{address}/talk", Origin=origin, **upgrade) == 403, origin
-        assert len(log) == 5 and "wrong origin 'http://evil.example'" in log[0] and not server.guests
+        assert len(log) == 5 and "wrong origin 'http://evil.example'" in log[0] and not server.clients
         assert await status(client, address, Host="evil.example") == 403
-        assert await status(client, f"{address}/talk", Host="evil.example", Origin="http://evil.example", **upgrade) == 403
+        assert await status(client, f"{address}/talk", Host="evil.example", Origin="http://evil.example",
+                            **upgrade) == 403
         assert await status(client, address) == 200
     async with serving(duplex, token="secret") as (address, log, _, client):
         for query in ("", "?token=", "?token=Secret", "?token=secret2", "?token=%ff"):
@@ -305,14 +312,15 @@ async def test_no_file_but_the_page_is_served(duplex):
             page = await answer.text()
             assert answer.status == 200 and "<title>nanoFLM</title>" in page
             assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
-        for path in ("/web.html", "/web.py", "/../web.py", "/%2e%2e/web.py", "//etc/passwd", "/out/tiny/checkpoint.pt", "/favicon.ico"):
+        for path in ("/web.html", "/web.py", "/../web.py", "/%2e%2e/web.py", "//etc/passwd",
+                     "/out/tiny/checkpoint.pt", "/favicon.ico"):
             async with client.get(aiohttp.client.URL(address + path, encoded=True)) as answer:
                 assert answer.status == 404, path
         async with client.post(address, data=b"x" * 2000) as answer:
             assert answer.status == 405
         assert len(log) == 8 and all(len(line) < 200 for line in log)
     for foreign in ("src=\"http", "href=\"http", "@import", "url(http", "fetch("):
-        assert foreign not in page, "the page asks nobody but its server"
+        assert foreign not in page, "the page loads nothing from other servers"
 
 
 def raw(address, data=b""):
@@ -334,33 +342,35 @@ def is_cut(s):
 
 
 @live
-async def test_slow_and_garbled_connections_are_cut_off(duplex):
+async def test_slow_and_garbled_connections_are_disconnected(duplex):
     async with serving(duplex) as (address, log, server, client):
         good = await begun(client, address)
-        slow = [raw(address), raw(address, b"GET / HT"), raw(address, b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX-A: b\r\n")]
+        slow = [raw(address), raw(address, b"GET / HT"),
+                raw(address, b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX-A: b\r\n")]
         garbled = raw(address, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n")
         for s in (*slow, garbled):
             assert await asyncio.to_thread(is_cut, s)
         assert [line for line in log if "nothing in time" in line][2:] and await talks(good, 0)
         many = [raw(address) for _ in range(2 * LIMITS.connections)]
         await asyncio.sleep(0.1)
-        assert len(server.runner.server.connections) <= LIMITS.connections and "127.0.0.1 is one too many" in log
+        assert len(server.runner.server.connections) <= LIMITS.connections
+        assert "127.0.0.1 is one too many" in log
         assert await talks(good, 3)
         for s in many:
             s.close()
 
 
 @live
-async def test_who_does_not_read_is_cut_off(duplex):
+async def test_a_client_that_does_not_read_is_disconnected(duplex):
     async with serving(duplex) as (address, log, server, client):
         good, deaf = await begun(client, address), await begun(client, address)
-        next(iter(list(server.guests.values())[1:])).allowance = 1e9
+        next(iter(list(server.clients.values())[1:])).allowance = 1e9
         deaf._response.connection.transport.pause_reading()
-        guest = list(server.guests.values())[1]
-        for n in range(web.BEHIND + 600):  # more than the sockets between them hold
-            guest.out.put_nowait(binary(0) * 20)
+        client_ = list(server.clients.values())[1]
+        for n in range(web.MAX_UNSENT + 600):  # more than the sockets between them hold
+            client_.out.put_nowait(binary(0) * 20)
         for _ in range(200):
-            if len(server.guests) == 1:
+            if len(server.clients) == 1:
                 break
             await asyncio.sleep(0.05)
         assert "reads too slowly" in log[-1] and await talks(good, 0)
@@ -376,18 +386,22 @@ async def test_a_model_that_breaks_ends_its_conversations_and_says_so(duplex):
         assert await ending(ws) == (1011, "the model's logits are not numbers")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the command
+
+
+def restore_sigint():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
 
 
 def command(world, *more):
     """chat.py --web in a process: (process, address)"""
-    process = subprocess.Popen([sys.executable, "chat.py", "--checkpoint", str(world / "flm"), "--web", *more], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background ignores it
+    command = [sys.executable, "chat.py", "--checkpoint", str(world / "flm"), "--web", *more]
+    process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               preexec_fn=restore_sigint)
     line = process.stdout.readline()
-    assert "ConversationState to it at " in line, process.communicate()
-    return process, line.split("ConversationState to it at ")[1].split(" ")[0]
+    assert "Talk to it at " in line, process.communicate()
+    return process, line.split("Talk to it at ")[1].split(" ")[0]
 
 
 @live
@@ -408,7 +422,7 @@ def test_killed_and_started_again_on_the_same_port_and_ended_by_ctrl_c(world):
     assert second[1] == first[1]
     once(second)
     code, _, err = run("chat.py", "--checkpoint", world / "flm", "--web", "--port", port)
-    assert code == 1 and len(err.strip().splitlines()) == 1 and port in err, "a port that is taken is one line"
+    assert code == 1 and len(err.strip().splitlines()) == 1 and port in err, "a port in use is one line"
     second[0].send_signal(signal.SIGINT)
     out, err = second[0].communicate(timeout=20)
     assert second[0].returncode == 0 and "Ended." in out and "Traceback" not in err
