@@ -11,8 +11,8 @@
 
 What the user will say (the listen rows) is never predicted.
 
-B batch, T frames, D width, H heads (G of them for keys and values), E channels of a head, K codebooks, V vocabulary,
-C frames of context, W width of the depth transformer.
+B batch, T frames, D width, H heads (G of them for keys and values), E channels of a head, K codebooks, V
+vocabulary, C frames of context, W width of the depth transformer.
 """
 import zlib
 from dataclasses import dataclass
@@ -52,27 +52,31 @@ class FLMConfig:
 
 CONFIGS = {
     "tiny": FLMConfig(4, 192, 4, 2, 512, 2, 64, 2, vocab_size=512, empty=256, context=256, rope_base=1e4),
-    "small": FLMConfig(12, 768, 12, 4, 2304, 4, 512, 8, vocab_size=512, empty=256, context=256, rope_base=1e4),
+    "small": FLMConfig(12, 768, 12, 4, 2304, 4, 512, 8, vocab_size=512, empty=256, context=256,
+                       rope_base=1e4),
     # Qwen2.5's sizes, with the depth transformer of the FLM-Audio release
-    "0.5b": FLMConfig(24, 896, 14, 2, 4864, 6, 1024, 16, vocab_size=151936, empty=2048, context=8192, tied=True),
+    "0.5b": FLMConfig(24, 896, 14, 2, 4864, 6, 1024, 16, vocab_size=151936, empty=2048, context=8192,
+                      tied=True),
     "7b": FLMConfig(28, 3584, 28, 4, 18944, 6, 1024, 16, vocab_size=152064, empty=2048, context=8192),
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # primitives
 
 
 def attend(q, k, v, mask=None):
-    """Scaled dot-product attention. q (B, H, T, E), k and v (B, G, S, E). A single query (T = 1) sees all keys, or those
-    where the mask (B, 1, 1, S) is True; several queries are causal."""
+    """Scaled dot-product attention. q (B, H, T, E), k and v (B, G, S, E). A single query (T = 1) sees all
+    keys, or those where the mask (B, 1, 1, S) is True; several queries are causal."""
     B, H, T, E = q.shape
     G = k.shape[1]
     if T == 1:  # the heads that share keys become as many queries, which see the same
-        return F.scaled_dot_product_attention(q.reshape(B, G, -1, E), k, v, attn_mask=mask).reshape(B, H, T, E)
+        q = q.reshape(B, G, -1, E)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H, T, E)
     if q.device.type != "cpu" and T > K:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != G)
-    # On a CPU, and for a frame's few codes, the plain formula is twice as fast. Heads that share keys are stacked.
+    # On a CPU, and for a frame's few codes, the plain formula is twice as fast. Heads that share keys are
+    # stacked.
     q, k, v = q.reshape(B * G, H // G * T, E), k.reshape(B * G, T, E), v.reshape(B * G, T, E)
     later = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1).repeat(H // G, 1)
     weights = torch.baddbmm(later, q, k.mT, alpha=E ** -0.5).softmax(-1, dtype=q.dtype)
@@ -80,8 +84,8 @@ def attend(q, k, v, mask=None):
 
 
 def rotary(position, E, base):
-    """cos and sin, (*position.shape, E), that rotate queries and keys. The angles are float64: an hour of conversation is
-    45,000 frames, where float32 would be off by up to 0.002."""
+    """cos and sin, (*position.shape, E), that rotate queries and keys. The angles are float64: an hour of
+    conversation is 45,000 frames, where float32 would be off by up to 0.002."""
     rate = base ** (-torch.arange(0, E, 2, device=position.device, dtype=torch.float32) / E)
     angle = position[..., None].double() * rate
     cos, sin = angle.cos(), angle.sin()
@@ -104,7 +108,7 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(gate) * up)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # temporal transformer
 
 
@@ -115,7 +119,8 @@ class LayerCache:
     values: torch.Tensor
 
     def update(self, slot, k, v):
-        """Write one frame, k and v (B, G, 1, E), to slot (B,) of the rings, over what is C frames old. Returns both rings."""
+        """Write one frame, k and v (B, G, 1, E), to slot (B,) of the rings, over what is C frames old.
+        Returns both rings."""
         members = torch.arange(len(slot), device=slot.device)
         self.keys[members, :, slot], self.values[members, :, slot] = k[:, :, 0], v[:, :, 0]
         return self.keys, self.values
@@ -123,7 +128,8 @@ class LayerCache:
 
 @dataclass
 class KVCache:
-    """What the temporal transformer remembers of B conversations. It does not grow: a conversation has no end."""
+    """What the temporal transformer remembers of B conversations. It does not grow: a conversation has no
+    end."""
     layers: list  # of LayerCache
     position: torch.Tensor  # (B,) frames that each conversation has had
 
@@ -140,8 +146,8 @@ class Block(nn.Module):
         self.mlp = SwiGLU(c.width, c.mlp)
 
     def forward(self, x, cos, sin, cache=None, slot=None, mask=None):
-        """x (B, T, D) -> (B, T, D). With a LayerCache T is 1: this frame goes to its slot (B,), and the frame sees the
-        first S of its entries where mask (B, 1, 1, S) is True."""
+        """x (B, T, D) -> (B, T, D). With a LayerCache T is 1: this frame goes to its slot (B,), and the frame
+        sees the first S of its entries where mask (B, 1, 1, S) is True."""
         B, T, _ = x.shape
         qkv = self.qkv(self.norm1(x)).view(B, T, -1, self.E).transpose(1, 2)  # (B, H + 2G, T, E)
         qk, v = qkv.split([self.H + self.G, self.G], 1)
@@ -152,7 +158,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # depth transformer
 
 
@@ -169,8 +175,8 @@ class DepthBlock(nn.Module):
         self.down = nn.Parameter(torch.empty(K, hidden, W))
 
     def forward(self, x, k0, past):
-        """x (N, n, W): positions k0 to k0 + n of N frames. past: keys and values of the positions before them,
-        [(N, 2H, n, E), ...], to which these are appended."""
+        """x (N, n, W): positions k0 to k0 + n of N frames. past: keys and values of the positions before
+        them, [(N, 2H, n, E), ...], to which these are appended."""
         N, n, W = x.shape
         qkv = self.qkv(self.norm1(x)).view(N, n, 3 * self.H, W // self.H).transpose(1, 2)
         q, kv = qkv.split([self.H, 2 * self.H], 1)
@@ -190,7 +196,7 @@ class Depth(nn.Module):
         W, A = c.depth_width, c.audio_vocab_size
         self.config = c
         self.from_h = nn.Linear(c.width, K * W, bias=False)
-        self.codes = nn.ModuleList(nn.Embedding(A, W) for _ in range(K))  # of what position k sees: code k - 1
+        self.codes = nn.ModuleList(nn.Embedding(A, W) for _ in range(K))  # position k sees code k - 1
         self.positions = nn.Parameter(torch.empty(K, W))
         self.blocks = nn.ModuleList(DepthBlock(c) for _ in range(c.depth_layers))
         self.norm = nn.RMSNorm(W, c.norm_eps)
@@ -212,7 +218,8 @@ class Depth(nn.Module):
         return torch.bmm(self.norm(x).transpose(0, 1), self.heads).transpose(0, 1)
 
     def generate(self, h, sample):
-        """h (B, D) -> codes (B, K), each chosen by sample(logits (B, A), k) -> (B,) and shown to the next position."""
+        """h (B, D) -> codes (B, K), each chosen by sample(logits (B, A), k) -> (B,) and shown to the next
+        position."""
         pasts = [[] for _ in self.blocks]
         given = self.from_h(h).unflatten(-1, self.positions.shape) + self.positions
         code, codes = torch.full_like(h[:, 0], self.config.empty, dtype=torch.long), []
@@ -225,7 +232,7 @@ class Depth(nn.Module):
         return torch.stack(codes, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the whole
 
 
@@ -246,13 +253,14 @@ class FLM(nn.Module):
         self.norm = nn.RMSNorm(c.width, c.norm_eps)
         self.head = nn.Linear(c.width, c.vocab_size, bias=False)
         self.depth = Depth(c)
-        self.recompute = False  # activation checkpointing: keep each block's input, compute the rest again for gradients
+        self.recompute = False  # activation checkpointing: keep each block's input, compute the rest again
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self, seed=0, given=(), assign=torch.Tensor.copy_):
-        """Each tensor is drawn by a generator of its own, so the weights are the same however many processes hold them.
-        given: names that the caller fills. assign(parameter, value): how (training/parallel.py: only this process's rows)."""
+        """Each tensor is drawn by a generator of its own, so the weights are the same however many processes
+        hold them. given: names that the caller fills. assign(parameter, value): how (training/parallel.py:
+        only this process's rows)."""
         if self.config.tied:
             self.head.weight = self.text.weight
         for name, p in self.named_parameters():
@@ -269,14 +277,15 @@ class FLM(nn.Module):
 
     @torch.no_grad()
     def init_audio(self, codebooks, std=0.05, seed=0, assign=torch.Tensor.copy_):
-        """Start the audio embeddings as a random projection of the codec's own vectors, codebooks (K, A - 1, dim): codes
-        that sound alike then look alike, and the sum over a frame's acoustic codes is a picture of its sound. A model that
-        starts from scratch hears much sooner for it."""
+        """Start the audio embeddings as a random projection of the codec's own vectors, codebooks (K, A - 1,
+        dim): codes that sound alike then look alike, and the sum over a frame's acoustic codes is a
+        picture of its sound. A model that starts from scratch hears much sooner for it."""
         for group in (slice(0, 1), slice(1, K)):  # semantic, acoustic: two vector spaces
             vectors = codebooks[group] - codebooks[group].mean(1, keepdim=True)
             spread = vectors.square().mean(1).sum(0).sum().sqrt()  # of the sum over the group
             for side in ("speak", "listen"):
-                rng, D, device = rng_for(f"{side} {group}", seed, vectors.device), self.config.width, vectors.device
+                D, device = self.config.width, vectors.device
+                rng = rng_for(f"{side} {group}", seed, device)
                 projection = torch.randn(vectors.shape[-1], D, device=device, generator=rng)
                 for table, v in zip(getattr(self, side)[group], vectors):
                     empty = torch.randn(1, D, device=device, generator=rng) * 0.02
@@ -285,7 +294,7 @@ class FLM(nn.Module):
     def embed(self, grid):
         """Eq. 1: (B, 17, T) -> (B, T, D)."""
         channels = [self.text, *self.speak, *self.listen]
-        return sum(embedding(grid[:, row]) for row, embedding in enumerate(channels)) * self.config.input_scale
+        return sum(table(grid[:, row]) for row, table in enumerate(channels)) * self.config.input_scale
 
     def hidden(self, grid):
         """Eq. 2, teacher-forced: (B, 17, T) -> h (B, T, D), which text_logits and depth read."""
@@ -303,18 +312,21 @@ class FLM(nn.Module):
         return self.head(h) * self.config.output_scale
 
     def forward(self, grid, learn):
-        """For training, all in one call (what shards the parameters hooks in here): grid (B, 17, T), and learn (B, T-1),
-        which frames the depth transformer learns from, N in all -> cross-entropies of the text (B, T-1), whether its most
-        probable token was right (B, T-1), cross-entropies of the codes (N, K)."""
+        """For training, all in one call (what shards the parameters hooks in here): grid (B, 17, T), and
+        learn (B, T-1), which frames the depth transformer learns from, N in all -> cross-entropies of the
+        text (B, T-1), whether its most probable token was right (B, T-1), cross-entropies of the codes (N,
+        K)."""
         h, target = self.hidden(grid[..., :-1]), grid[..., 1:]
-        ce, right = self.text_losses(h.flatten(0, 1), target[:, TEXT].flatten()).view(*learn.shape, 2).unbind(-1)
-        return ce, right, self.depth(h[learn], target[:, SPEAK].transpose(1, 2)[learn])
+        text = self.text_losses(h.flatten(0, 1), target[:, TEXT].flatten()).view(*learn.shape, 2)
+        return *text.unbind(-1), self.depth(h[learn], target[:, SPEAK].transpose(1, 2)[learn])
 
     def text_losses(self, h, text):
-        """h (N, D), text (N,) -> (N, 2): the cross-entropy, and whether the most probable token was the right one."""
+        """h (N, D), text (N,) -> (N, 2): the cross-entropy, and whether the most probable token was the right
+        one."""
         def losses(h, text):
             logits = self.text_logits(h).float()
-            return torch.stack([F.cross_entropy(logits, text, reduction="none"), logits.argmax(-1) == text], -1)
+            ce = F.cross_entropy(logits, text, reduction="none")
+            return torch.stack([ce, logits.argmax(-1) == text], -1)
         return in_pieces(losses, h, text, pieces_of_text(self.config))
 
     def init_cache(self, B):
@@ -327,7 +339,8 @@ class FLM(nn.Module):
         """One frame: column (B, 17) -> h (B, D). The cache moves on by one frame."""
         C, position, device = self.config.context, cache.position, column.device
         cos, sin = (y[:, None, None] for y in rotary(position, self.blocks[0].E, self.config.rope_base))
-        used = min(C, int(position.max()) + 1) if device.type == "cpu" else C  # a captured graph has one shape
+        # On a CPU only the filled part of the rings is read; a captured CUDA graph has one shape.
+        used = min(C, int(position.max()) + 1) if device.type == "cpu" else C
         mask = (torch.arange(used, device=device) <= position[:, None])[:, None, None]  # (B, 1, 1, used)
         x = self.embed(column[..., None])
         for block, layer in zip(self.blocks, cache.layers):
@@ -344,7 +357,8 @@ class FLM(nn.Module):
 
     @staticmethod
     def load(path, device="cpu"):
-        """(model, its vocabulary, the whole checkpoint) from what train.py wrote. Raises ValueError if it is not that."""
+        """(model, its vocabulary, the whole checkpoint) from what train.py wrote. Raises ValueError if it is
+        not that."""
         saved = load_checkpoint(path, "flm", mmap=True)  # the optimiser's part of it is not read
         with torch.device("meta"):
             model = FLM(from_fields(FLMConfig, saved["config"], path))
@@ -353,7 +367,7 @@ class FLM(nn.Module):
         return model.eval(), from_fields(Vocab, saved["vocab"], path), saved
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # losses piece by piece: the logits of 8192 frames with Qwen2.5's vocabulary would be 5 GB
 
 PIECE = 1 << 26  # numbers that may exist at a time for a loss: 256 MiB in float32
@@ -369,7 +383,8 @@ def pieces_of_codes(c: FLMConfig):
 
 
 def in_pieces(f, x, y, rows):
-    """f(x (N, ...), y (N, ...)), so many rows at a time, which are computed again for the gradients instead of kept."""
+    """f(x (N, ...), y (N, ...)), so many rows at a time, which are computed again for the gradients instead
+    of kept."""
     if len(x) <= rows:
         return f(x, y)
     pieces = zip(x.split(rows), y.split(rows))

@@ -1,13 +1,15 @@
-"""Training: first the codec, then the model in the four stages of dual training (FLM-Audio, section 3, tables 2 and 3).
+"""Training: first the codec, then the model in the four stages of dual training (FLM-Audio, section 3, tables
+2 and 3).
 
     python train.py --config codec                            data/toy          -> out/codec
     python prepare.py encode                                  data/toy          -> data/toy/encoded
     python train.py --config tiny                             data/toy/encoded  -> out/tiny
     python train.py --config tiny --layers 6 --lr 1e-3 --steps 2000 --batch 4 --out out/mine
 
-A stage is a row of the table below: which layouts its batches are made of, how fast it learns, how long it takes. There is
-one loop for all of them. Every batch is a function of the seed, the stage and the step, so a run that was killed goes on
-from its last checkpoint with --resume to the same weights as one that was not.
+A stage is a row of the table below: which layouts its batches are made of, how fast it learns, how long it
+takes. There is one loop for all of them. Every batch is a function of the seed, the stage and the step, so
+a run that was killed goes on from its last checkpoint with --resume to the same weights as one that was
+not.
 
     encoded speech --utterances--> a layout's grids (17, T) --packed--> a batch (B, 17, T) --model--> Eq. 3
 
@@ -21,6 +23,7 @@ import functools
 import math
 import random
 import sys
+import textwrap
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,9 +60,9 @@ class Stage:
     _: dataclasses.KW_ONLY
     micro_batch: int = 0  # rows at a time where they do not fit at once (0: all)
     wait: float = 0.01  # gamma of Eq. 3: weight of a <wait> token, that of a monologue token being 1
-    frame_dropout: float = 0.0  # share of the heard frames, and of the rows of heard acoustic codes, that is masked
-    depth: tuple = (1.0, 1.0)  # shares of the frames of speech and of silence that the depth transformer learns from
-    sources: tuple = (1.0, 1.0)  # weights of recordings that a machine transcribed, and of those that a person did
+    frame_dropout: float = 0.0  # share of heard frames, and of rows of heard acoustic codes, that is masked
+    depth: tuple = (1.0, 1.0)  # shares of frames of speech, of silence that the depth transformer learns from
+    sources: tuple = (1.0, 1.0)  # weights of recordings transcribed by a machine, by a person
 
     @property
     def recompute(self):
@@ -70,16 +73,17 @@ class Stage:
 LANGUAGE = {"language": (1, 1)}  # instead of the language model that the paper starts from
 POST = {"tts": (1, 1), "asr": (1, 1)}
 FINE_1 = {"asr_response_tts": (1, 1)}
-FINE_2 = {"response_tts": (0.3, 0.3), "free_response_tts": (0.7, 0.7), "recorded": (1, 1)}  # what the data has of them
+FINE_2 = {"response_tts": (0.3, 0.3), "free_response_tts": (0.7, 0.7), "recorded": (1, 1)}
 
-# The toy model learns to speak one voice quickly and to hear many slowly, so it hears more. Fine-tuning 2 takes <asr> away
-# gradually (a share below 0 is none: gone half-way); all at once would cost minutes.
+# The toy model learns to speak one voice quickly and to hear many slowly, so it hears more. Fine-tuning 2
+# takes <asr> away gradually (a share below 0 is none: gone half-way); all at once would cost minutes.
 POST_TINY = {"tts": (1, 1), "asr": (2, 2)}
 FADE_2 = {"asr_response_tts": (0.7, -0.7), "asr": (0.2, 0.2), **FINE_2}
 
-# Why the wait weight of `tiny` is 0.3 and not the paper's 0.01: <wait> fills nine of ten frames, and a 7B language model
-# must not forget its language over it. A model from scratch has no language to forget; it has to learn when to keep quiet,
-# and with 0.01 more than a quarter of its answers began before the user had ended.
+# Why the wait weight of `tiny` is 0.3 and not the paper's 0.01: <wait> fills nine of ten frames, and a 7B
+# language model must not forget its language over it. A model from scratch has no language to forget; it has
+# to learn when to keep quiet, and with 0.01 more than a quarter of its answers began before the user had
+# ended.
 TOY = {"wait": 0.3, "frame_dropout": 0.15, "depth": (0.4, 0.1)}
 STAGES = {
     "codec": (
@@ -109,7 +113,7 @@ STAGES = {
 STAGES["0.5b"] = STAGES["7b"]
 WARMUP = 100  # steps at the start of a run
 
-ALPHA_1, ALPHA_2, BETA = 1.0, 0.5, 1.0  # Eq. 3: semantic, acoustic, monologue; gamma, of <wait>, is in the stage
+ALPHA_1, ALPHA_2, BETA = 1.0, 0.5, 1.0  # Eq. 3: semantic, acoustic, monologue; gamma is in the stage
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -117,14 +121,15 @@ ALPHA_1, ALPHA_2, BETA = 1.0, 0.5, 1.0  # Eq. 3: semantic, acoustic, monologue; 
 
 
 class Conversations:
-    """The lines of `prepare.py encode`, sorted by what the layouts are made of, and batches of their grids."""
+    """The lines of `prepare.py encode`, sorted by the layouts that they serve, and batches of grids."""
 
     def __init__(self, folders):
         self.encoded = read_encoded(folders)
         meta, index = self.encoded.meta, self.encoded.index
         self.vocab = Vocab.own(meta["text_size"], meta["codebook_size"], tuple(map(tuple, meta["silence"])))
         # split -> numbers of lines, or (line, turn) of single clips: [transcribed by a machine, by a person]
-        self.heard, self.said, self.dialogues, self.free, self.recorded, self.backchannels = {}, {}, {}, {}, {}, {}
+        self.heard, self.said, self.dialogues = {}, {}, {}
+        self.free, self.recorded, self.backchannels = {}, {}, {}
         for split in ("train", "seen"):
             mine, backchannel = index["split"] == split.encode(), index["kind"] == b"backchannel"
             self.backchannels[split] = np.flatnonzero(mine & backchannel)
@@ -134,7 +139,8 @@ class Conversations:
             mine &= ~index["interjections"]  # in fine-tuning 1 the model only speaks when the user has ended
             self.dialogues[split] = np.flatnonzero(mine & (index["turns"] > 1))
             by = [mine & (index["annotated"] == by_hand) for by_hand in (False, True)]
-            self.heard[split], self.said[split] = ([clips(index, some, role) for some in by] for role in (b"user", b"model"))
+            self.heard[split] = [clips(index, some, b"user") for some in by]
+            self.said[split] = [clips(index, some, b"model") for some in by]
         self.line = functools.lru_cache(20_000)(self.encoded.line)
         self.fingerprint = f"{meta['codec_sha256'][:16]} {meta['tokenizer_sha256'][:16]} {len(index)} lines"
         self.used = None  # a list, while somebody wants to know where a batch is from
@@ -168,7 +174,8 @@ class Conversations:
         """One sample of a layout, undelayed: (17, any number of frames)."""
         v, sources = self.vocab, self.sources(layout, split)
         if layout in ("tts", "asr"):
-            line, turn = rng.choice(rng.choices(sources, [len(s) * w for s, w in zip(sources, stage.sources)])[0])
+            weights = [len(source) * weight for source, weight in zip(sources, stage.sources)]
+            line, turn = rng.choice(rng.choices(sources, weights)[0])
             u = self.utterance(self.line(line)["turns"][turn], rng)
             pause = blank(rng.randint(2, 12), v, v.empty)
             return np.concatenate([pause, getattr(streams, layout)(u, v)], 1)
@@ -188,20 +195,24 @@ class Conversations:
             grid = self.free_conversation(turns, gaps, split, rng)
         else:
             grid = getattr(streams, layout)(turns, gaps, v)
-        return grid[:, rng.randrange(max(1, grid.shape[1] - stage.frames)):]  # what is too long begins anywhere
+        return grid[:, rng.randrange(max(1, grid.shape[1] - stage.frames)):]  # if too long, from anywhere
 
     def free_conversation(self, turns, gaps, split, rng):
         """The user interrupts an answer with probability 0.7 (section 3.2.2), or gives a backchannel."""
-        interrupts = [rng.randint(1, answer.speech) if rng.random() < 0.7 else None for _, answer in turns[:-1]] + [None]
+        interrupts = [rng.randint(1, answer.speech) if rng.random() < 0.7 else None
+                      for _, answer in turns[:-1]] + [None]
         gaps = gaps[:1] + [gap if at is None else 0 for gap, at in zip(gaps[1:], interrupts)]
         known = self.backchannels[split]
-        backchannel = lambda: self.utterance(self.line(rng.choice(known))["turns"][0], rng)
-        backchannels = [(rng.randrange(answer.speech), backchannel()) if at is None and len(known) and rng.random() < 0.4
-                        else None for (_, answer), at in zip(turns, interrupts)]
+        backchannels = [None] * len(turns)
+        for i, (_, answer) in enumerate(turns):
+            if interrupts[i] is None and len(known) and rng.random() < 0.4:
+                said = self.utterance(self.line(rng.choice(known))["turns"][0], rng)
+                backchannels[i] = rng.randrange(answer.speech), said
         return streams.free_response_tts(turns, gaps, interrupts, backchannels, self.vocab)
 
     def row(self, stage, shares, split, rng):
-        """A row (17, T) packed with samples of the layouts, and which frames the depth transformer learns from, (T-1,)."""
+        """A row (17, T) packed with samples of the layouts, and which frames the depth transformer learns
+        from, (T-1,)."""
         grids = []
         while sum(g.shape[1] for g in grids) < stage.frames:
             layout = rng.choices(list(shares), list(shares.values()))[0]
@@ -213,8 +224,9 @@ class Conversations:
         return grid, learn
 
     def batch(self, stage, progress, split, rng, rows=None):
-        """(B, 17, T) and (B, T-1): see row. rows: which of the batch's rows to make (default: all); each has random numbers
-        of its own, so that it does not depend on who makes the others. progress: how much of the stage is over, 0 to 1."""
+        """(B, 17, T) and (B, T-1): see row. rows: which of the batch's rows to make (default: all); each has
+        random numbers of its own, so that it does not depend on who makes the others. progress: how much
+        of the stage is over, 0 to 1."""
         shares = {name: max(0, a + (b - a) * progress) for name, (a, b) in stage.layouts.items()
                   if self.holds(name, split)}
         if not any(shares.values()):
@@ -225,7 +237,8 @@ class Conversations:
 
 
 def clips(index, mask, role):
-    """(line, turn) of each turn of a role in the lines of a mask, (n, 2). In a dialogue user and model take turns."""
+    """(line, turn) of each turn of a role in the lines of a mask, (n, 2). In a dialogue user and model take
+    turns."""
     single = np.flatnonzero(mask & (index["turns"] == 1) & np.isin(index["role"], (role, b"either")))
     dialogues = np.flatnonzero(mask & (index["turns"] > 1))
     n = index["turns"][dialogues].astype(int) // 2
@@ -235,8 +248,9 @@ def clips(index, mask, role):
 
 
 def frames_to_learn(grid, v, shares, rng):
-    """Which of the frames 1..T-1 of a row the depth transformer learns from, (T-1,): this share of the frames of speech (and
-    of those beside them), and this share of the frames of silence. An empty frame is never one."""
+    """Which of the frames 1..T-1 of a row the depth transformer learns from, (T-1,): this share of the frames
+    of speech (and of those beside them), and this share of the frames of silence. An empty frame is never
+    one."""
     codes = grid[SPEAK, 1:]
     speaks = (codes != np.reshape(v.silence[-1], (-1, 1))).any(0)
     near = speaks.copy()
@@ -246,8 +260,9 @@ def frames_to_learn(grid, v, shares, rng):
 
 
 def mask_heard(grid, share, empty, rng):
-    """Frame dropout: leave out this share of what is heard in a row, whole frames and, throughout the row, acoustic codes. A
-    small model with few recordings would otherwise know them by heart instead of understanding them."""
+    """Frame dropout: leave out this share of what is heard in a row, whole frames and, throughout the row,
+    acoustic codes. A small model with few recordings would otherwise know them by heart instead of
+    understanding them."""
     lost = rng.random((K, 1)) < share
     lost[0] = False  # the semantic codes of a row are never all lost
     lost = lost | (rng.random(grid.shape[1]) < share)
@@ -259,16 +274,18 @@ def mask_heard(grid, share, empty, rng):
 
 
 def kinds_of_target(grid, learn, v):
-    """What each target of a batch is, as masks: a monologue token or <wait>, (B, T-1); a semantic code (N, 1) or an acoustic
-    one (N, K-1) of the N frames to learn from. An empty code is neither and carries no loss."""
+    """What each target of a batch is, as masks: a monologue token or <wait>, (B, T-1); a semantic code (N, 1)
+    or an acoustic one (N, K-1) of the N frames to learn from. An empty code is neither and carries no
+    loss."""
     wait = grid[:, TEXT, 1:] == v.wait
     real = grid[:, SPEAK, 1:].transpose(1, 2)[learn] != v.empty
     return {"text": ~wait, "wait": wait, "semantic": real[:, :1], "acoustic": real[:, 1:]}
 
 
 def eq_3(flm, grid, learn, v, gamma, totals):
-    """Eq. 3 for some rows of a batch, to be summed over all of them. totals (4,): how many targets of each kind the whole
-    batch has. The two kinds of text token share one mean, over the monologue tokens. Returns (loss, its parts)."""
+    """Eq. 3 for some rows of a batch, to be summed over all of them. totals (4,): how many targets of each
+    kind the whole batch has. The two kinds of text token share one mean, over the monologue tokens.
+    Returns (loss, its parts)."""
     text, right, codes = flm(grid, learn)
     masks = kinds_of_target(grid, learn, v)
     n = dict(zip(masks, totals.clamp(min=1)))
@@ -286,14 +303,16 @@ class ModelTask:
     kind = "flm"
 
     def __init__(self, config, data, device, init=None, seed=1, eight_bit=False, precision=None):
-        """init: a folder with Qwen2.5's weights to start from, instead of from nothing. eight_bit: see make_optimizer."""
+        """init: a folder with Qwen2.5's weights to start from, instead of from nothing. eight_bit: see
+        make_optimizer."""
         self.device, self.precision = device, precision or default_precision(device)
         self.data = Conversations(data)
         self.vocab = self.data.vocab
         config = dataclasses.replace(config, empty=self.vocab.empty)
 
         def place(flm):
-            return parallel.shard_and_allocate(flm.bfloat16() if eight_bit else flm, device, self.precision == "bfloat16")
+            flm = flm.bfloat16() if eight_bit else flm
+            return parallel.shard_and_allocate(flm, device, self.precision == "bfloat16")
         if init:
             self.model = from_qwen(init, config, place)
         else:
@@ -301,13 +320,14 @@ class ModelTask:
             self.model = parallel.build(config, place, seed)
         self.config = self.model.config
         if self.config.vocab_size < self.vocab.text_size:
-            raise ValueError(f"{init}: has {self.config.vocab_size} words, fewer than the {self.vocab.text_size} of the "
-                             "data's tokeniser; encode with --tokenizer and this folder")
+            raise ValueError(f"{init}: has {self.config.vocab_size} words, fewer than the "
+                             f"{self.vocab.text_size} of the data's tokeniser; encode with --tokenizer and this folder")
         self.modules, self.from_nothing = self.model, not init
-        codebooks = Mimi.load(self.data.encoded.meta["codec"], device).codebooks()
+        meta = self.data.encoded.meta
+        codebooks = Mimi.load(meta["codec"], device).codebooks()
         self.model.init_audio(codebooks, seed=seed, assign=parallel.assign_shard)
         self.fingerprint, self.batch = self.data.fingerprint, self.data.batch
-        self.files = {"tokenizer.json": self.data.encoded.meta["tokenizer"], "codec.pt": self.data.encoded.meta["codec"]}
+        self.files = {"tokenizer.json": meta["tokenizer"], "codec.pt": meta["codec"]}
 
     def holds(self, stage, split):
         """Whether the data has something for a stage."""
@@ -355,8 +375,8 @@ def learning_rate(stage, progress, warmup):
 
 
 def train(task, stages, out, minutes=None, resume=False, seed=1, save_every=60.0):
-    """Run all stages, or with resume what is left of them. Returns the path of the checkpoint. SIGTERM and Ctrl-C save and
-    raise Stopped."""
+    """Run all stages, or with resume what is left of them. Returns the path of the checkpoint. SIGTERM and
+    Ctrl-C save and raise Stopped."""
     optimizer = make_optimizer(task.modules, muon=task.from_nothing)
     run = Run(task, stages, out, optimizer, minutes, resume, seed, save_every)
     with run.guarded():
@@ -385,29 +405,30 @@ def resolve(args, rest):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"Every field of the config and of the stages is a flag as well: {flags.known(model.FLMConfig, Stage)}. "
-               "--steps is for all stages together, --lr the highest rate: the others keep their proportion.")
-    parser.add_argument("--config", default="tiny", choices=STAGES)
-    parser.add_argument("--data", help="default: data/toy for the codec, data/toy/encoded for a model")
-    parser.add_argument("--out", help="default: out/CONFIG")
-    parser.add_argument("--init", help="folder with Qwen2.5's weights, as published: start from this language model; the data "
-                        "must be encoded with its tokeniser")
-    parser.add_argument("--minutes", type=float, help="train about so long on this machine instead of the table's steps")
-    parser.add_argument("--eight-bit", action="store_true", help="weights in bfloat16, optimiser in 8 bits: a third of the "
-                        "memory, on a single process")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
-    parser.add_argument("--save-every", type=float, default=60, help="seconds between checkpoints; more if saving would take "
-                        "over 5%% of the time")
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), help="of matrix products (default: bfloat16 where the "
-                        "device has instructions for it)")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--plan", action="store_true", help="train nothing: tell what it would take, on --gpus such --card")
-    parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--card", default="H100", choices=plan.BF16)
-    parser.add_argument("--utilisation", type=float, default=0.4, help="share of the card's peak that --plan counts on")
+    every = f"Every field of a config and of a stage is a flag too: {flags.known(model.FLMConfig, Stage)}. " \
+            "--steps is for all stages together, --lr is the highest rate; the others keep their proportion."
+    parser = argparse.ArgumentParser(description=__doc__, epilog=textwrap.fill(every, 100),
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--config", default="tiny", choices=STAGES)
+    add("--data", help="default: data/toy for the codec, data/toy/encoded for a model; several with commas")
+    add("--out", help="default: out/CONFIG")
+    add("--init", help="folder with Qwen2.5's published weights: start from this language model; the data "
+                       "must be encoded with its tokeniser")
+    add("--minutes", type=float, help="train about this long on this machine instead of the table's steps")
+    add("--eight-bit", action="store_true", help="weights in bfloat16, optimiser in 8 bits: a third of "
+                                                 "the memory, on a single process")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
+    add("--save-every", type=float, default=60, help="seconds between checkpoints; more if saving takes over "
+                                                     "5%% of the time")
+    add("--precision", choices=("float32", "bfloat16"), help="of matrix products (default: bfloat16 where "
+                                                             "the device has instructions for it)")
+    add("--seed", type=int, default=1)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--plan", action="store_true", help="train nothing: tell what it would take, on --gpus such --card")
+    add("--gpus", type=int, default=1)
+    add("--card", default="H100", choices=plan.BF16)
+    add("--utilisation", type=float, default=0.4, help="share of the card's peak that --plan counts on")
     args, rest = parser.parse_known_args()
     torch.manual_seed(args.seed)
     try:
@@ -415,7 +436,8 @@ def main():
         if args.plan:
             if args.config == "codec":
                 raise ValueError("--plan is for a model")
-            return plan.show(args.config, config, stages, args.gpus, args.card, args.utilisation, args.eight_bit)
+            return plan.show(args.config, config, stages, args.gpus, args.card, args.utilisation,
+                             args.eight_bit)
         run(args, config, stages)
     except Stopped as e:
         print(e.args[0], file=sys.stderr)
@@ -432,14 +454,17 @@ def run(args, config, stages):
     args.device = parallel.begin(args.device)
     precision = args.precision or default_precision(args.device)
     if parallel.is_distributed() and (args.config == "codec" or args.eight_bit):
-        raise ValueError(f"{'--eight-bit' if args.eight_bit else 'the codec'} trains in one process, without torchrun")
+        what = "--eight-bit" if args.eight_bit else "the codec"
+        raise ValueError(f"{what} trains in one process, without torchrun")
     if args.config == "codec":
         task = CodecTask(config, args.data or "data/toy", args.device, precision)
     else:
-        task = ModelTask(config, args.data or "data/toy/encoded", args.device, args.init, args.seed, args.eight_bit, precision)
+        task = ModelTask(config, args.data or "data/toy/encoded", args.device, args.init, args.seed,
+                         args.eight_bit, precision)
     if parallel.rank() == 0:
         print(f"{config}\n" + "\n".join(map(str, stages)) + f"\n{args.device}, {precision}", flush=True)
-    path = train(task, stages, args.out or f"out/{args.config}", args.minutes, args.resume, args.seed, args.save_every)
+    out = args.out or f"out/{args.config}"
+    path = train(task, stages, out, args.minutes, args.resume, args.seed, args.save_every)
     if parallel.rank() == 0:
         size = sum(p.numel() for p in task.model.parameters())
         print(f"Wrote {path} ({size / 1e6:.1f} M parameters)")

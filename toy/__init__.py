@@ -1,1 +1,1 @@
-"""The default world, made on the spot: what is said, who says it, and the codec that learns from it in minutes."""
+"""The default world, made on the spot: what is said, who says it, and the codec that learns from it."""

@@ -1,1 +1,1 @@
-"""What a long or a large training needs: kills and resumes, many processes, time budgets, the optimiser, a plan."""
+"""What a long or large training needs: resuming, many processes, time budgets, the optimiser, a plan."""

@@ -27,8 +27,9 @@ def parse(text, kind, name):
 
 
 def apply(config, stages, arguments):
-    """(config, stages) with the fields that the arguments name. steps is for all stages together and lr the highest rate of
-    them; the others keep their proportion. SystemExit for an unknown flag, ValueError for a value of another type."""
+    """(config, stages) with the fields that the arguments name. steps is for all stages together and lr the
+    highest rate of them; the others keep their proportion. SystemExit for an unknown flag, ValueError for
+    a value of another type."""
     ours, theirs = fields(type(config)), fields(type(stages[0]))
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in {**ours, **theirs}:
@@ -40,7 +41,7 @@ def apply(config, stages, arguments):
     given = {name: value for name, value in vars(given).items() if value is not None}
     values = {name: parse(value, {**theirs, **ours}[name], name) for name, value in given.items()}
     config = dataclasses.replace(config, **{name: value for name, value in values.items() if name in ours})
-    for_stages = {name: value for name, value in values.items() if name in theirs and name not in ("steps", "lr")}
+    for_stages = {name: value for name, value in values.items() if name in {*theirs} - {"steps", "lr"}}
     if "steps" in values:
         share = values["steps"] / sum(s.steps for s in stages)
         stages = [dataclasses.replace(s, steps=max(1, round(s.steps * share))) for s in stages]

@@ -1,19 +1,19 @@
-"""The optimiser. AdamW, and for a model that starts from nothing Muon for the matrices inside its layers (Jordan et al., 2024;
-with the scale of Liu et al., arXiv 2502.16982).
+"""The optimiser. AdamW, and for a model that starts from nothing Muon for the matrices inside its layers
+(Jordan et al., 2024; with the scale of Liu et al., arXiv 2502.16982).
 
-AdamW scales every number of a matrix by itself. Muon looks at the matrix as a whole: its momentum is U S V^T, and the step
-is U V^T, the same directions, all equally strong. What only few examples ask for is then learned as fast as what all of them
-ask for, and a model that starts from nothing learns several times as much in a step (RESULTS.md). A pretrained model is
-trained on with AdamW, as in the paper.
+AdamW scales every number of a matrix by itself. Muon looks at the matrix as a whole: its momentum is U S
+V^T, and the step is U V^T, the same directions, all equally strong. What only few examples ask for is then
+learned as fast as what all of them ask for, and a model that starts from nothing learns several times as
+much in a step (RESULTS.md). A pretrained model is trained on with AdamW, as in the paper.
 
-    momentum (m, n)  --Newton-Schulz-->  nearly orthogonal (m, n)  --0.2 sqrt(max(m, n))-->  as large as a step of AdamW
+    momentum (m, n) --Newton-Schulz--> nearly orthogonal (m, n) --0.2 sqrt(max(m, n))--> AdamW's step size
 """
 import torch
 
 from training.parallel import gather, shard_like
 
-MATRICES = {"qkv", "out", "gate_up", "up", "down", "in_proj", "out_proj"}  # inside the layers: not embeddings, not heads
-A, B, C = 3.4445, -4.7750, 2.0315  # of the polynomial a x + b x^3 + c x^5, which brings what is in (0, 1] near 1
+MATRICES = {"qkv", "out", "gate_up", "up", "down", "in_proj", "out_proj"}  # not embeddings, not heads
+A, B, C = 3.4445, -4.7750, 2.0315  # a x + b x^3 + c x^5 brings what is in (0, 1] near 1
 MOMENTUM = 0.95
 
 
@@ -23,12 +23,12 @@ def is_matrix(name, p):
 
 
 def make_optimizer(modules, muon):
-    """AdamW, with muon Muon for what is inside the layers. For weights in bfloat16: AdamW with 8-bit states and stochastic
-    rounding; 6 bytes a parameter with its gradient, instead of 16."""
+    """AdamW, with muon Muon for what is inside the layers. For weights in bfloat16: AdamW with 8-bit states
+    and stochastic rounding; 6 bytes a parameter with its gradient, instead of 16."""
     named = [(name, p) for name, p in modules.named_parameters() if p.requires_grad]
     kinds = [(muon and is_matrix(name, p), p.ndim > 1) for name, p in named]  # (Muon, weight decay)
-    groups = [{"params": [p for (_, p), k in zip(named, kinds) if k == kind], "muon": kind[0], "weight_decay": 0.05 * kind[1]}
-              for kind in sorted(set(kinds))]
+    groups = [{"params": [p for (_, p), k in zip(named, kinds) if k == kind], "muon": kind[0],
+               "weight_decay": 0.05 * kind[1]} for kind in sorted(set(kinds))]
     if named[0][1].dtype != torch.bfloat16:
         return Muon(groups, lr=0, betas=(0.9, 0.98), fused=True)
     try:
@@ -39,12 +39,14 @@ def make_optimizer(modules, muon):
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, except for the groups that say {"muon": True}. map: how to go through the matrices, such as a thread pool's."""
+    """AdamW, except for the groups that say {"muon": True}. map: how to go through the matrices, such as a
+    thread pool's."""
     map = map
 
     @torch.no_grad()
     def step(self):
-        matrices = [(p, p.grad, group) for group in self.param_groups if group["muon"] for p in group["params"]]
+        groups = [group for group in self.param_groups if group["muon"]]
+        matrices = [(p, p.grad, group) for group in groups for p in group["params"]]
         for _ in self.map(self.update, matrices):
             pass
         super().step()  # leaves alone what has no gradient
@@ -52,7 +54,8 @@ class Muon(torch.optim.AdamW):
             p.grad = grad
 
     def init_state(self, p, muon):
-        """What is kept of a parameter from step to step, zeros at first. AdamW wants a count of steps in all of them."""
+        """What is kept of a parameter from step to step, zeros at first. AdamW wants a count of steps in all
+        of them."""
         state = self.state[p]
         if not state:
             state |= {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p)}
@@ -71,8 +74,8 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonal(x, rounds=5):
-    """x (..., m, n) = U S V^T -> about U V^T. Each round of Newton-Schulz is x <- q(x x^T) x with the same q, so x x^T alone
-    goes through the rounds (smaller than x by n / m), and their product is applied once."""
+    """x (..., m, n) = U S V^T -> about U V^T. Each round of Newton-Schulz is x <- q(x x^T) x with the same q,
+    so x x^T alone goes through the rounds (smaller than x by n / m), and their product is applied once."""
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)

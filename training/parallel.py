@@ -1,4 +1,5 @@
-"""Many processes, one training: each holds a shard of every parameter, gradient and optimiser state (FSDP2, ZeRO-3).
+"""Many processes, one training: each holds a shard of every parameter, gradient and optimiser state (FSDP2,
+ZeRO-3).
 
     torchrun --nproc_per_node 8 train.py --config 7b --init Qwen2.5-VL-7B-Instruct --data data/mine/encoded
 
@@ -6,15 +7,15 @@
     a block is computed       gathered whole in bfloat16, used, dropped again
     its gradients             summed over the processes in float32, each keeping its rows
 
-The rows of a batch do not depend on the number of processes, so two processes follow one process's losses, and a checkpoint
-of two goes on with one or three. Without torchrun nothing here happens.
+The rows of a batch do not depend on the number of processes, so two processes follow one process's losses,
+and a checkpoint of two goes on with one or three. Without torchrun nothing here happens.
 """
 import os
 import re
 import shutil
 
 import torch
-import torch.distributed as dist  # its parts are imported where they are used: they take a second even on a single process
+import torch.distributed as dist  # its parts are imported where they are used: they take a second to load
 
 from files.atomic import replace_when_done
 from files.checkpoint import load_checkpoint
@@ -54,8 +55,8 @@ def world_size():
 
 
 def build(config, place=None, seed=0, given=()):
-    """A new model. It is made without memory; place(model) gives it some (default: on the CPU), and only then is it
-    filled, so it never exists twice. given: names of parameters that the caller fills."""
+    """A new model. It is made without memory; place(model) gives it some (default: on the CPU), and only then
+    is it filled, so it never exists twice. given: names of parameters that the caller fills."""
     with torch.device("meta"):
         model = FLM(config)
     model = place(model) if place else model.to_empty(device="cpu")
@@ -64,13 +65,15 @@ def build(config, place=None, seed=0, given=()):
 
 
 def shard_and_allocate(model, device, bf16):
-    """Give a model on the meta device memory on `device`: all of it, or this process's shards. It is not filled yet."""
+    """Give a model on the meta device memory on `device`: all of it, or this process's shards. It is not
+    filled yet."""
     if is_distributed():
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         mesh = init_device_mesh(torch.device(device).type, (world_size(),))
         # Inputs are not cast: the cos and sin of rotary embedding stay float32, as on a single process.
-        policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
+        dtype = torch.bfloat16 if bf16 else None
+        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
         for block in (*model.blocks, model.depth):
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
@@ -81,7 +84,7 @@ def shard_and_allocate(model, device, bf16):
 
 
 def reshard(model):
-    """Drop what is still gathered whole from the last forward pass: the model's parameters are shards again."""
+    """Drop what is still gathered from the last forward pass: the model's parameters are shards again."""
     for module in model.modules():
         if hasattr(module, "reshard"):
             module.reshard()
@@ -137,8 +140,9 @@ def barrier():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# sharded checkpoints: out/shards-00000012/0-of-2.pt, 1-of-2.pt. A file holds each tensor's rows of one process; one after
-# another they are the whole. Not torch.distributed.checkpoint: it unpickles its metadata, and here nothing is unpickled.
+# sharded checkpoints: out/shards-00000012/0-of-2.pt, 1-of-2.pt. A file holds each tensor's rows of one
+# process; one after another they are the whole. Not torch.distributed.checkpoint: it unpickles its metadata,
+# and here nothing is unpickled.
 
 FOLDER, FILE = re.compile(r"shards-(\d{8})"), re.compile(r"(\d+)-of-(\d+)\.pt")
 
@@ -150,8 +154,9 @@ def newest(out):
 
 
 def save(out, number, tensors, facts):
-    """Every process: write its part of `tensors` {name: parameter or state} and the facts, which are the same in all. The
-    checkpoint before is there until the new one is whole on the disk, read back, and in its place."""
+    """Every process: write its part of `tensors` {name: parameter or state} and the facts, which are the same
+    in all. The checkpoint before is there until the new one is whole on the disk, read back, and in its
+    place."""
     folder = os.path.join(out, f"shards-{number:08}")
     partial = folder + ".partial"
     if rank() == 0:
@@ -174,13 +179,15 @@ def save(out, number, tensors, facts):
             os.rename(folder, folder + ".old")
         os.rename(partial, folder)
         for name in os.listdir(out):
-            if name in before and name != os.path.basename(folder) or re.fullmatch(FOLDER.pattern + r"\.(old|partial)", name):
+            older = name in before and name != os.path.basename(folder)
+            if older or re.fullmatch(FOLDER.pattern + r"\.(old|partial)", name):
                 shutil.rmtree(os.path.join(out, name), ignore_errors=True)
     barrier()
 
 
 def read(folder):
-    """(facts, the tensors of each file in order), memory-mapped. Raises ValueError if one is missing or cut off."""
+    """(facts, the tensors of each file in order), memory-mapped. Raises ValueError if one is missing or cut
+    off."""
     found = sorted(tuple(map(int, m.groups())) for m in map(FILE.fullmatch, os.listdir(folder)) if m)
     if not found or found != [(i, found[0][1]) for i in range(found[0][1])]:
         raise ValueError(f"{folder}: some of its files are missing")
@@ -199,7 +206,8 @@ def restore(files, tensors):
         rows = sum(len(p) for p in parts)
         first = min(rows, rank() * -(-rows // world_size())) if is_sharded(x) else 0
         if tuple(x.shape) != (rows, *parts[0].shape[1:]):
-            raise ValueError(f"{name}: is {(rows, *parts[0].shape[1:])} in the checkpoint, {tuple(x.shape)} here")
+            saved = (rows, *parts[0].shape[1:])
+            raise ValueError(f"{name}: is {saved} in the checkpoint, {tuple(x.shape)} here")
         begin = 0
         for p in parts:
             a, b = max(begin, first), min(begin + len(p), first + len(mine))

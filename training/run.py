@@ -1,7 +1,7 @@
-"""One training on its way through its stages: what a kill, a resume, several processes, the threads of a CPU and a time budget
-need, so that train.py's loop need not show it.
+"""One training on its way through its stages: what a kill, a resume, several processes, the threads of a CPU
+and a time budget need, so that train.py's loop need not show it.
 
-    out/checkpoint.pt    the task's weights, the optimiser's state, and where the run stands (several processes: shards-*)
+    out/checkpoint.pt    weights, the optimiser's state, where the run stands (several processes: shards-*)
     out/log.jsonl        a line every ten steps, and one for each held-out loss
     out/lock             held while a training writes to this folder
 """
@@ -33,7 +33,8 @@ class Stopped(Exception):
 
 
 def default_precision(device):
-    """bfloat16 where the hardware multiplies it faster: GPUs, and CPUs with instructions for it. Never by a stopwatch."""
+    """bfloat16 where the hardware multiplies it faster: GPUs, and CPUs with instructions for it. Never by a
+    stopwatch."""
     if torch.device(device).type == "cuda":
         return "bfloat16"
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
@@ -41,7 +42,8 @@ def default_precision(device):
 
 
 class Run:
-    """A task with its optimiser, in the folder `out`. Raises ValueError or OSError if the folder holds another run."""
+    """A task with its optimiser, in the folder `out`. Raises ValueError or OSError if the folder holds
+    another run."""
 
     def __init__(self, task, stages, out, optimizer, minutes=None, resume=False, seed=1, save_every=60.0):
         self.task, self.stages, self.out, self.optimizer = task, stages, out, optimizer
@@ -52,7 +54,8 @@ class Run:
         self.progress = {"num_steps": [None if minutes else s.steps for s in stages], "stage": 0, "step": 0}
         if os.path.exists(self.path) or parallel.is_distributed() and parallel.newest(out):
             if not resume:
-                raise ValueError(f"{out}: holds a run already; --resume goes on with it, --out names another folder")
+                raise ValueError(f"{out}: holds a run already; --resume goes on with it, "
+                                 "--out names another folder")
             self.restore()
         self.threads = None
         if task.device == "cpu" and not parallel.is_distributed():
@@ -91,9 +94,11 @@ class Run:
         return sum(self.progress["num_steps"][:self.progress["stage"]]) + self.step
 
     def unfinished_stages(self):
-        """Each stage that is not over; when the loop has done its steps, its held-out loss is printed and it is saved."""
+        """Each stage that is not over; when the loop has done its steps, its held-out loss is printed and it
+        is saved."""
         while self.progress["stage"] < len(self.stages):
-            self.bar = tqdm(total=self.num_steps, initial=self.step, desc=f"{self.stage.name:16}", unit="step", mininterval=1,
+            name = f"{self.stage.name:16}"
+            self.bar = tqdm(total=self.num_steps, initial=self.step, desc=name, unit="step", mininterval=1,
                             disable=parallel.rank() > 0)
             self.begun_at, self.first = time.monotonic(), self.step
             self.logged_at, self.tokens = self.begun_at, 0
@@ -112,9 +117,9 @@ class Run:
         on_gpu = torch.device(self.task.device).type == "cuda"
         workers = max(1, min(4, (os.cpu_count() or 2) // 2)) if on_gpu else 0
         while self.num_steps is None or self.step < self.num_steps:
-            loader = DataLoader(_Batches(self, stage), None, sampler=self._steps(), num_workers=workers, pin_memory=on_gpu,
-                                multiprocessing_context="fork" if workers else None, worker_init_fn=_ignore_ctrl_c,
-                                generator=torch.Generator())
+            loader = DataLoader(_Batches(self, stage), None, sampler=self._steps(), num_workers=workers,
+                                multiprocessing_context="fork" if workers else None, pin_memory=on_gpu,
+                                worker_init_fn=_ignore_ctrl_c, generator=torch.Generator())
             for batch in loader:
                 yield batch
                 if self.num_steps is not None and self.step >= self.num_steps:
@@ -132,12 +137,13 @@ class Run:
     def rows(self, stage):
         """The rows of a batch that this process computes."""
         if stage.batch % parallel.world_size():
-            raise ValueError(f"a batch of {stage.batch} rows cannot be shared by {parallel.world_size()} processes")
+            raise ValueError(f"a batch of {stage.batch} rows cannot be shared by "
+                             f"{parallel.world_size()} processes")
         return range(parallel.rank(), stage.batch, parallel.world_size())
 
     def split(self, batch):
-        """A batch, a tuple of tensors and lists with a row for each item, as micro-batches: as many rows at a time as the
-        stage says, and on a CPU one for each thread."""
+        """A batch, a tuple of tensors and lists with a row for each item, as micro-batches: as many rows at a
+        time as the stage says, and on a CPU one for each thread."""
         rows = len(batch[0])
         at_once = max(1, min(self.stage.micro_batch or rows, rows // self.micro_batches))
         return [tuple(x[i:i + at_once] for x in batch) for i in range(0, rows, at_once)]
@@ -145,22 +151,24 @@ class Run:
     # gradients
 
     def totals(self, batch):
-        """What the losses are divided by: how many of each there are in the whole batch, over all processes."""
+        """What the losses are divided by: the targets of each kind in the whole batch, of all processes."""
         return parallel.all_sum(self.task.totals(batch).to(self.params[0].device))
 
     def backward(self, loss, batch):
-        """p.grad = the gradients of the sum of loss(micro-batch) over all micro-batches of all processes. Returns the sums
-        of the loss and its parts, and [what loss returned third, for each micro-batch of this process]."""
+        """p.grad = the gradients of the sum of loss(micro-batch) over all micro-batches of all processes.
+        Returns the sums of the loss and its parts, and [what loss returned third, for each micro-batch of
+        this process]."""
         compute = self._backward_in_threads if self.threads else self._backward_in_turn
         results = compute(loss, self.split(batch))
         parts = self._sum([parts for parts, _ in results])
         if not torch.isfinite(parts["loss"]):
-            raise ValueError(f"the loss is {parts['loss'].item()} at step {self.step} of {self.stage.name}; the last good "
-                             f"state is in {self.out}; learned from: {self._sources()}")
+            raise ValueError(f"the loss is {parts['loss'].item()} at step {self.step} of {self.stage.name}; "
+                             f"the last good state is in {self.out}; learned from: {self._sources()}")
         return parts, [kept for _, kept in results]
 
     def forward(self, loss, micro):
-        with torch.autocast(torch.device(self.task.device).type, torch.bfloat16, enabled=self.uses_autocast()):
+        device = torch.device(self.task.device).type
+        with torch.autocast(device, torch.bfloat16, enabled=self.uses_autocast()):
             total, parts, kept = loss(micro)
         return total, {"loss": total.detach(), **{name: x.detach() for name, x in parts.items()}}, kept
 
@@ -173,12 +181,13 @@ class Run:
         results = []
         for micro in micro_batches:
             total, *rest = self.forward(loss, micro)
-            (total * parallel.world_size()).backward()  # FSDP2 takes the mean over the processes: make it a sum
+            (total * parallel.world_size()).backward()  # FSDP2 averages over the processes: make it a sum
             results.append(rest)
         return results
 
     def _backward_in_threads(self, loss, micro_batches):
-        """On a CPU, threads with a core each do more than one operation after another on all cores (half as much again)."""
+        """On a CPU, threads with a core each do more than one operation after another on all cores (half as
+        much again)."""
         def one(micro):
             total, *rest = self.forward(loss, micro)
             return torch.autograd.grad(total, self.params, materialize_grads=True), rest
@@ -199,7 +208,8 @@ class Run:
 
     @torch.no_grad()
     def held_out(self, stage, batches=4):
-        """The losses over the same batches of held-out items every time, logged; {} if the data has none for this stage."""
+        """The losses over the same batches of held-out items every time, logged; {} if the data has none for
+        this stage."""
         if not self.task.holds(stage, "seen"):
             return {}
         self.task.modules.eval()
@@ -207,7 +217,8 @@ class Run:
         for i in range(batches):
             batch = self.task.batch(stage, 1.0, "seen", random.Random(i), self.rows(stage))
             totals = self.totals(batch)
-            parts = [self.forward(lambda micro: self.task.loss(stage, micro, totals), micro)[1] for micro in self.split(batch)]
+            loss = lambda micro: self.task.loss(stage, micro, totals)
+            parts = [self.forward(loss, micro)[1] for micro in self.split(batch)]
             for name, value in self._sum(parts).items():
                 means[name] = means.get(name, 0) + value.item() / batches
         self.task.modules.train()
@@ -218,7 +229,8 @@ class Run:
     # after a step
 
     def end_step(self, batch, parts, lr):
-        """Count the step, show and log it, look at the clock, and save if it is time. Stopped if a signal has come."""
+        """Count the step, show and log it, look at the clock, and save if it is time. Stopped if a signal has
+        come."""
         self.progress["step"] += 1
         self.bar.update()
         self.tokens += self.task.tokens(batch) * parallel.world_size()
@@ -249,9 +261,11 @@ class Run:
         numbers = {name: round(value.item(), 4) for name, value in parts.items()}
         now = time.monotonic()
         speed, self.logged_at, self.tokens = round(self.tokens / (now - self.logged_at)), now, 0
-        left = (now - self.begun_at) / (self.step - self.first) * (self.num_steps - self.step) if self.num_steps else None
-        self.bar.set_postfix({name: f"{value:.2f}" for name, value in numbers.items()} | {"tok/s": speed}, refresh=False)
-        self._write_log(lr=lr, **numbers, tokens_per_second=speed, seconds_left=None if left is None else round(left))
+        each = (now - self.begun_at) / (self.step - self.first)  # seconds
+        left = round(each * (self.num_steps - self.step)) if self.num_steps else None
+        shown = {name: f"{value:.2f}" for name, value in numbers.items()}
+        self.bar.set_postfix(shown | {"tok/s": speed}, refresh=False)
+        self._write_log(lr=lr, **numbers, tokens_per_second=speed, seconds_left=left)
 
     def _write_log(self, **numbers):
         if parallel.rank() == 0:
@@ -287,13 +301,16 @@ class Run:
         if "progress" not in saved:
             raise ValueError(f"{path}: was written by an older version; --out names another folder")
         if saved["config"] != dataclasses.asdict(self.task.config) or saved["data"] != self.task.fingerprint:
-            raise ValueError(f"{path}: was trained with another config or on other data; --out names another folder")
+            raise ValueError(f"{path}: was trained with another config or on other data; "
+                             "--out names another folder")
         if [s["name"] for s in saved["stages"]] != [s.name for s in self.stages]:
             raise ValueError(f"{path}: was trained in other stages; --out names another folder")
         if saved["precision"] != self.task.precision:
-            raise ValueError(f"{path}: was trained in {saved['precision']}; --precision {saved['precision']} goes on with it")
+            raise ValueError(f"{path}: was trained in {saved['precision']}; "
+                             f"--precision {saved['precision']} goes on with it")
         if "optimizer" not in saved and not parallel.is_distributed():
-            raise ValueError(f"{path}: holds no optimiser: it is the result of several processes, which go on with torchrun")
+            raise ValueError(f"{path}: holds no optimiser: it is the result of several processes, which "
+                             "go on with torchrun")
         self.progress = saved["progress"]
         if parallel.is_distributed():
             parallel.restore(files, self.sharded_tensors())
@@ -327,8 +344,8 @@ class Run:
 
     @contextlib.contextmanager
     def guarded(self):
-        """While this lasts, SIGTERM and Ctrl-C stop the run after its step, saved (a second Ctrl-C at once), and another
-        training that would write to the same folder is refused."""
+        """While this lasts, SIGTERM and Ctrl-C stop the run after its step, saved (a second Ctrl-C at once),
+        and another training that would write to the same folder is refused."""
         def stop(number, frame):
             if self.signal:
                 raise KeyboardInterrupt
@@ -363,7 +380,7 @@ def _ignore_ctrl_c(worker):
 
 @contextlib.contextmanager
 def lock(folder):
-    """Only one process at a time writes to a folder; the system lets go of the lock however the process ends."""
+    """Only one process at a time writes to a folder; the system drops the lock when the process ends."""
     try:
         import fcntl
     except ImportError:  # Windows
