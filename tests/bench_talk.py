@@ -123,7 +123,7 @@ def echo(args):
 
 
 def duplex_of(args):
-    """The trained one, or one of random weights of the size --config with Mimi as it is."""
+    """The trained model, or random weights of the size --config with Mimi itself."""
     if not args.config:
         return DuplexModel.load(args.checkpoint, args.device)
     c = dataclasses.replace(CONFIGS[args.config], empty=CODECS["mimi"].codebook_size)
@@ -134,7 +134,7 @@ def duplex_of(args):
 
 
 def seconds(f, n=10):
-    """Of one f(), the mean of n."""
+    """The mean duration of n calls of f()."""
     begun = time.perf_counter()
     for _ in range(n):
         f()
@@ -144,8 +144,15 @@ def seconds(f, n=10):
 
 
 def middle(f, n):
-    """The median of ten times n."""
+    """The median of ten such means."""
     return quantile([seconds(f, n) for _ in range(11)][1:], 0.5)  # the first warms up
+
+
+def copy_speed(device):
+    """Bytes read and written in a second."""
+    a = torch.empty(2 ** (30 if device.type == "cuda" else 27), dtype=torch.uint8, device=device)
+    b = torch.empty_like(a)
+    return 2 * len(a) / middle(lambda: b.copy_(a), 5)
 
 
 @torch.inference_mode()
@@ -158,9 +165,7 @@ def step(args):
                  *m.depth.codes.parameters()]
     read = bytes_of([*({*m.parameters()} - ({*rows_only} - {m.head.weight})), *state.cache.keys,
                      *state.cache.values, *codec.parameters()])
-    a = torch.empty(2 ** (30 if device.type == "cuda" else 27), dtype=torch.uint8, device=device)
-    b = torch.empty_like(a)
-    speed = 2 * len(a) / middle(lambda: b.copy_(a), 5)
+    speed = copy_speed(device)
     print(f"{sum(p.numel() for p in m.parameters()) / 1e6:.1f} M parameters, {str(m.head.weight.dtype)[6:]}, "
           "and a codec of "
           f"{sum(p.numel() for p in codec.parameters()) / 1e6:.1f} M; context {m.config.context}; {device}, "
@@ -173,7 +178,6 @@ def step(args):
     column = torch.zeros(1, ROWS, dtype=torch.long, device=device)
     h = m.hidden_step(column, state.cache)
     text, audio = m.text_logits(h), h.new_zeros(1, m.config.empty + 1)
-
     greedy = lambda logits, k: logits[:, :-1].argmax(-1)
 
     def draws(_):

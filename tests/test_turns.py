@@ -1,6 +1,7 @@
 """Turn-taking: agents whose scores are known, scenarios as they are built, folders of conversations."""
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -196,6 +197,25 @@ def test_nothing_before_an_event_depends_on_it(world, dialogues):
         t = int(item.event[0] * 12.5)
         assert torch.equal(a[:t], b[:t]) and torch.equal(x[:n], y[:n])
         assert x[:n].abs().max() > 0 and not torch.equal(x[n:], y[n:len(x)])
+
+
+def test_batches_do_not_depend_on_the_number_of_cores(monkeypatch):
+    """Nor do seeds: each recording gets the same conversation on every machine."""
+    class Fake:
+        device = torch.device("cpu")
+
+        def converse(self, wav, seed, each):
+            shapes.append((seed, *wav.shape))
+            seeds = torch.arange(seed, seed + len(wav))
+            return torch.zeros(len(wav), 1), seeds[:, None].repeat(1, wav.shape[1])
+    found = []
+    for cores in (1, 2, 64):
+        monkeypatch.setattr(os, "cpu_count", lambda: cores)
+        shapes = []
+        out = converse_all(Fake(), [torch.zeros(10 + i) for i in range(60)], 5, "")
+        assert [(len(said), said[0].item()) for _, said in out] == [(10 + i, 5 + i) for i in range(60)]
+        found.append(sorted(shapes))
+    assert found[0] == found[1] == found[2]
 
 
 def test_folders_of_conversations(tmp_path):
