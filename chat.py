@@ -26,9 +26,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from files.atomic import replace_when_done
-from files.audio import SAMPLE_RATE, read_audio, write_audio
+from files.audio import SAMPLE_RATE, check_output, read_audio, write_audio
 from files.device import check_device
-from files.output import check_output
 from files.tokenizer import load_tokenizer
 from kernels.sampling import Sampling, sample
 from live.graph import capture

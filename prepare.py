@@ -32,8 +32,9 @@ from tqdm import tqdm
 from corpora.dialogues import speak_dialogues
 from corpora.mix import mix
 from corpora.readers import CORPORA, collect
-from files.atomic import check_output, copy, move_folder, read_json, replace_when_done, write_text
+from files.atomic import check_folder, copy, move_folder, read_json, replace_when_done, write_text
 from files.audio import SAMPLE_RATE, read_audio
+from files.device import check_device
 from files.encoded import ENCODED, SHARD, VERSION, sha256, write_index
 from files.manifest import clip_key, read_manifest, seconds_of, spoken_parts
 from files.tokenizer import dump_tokenizer, encode_words, get_tokenizer, load_tokenizer, words_of
@@ -167,7 +168,8 @@ def encode(data, codec, tokenizer, vocab_size, copies, skip_broken, processes, d
     """data/manifest.jsonl and its audio -> data/encoded. If it is killed, the next run with the same settings
     continues."""
     begun, manifest = time.monotonic(), os.path.join(data, "manifest.jsonl")
-    out, work = check_output(os.path.join(data, "encoded"), ENCODED, replace=True)
+    out, work = check_folder(os.path.join(data, "encoded"), ENCODED, replace=True)
+    check_device(device)
     mimi, (lines, words) = Mimi.load(codec, device), survey(manifest, skip_broken)
     tokenizer = dump_tokenizer(get_tokenizer(tokenizer, words, vocab_size))
     meta = {"version": VERSION, "codec_sha256": sha256(codec), "manifest_sha256": sha256(manifest),

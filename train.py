@@ -35,6 +35,7 @@ import model
 import streams
 from files.audio import SAMPLE_RATE
 from files.checkpoint import load_weights
+from files.device import check_device
 from files.encoded import read_encoded
 from mimi import FRAME, Mimi
 from published.release import from_qwen
@@ -451,6 +452,7 @@ def main():
 
 
 def run(args, config, stages):
+    check_device(args.device)
     args.device = parallel.begin(args.device)
     precision = args.precision or default_precision(args.device)
     if parallel.is_distributed() and (args.config == "codec" or args.eight_bit):

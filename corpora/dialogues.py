@@ -4,7 +4,7 @@ import os
 import random
 import shutil
 
-from files.atomic import check_output
+from files.atomic import check_folder
 from files.manifest import SPOKEN, write_manifest
 from toy.voices import get_synthesiser, speak_all
 from toy.world import LANGUAGES
@@ -14,7 +14,7 @@ def speak_dialogues(source, out, voices, seed, tts):
     """Written dialogues, lines {"turns": [{"role": "user", "text": "..."}, {"role": "model", "text": "..."},
     ...]}, perhaps with "lang" -> the same with audio, in the folder `out`. The user keeps one voice
     throughout a dialogue."""
-    out, work = check_output(out, SPOKEN)
+    out, work = check_folder(out, SPOKEN)
     get_synthesiser(tts)  # raises an error if it is not there
     rng, lines, jobs = random.Random(seed), [], []
     with open(source, encoding="utf-8") as f:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from files.atomic import check_output
+from files.atomic import check_folder
 from files.audio import SAMPLE_RATE, read_audio, write_audio
 from files.manifest import SPOKEN, clip_key, read_manifest, write_manifest
 from mimi import FRAME
@@ -138,7 +138,7 @@ def read_dialogues(data):
 
 def mix(data, out, conversations, noise, seed):
     """Dialogues of data/manifest.jsonl -> recorded conversations in the folder `out`, with its manifest."""
-    out, work = check_output(out, SPOKEN)
+    out, work = check_folder(out, SPOKEN)
     noises = glob.glob(os.path.join(noise, "**"), recursive=True) if noise else []
     noises = sorted(filter(os.path.isfile, noises))
     if noise and not noises:

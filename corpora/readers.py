@@ -5,7 +5,7 @@ import os
 
 from tqdm import tqdm
 
-from files.atomic import check_output, replace_when_done
+from files.atomic import check_folder, replace_when_done
 from files.tokenizer import NO_SPACES
 
 
@@ -63,7 +63,7 @@ CORPORA = {"librispeech": librispeech, "ljspeech": ljspeech, "conversations": co
 
 def collect(corpus, source, out):
     """Write out/manifest.jsonl for a corpus as it was downloaded."""
-    path, _ = check_output(os.path.join(out, "manifest.jsonl"))
+    path, _ = check_folder(os.path.join(out, "manifest.jsonl"))
     n = 0
     with replace_when_done(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
         for n, line in enumerate(tqdm(CORPORA[corpus](os.path.abspath(source)), corpus, unit="line"), 1):

@@ -26,7 +26,7 @@ def replace_when_done(path, flush=True):
             os.remove(temporary)
 
 
-def check_output(out, ours="", replace=False):
+def check_folder(out, ours="", replace=False):
     """Check that a folder can be written, before hours of work go into it. Returns `out` without a slash at
     its end, and the folder out.partial to work in, which then becomes `out`. What a killed run left in
     out.partial and, with replace, `out` itself will be deleted: they may only hold names of the pattern

@@ -84,6 +84,19 @@ def resampling_filters(rate, width=64, rolloff=0.9476, beta=14.77):
     return (torch.sinc(t) * window * (cut / old)).float()[:, None], old, new
 
 
+def check_output(path):
+    """ValueError or OSError if write_audio(path, ...) could not succeed. Makes the folder if there is
+    none."""
+    if not soundfile.check_format(os.path.splitext(path)[1][1:].upper()):
+        raise ValueError(f"{path}: cannot write this kind of file; use an ending such as .wav or .flac")
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{path}: is a folder; name a file")
+    folder = os.path.dirname(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder}: no permission to write there")
+
+
 def write_audio(path, x, flush=True):
     """float samples at 24 kHz, (N,) or (channels, N), -> 16-bit file, whole or not at all; the ending says
     the format. flush: see replace_when_done."""

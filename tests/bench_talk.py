@@ -163,8 +163,8 @@ def step(args):
     # one row of each
     rows_only = [*m.text.parameters(), *m.speak.parameters(), *m.listen.parameters(),
                  *m.depth.codes.parameters()]
-    read = bytes_of([*({*m.parameters()} - ({*rows_only} - {m.head.weight})), *state.cache.keys,
-                     *state.cache.values, *codec.parameters()])
+    read = bytes_of([*({*m.parameters()} - ({*rows_only} - {m.head.weight})), *tensors(state.cache.layers),
+                     *codec.parameters()])
     speed = copy_speed(device)
     print(f"{sum(p.numel() for p in m.parameters()) / 1e6:.1f} M parameters, {str(m.head.weight.dtype)[6:]}, "
           "and a codec of "

@@ -11,7 +11,7 @@ import shutil
 
 import numpy as np
 
-from files.atomic import check_output
+from files.atomic import check_folder
 from files.audio import SAMPLE_RATE, read_audio, write_audio
 from files.manifest import SPOKEN, spoken_parts, write_manifest
 from mimi import FRAME
@@ -128,7 +128,7 @@ class Script:
 
 def make_toy(out, lang, items, tests, sentences, voices, seed, tts):
     """Speak the toy world into the folder `out`: user/*.flac, model/*.flac, manifest.jsonl."""
-    out, work = check_output(out, SPOKEN)
+    out, work = check_folder(out, SPOKEN)
     get_synthesiser(tts)  # raises an error if it is not there
     codes = lang.split(",")  # such as en, zh
     unknown = " and no ".join(sorted(set(codes) - {*LANGUAGES}))
