@@ -34,6 +34,7 @@ from torch import nn
 from tqdm import tqdm
 
 from files.audio import SAMPLE_RATE, read_audio, write_audio
+from files.device import check_device
 from files.checkpoint import from_fields, is_safetensors, load_checkpoint, load_weights
 from published import kyutai
 
@@ -609,6 +610,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     try:
+        check_device(args.device)
         codec = Mimi.load(args.checkpoint, args.device, args.codebooks)
         wav = read_audio(args.input)
         start = time.perf_counter()
