@@ -306,14 +306,15 @@ class ModelTask:
     def __init__(self, config, data, device, init=None, seed=1, eight_bit=False, precision=None):
         """init: a folder with Qwen2.5's weights to start from, instead of from nothing. eight_bit: see
         make_optimizer."""
-        self.device, self.precision = device, precision or default_precision(device)
+        self.device, self.precision = device, precision
+        bfloat16 = (precision or default_precision(device)) == "bfloat16"
         self.data = Conversations(data)
         self.vocab = self.data.vocab
         config = dataclasses.replace(config, empty=self.vocab.empty)
 
         def place(flm):
             flm = flm.bfloat16() if eight_bit else flm
-            return parallel.shard_and_allocate(flm, device, self.precision == "bfloat16")
+            return parallel.shard_and_allocate(flm, device, bfloat16)
         if init:
             self.model = from_qwen(init, config, place)
         else:
@@ -454,17 +455,16 @@ def main():
 def run(args, config, stages):
     check_device(args.device)
     args.device = parallel.begin(args.device)
-    precision = args.precision or default_precision(args.device)
     if parallel.is_distributed() and (args.config == "codec" or args.eight_bit):
         what = "--eight-bit" if args.eight_bit else "the codec"
         raise ValueError(f"{what} trains in one process, without torchrun")
     if args.config == "codec":
-        task = CodecTask(config, args.data or "data/toy", args.device, precision)
+        task = CodecTask(config, args.data or "data/toy", args.device, args.precision)
     else:
         task = ModelTask(config, args.data or "data/toy/encoded", args.device, args.init, args.seed,
-                         args.eight_bit, precision)
+                         args.eight_bit, args.precision)
     if parallel.rank() == 0:
-        print(f"{config}\n" + "\n".join(map(str, stages)) + f"\n{args.device}, {precision}", flush=True)
+        print("\n".join(map(flags.describe, (config, *stages))), flush=True)
     out = args.out or f"out/{args.config}"
     path = train(task, stages, out, args.minutes, args.resume, args.seed, args.save_every)
     if parallel.rank() == 0:

@@ -13,6 +13,12 @@ def known(*classes):
     return ", ".join("--" + name.replace("_", "-") for cls in classes for name in fields(cls))
 
 
+def describe(value):
+    """The fields of a dataclass that are not at their defaults, on one line."""
+    shown = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    return ", ".join(f"{f.name}={shown[f.name]}" for f in dataclasses.fields(value) if shown[f.name] != f.default)
+
+
 def parse(text, kind, name):
     """text as a value of a field: an int, a float, a bool, a str, or a tuple of numbers with commas."""
     kind = kind if isinstance(kind, str) else kind.__name__

@@ -49,6 +49,7 @@ class Run:
         self.task, self.stages, self.out, self.optimizer = task, stages, out, optimizer
         self.minutes, self.seed, self.save_every = minutes, seed, save_every
         self.path = os.path.join(out, "checkpoint.pt")
+        self.precision = task.precision or default_precision(task.device)
         self.params = [p for group in optimizer.param_groups for p in group["params"]]
         # where it stands; num_steps of each stage (None: a time budget will tell)
         self.progress = {"num_steps": [None if minutes else s.steps for s in stages], "stage": 0, "step": 0}
@@ -174,7 +175,7 @@ class Run:
 
     def uses_autocast(self):
         """Several processes need none: FSDP2's shards are gathered in bfloat16."""
-        return self.task.precision == "bfloat16" and not parallel.is_distributed()
+        return self.precision == "bfloat16" and not parallel.is_distributed()
 
     def _backward_in_turn(self, loss, micro_batches):
         self.optimizer.zero_grad()
@@ -276,7 +277,7 @@ class Run:
 
     def facts(self):
         """What a checkpoint says besides its tensors."""
-        return {"data": self.task.fingerprint, "progress": self.progress, "precision": self.task.precision,
+        return {"data": self.task.fingerprint, "progress": self.progress, "precision": self.precision,
                 "stages": [dataclasses.asdict(s) for s in self.stages]}
 
     def save(self):
@@ -305,13 +306,13 @@ class Run:
                              "--out names another folder")
         if [s["name"] for s in saved["stages"]] != [s.name for s in self.stages]:
             raise ValueError(f"{path}: was trained in other stages; --out names another folder")
-        if saved["precision"] != self.task.precision:
+        if saved["precision"] != self.precision and (self.task.precision or parallel.is_distributed()):
             raise ValueError(f"{path}: was trained in {saved['precision']}; "
                              f"--precision {saved['precision']} goes on with it")
         if "optimizer" not in saved and not parallel.is_distributed():
             raise ValueError(f"{path}: holds no optimiser: it is the result of several processes, which "
                              "go on with torchrun")
-        self.progress = saved["progress"]
+        self.progress, self.precision = saved["progress"], saved["precision"]
         if parallel.is_distributed():
             parallel.restore(files, self.sharded_tensors())
         else:
