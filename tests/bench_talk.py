@@ -12,6 +12,7 @@ All but the last need what `make demo` leaves (--checkpoint, --data); `step` and
 """
 import argparse
 import dataclasses
+import importlib.util
 import os
 import random
 import resource
@@ -30,9 +31,10 @@ from kernels.sampling import Sampling, sample  # noqa: E402
 from live.transcript import Transcript  # noqa: E402
 from files.audio import SAMPLE_RATE, read_audio  # noqa: E402
 from mimi import CONFIGS as CODECS, FRAME, Mimi, tensors  # noqa: E402
-from model import CONFIGS, FLM, FLMConfig, build  # noqa: E402
+from model import CONFIGS, FLM, FLMConfig  # noqa: E402
 from files.manifest import read_manifest  # noqa: E402
 from streams import FRAME_RATE, K, DELAYED, LISTEN, ROWS, SPEAK, TEXT, Vocab  # noqa: E402
+from training.parallel import build  # noqa: E402
 from evals.turns import words_of  # noqa: E402
 
 PAUSE = 1.5  # seconds after each answer
@@ -280,7 +282,13 @@ def main():
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    {"hour": hour, "sessions": sessions, "echo": echo, "step": step, "lmgen": lmgen}[args.what](args)
+    if args.what == "lmgen" and not importlib.util.find_spec("moshi"):
+        sys.exit("error: needs the package moshi; `make slow` installs it")
+    functions = {"hour": hour, "sessions": sessions, "echo": echo, "step": step, "lmgen": lmgen}
+    try:
+        functions[args.what](args)
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}; `make demo` leaves what this needs")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,10 @@ import resource
 import sys
 import time
 
-import aiohttp
+try:
+    import aiohttp
+except ImportError:
+    sys.exit("error: needs the extra 'web': pip install '.[web]'")
 import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -94,7 +97,10 @@ def main():
     parser.add_argument("--checkpoint", default="out/tiny")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--every", type=float, default=60, help="seconds between two lines")
-    asyncio.run(soak(parser.parse_args()))
+    try:
+        asyncio.run(soak(parser.parse_args()))
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}; `make demo` leaves what this needs")
 
 
 if __name__ == "__main__":
