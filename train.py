@@ -21,6 +21,7 @@ import argparse
 import dataclasses
 import functools
 import math
+import os
 import random
 import sys
 import textwrap
@@ -304,18 +305,21 @@ class ModelTask:
     kind = "flm"
 
     def __init__(self, config, data, device, init=None, seed=1, eight_bit=False, precision=None):
-        """init: a folder with Qwen2.5's weights to start from, instead of from nothing. eight_bit: see
-        make_optimizer."""
+        """init: a folder to start from, of a run of ours or with Qwen2.5's weights, instead of from nothing.
+        eight_bit: see make_optimizer."""
         self.device, self.precision = device, precision
         bfloat16 = (precision or default_precision(device)) == "bfloat16"
         self.data = Conversations(data)
-        self.vocab = self.data.vocab
+        self.vocab, meta = self.data.vocab, self.data.encoded.meta
         config = dataclasses.replace(config, empty=self.vocab.empty)
 
         def place(flm):
             flm = flm.bfloat16() if eight_bit else flm
             return parallel.shard_and_allocate(flm, device, bfloat16)
-        if init:
+        ours = init and os.path.exists(os.path.join(init, "checkpoint.pt"))
+        if ours:
+            self.model = parallel.build_from_checkpoint(init, meta, place)
+        elif init:
             self.model = from_qwen(init, config, place)
         else:
             config = dataclasses.replace(config, vocab_size=max(config.vocab_size, self.vocab.text_size))
@@ -323,11 +327,11 @@ class ModelTask:
         self.config = self.model.config
         if self.config.vocab_size < self.vocab.text_size:
             raise ValueError(f"{init}: has {self.config.vocab_size} words, fewer than the "
-                             f"{self.vocab.text_size} of the data's tokeniser; encode with --tokenizer and this folder")
+                             f"{self.vocab.text_size} of the data's tokeniser; encode with --tokenizer {init}")
         self.modules, self.from_nothing = self.model, not init
-        meta = self.data.encoded.meta
-        codebooks = Mimi.load(meta["codec"], device).codebooks()
-        self.model.init_audio(codebooks, seed=seed, assign=parallel.assign_shard)
+        if not ours:
+            codebooks = Mimi.load(meta["codec"], device).codebooks()
+            self.model.init_audio(codebooks, seed=seed, assign=parallel.assign_shard)
         self.fingerprint, self.batch = self.data.fingerprint, self.data.batch
         self.files = {"tokenizer.json": meta["tokenizer"], "codec.pt": meta["codec"]}
 
@@ -415,8 +419,8 @@ def main():
     add("--config", default="tiny", choices=STAGES)
     add("--data", help="default: data/toy for the codec, data/toy/encoded for a model; several with commas")
     add("--out", help="default: out/CONFIG")
-    add("--init", help="folder with Qwen2.5's published weights: start from this language model; the data "
-                       "must be encoded with its tokeniser")
+    add("--init", help="folder to start from: of a run of ours, such as out/tiny, whose codec and tokeniser the "
+                       "data must be encoded with; or with Qwen2.5's published weights")
     add("--minutes", type=float, help="train about this long on this machine instead of the table's steps")
     add("--eight-bit", action="store_true", help="weights in bfloat16, optimiser in 8 bits: a third of "
                                                  "the memory, on a single process")
@@ -463,8 +467,14 @@ def run(args, config, stages):
     else:
         task = ModelTask(config, args.data or "data/toy/encoded", args.device, args.init, args.seed,
                          args.eight_bit, args.precision)
+    skipped = [s.name for s in stages if not task.holds(s, "train")]
+    stages = [s for s in stages if s.name not in skipped]
+    if not stages:
+        raise ValueError("the data holds nothing to train on for any stage")
     if parallel.rank() == 0:
-        print("\n".join(map(flags.describe, (config, *stages))), flush=True)
+        print("\n".join(map(flags.describe, (task.config, *stages))), flush=True)
+        if skipped:
+            print(f"Skipped, as the data holds nothing for them: {', '.join(skipped)}", flush=True)
     out = args.out or f"out/{args.config}"
     path = train(task, stages, out, args.minutes, args.resume, args.seed, args.save_every)
     if parallel.rank() == 0:

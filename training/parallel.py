@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist  # its parts are imported where they are used: they take a second to load
 
 from files.atomic import replace_when_done
-from files.checkpoint import load_checkpoint
-from model import FLM
+from files.checkpoint import from_fields, load_checkpoint
+from files.encoded import sha256
+from model import FLM, FLMConfig
 
 
 def begin(device):
@@ -61,6 +62,24 @@ def build(config, place=None, seed=0, given=()):
         model = FLM(config)
     model = place(model) if place else model.to_empty(device="cpu")
     model.init_weights(seed, given, assign_shard)
+    return model
+
+
+def build_from_checkpoint(folder, meta, place):
+    """The model that train.py wrote to a folder. meta: of the encoded data, made with the same codec and tokeniser.
+    Raises ValueError or OSError with the file's name."""
+    for name, file in (("codec", "codec.pt"), ("tokenizer", "tokenizer.json")):
+        path = os.path.join(folder, file)
+        if sha256(path) != meta[name + "_sha256"]:
+            raise ValueError(f"{path}: the data was encoded with another {name}; encode it with --codec "
+                             f"{folder}/codec.pt --tokenizer {folder}")
+    path = os.path.join(folder, "checkpoint.pt")
+    saved = load_checkpoint(path, "flm", mmap=True)
+    model = build(from_fields(FLMConfig, saved["config"], path), place, given=saved["model"])
+    for name, p in model.named_parameters():
+        if name not in saved["model"] or saved["model"][name].shape != p.shape:
+            raise ValueError(f"{path}: its tensors are not those of its config: {name}")
+        assign_shard(p, saved["model"][name])
     return model
 
 
