@@ -327,7 +327,8 @@ class ModelTask:
         self.config = self.model.config
         if self.config.vocab_size < self.vocab.text_size:
             raise ValueError(f"{init}: has {self.config.vocab_size} words, fewer than the "
-                             f"{self.vocab.text_size} of the data's tokeniser; encode with --tokenizer {init}")
+                             f"{self.vocab.text_size} of the data's tokeniser; encode with "
+                             f"--tokenizer {init}")
         self.modules, self.from_nothing = self.model, not init
         if not ours:
             codebooks = Mimi.load(meta["codec"], device).codebooks()
@@ -419,8 +420,8 @@ def main():
     add("--config", default="tiny", choices=STAGES)
     add("--data", help="default: data/toy for the codec, data/toy/encoded for a model; several with commas")
     add("--out", help="default: out/CONFIG")
-    add("--init", help="folder to start from: of a run of ours, such as out/tiny, whose codec and tokeniser the "
-                       "data must be encoded with; or with Qwen2.5's published weights")
+    add("--init", help="folder to start from: of a run of ours, such as out/tiny, whose codec and tokeniser "
+                       "the data must be encoded with; or with Qwen2.5's published weights")
     add("--minutes", type=float, help="train about this long on this machine instead of the table's steps")
     add("--eight-bit", action="store_true", help="weights in bfloat16, optimiser in 8 bits: a third of "
                                                  "the memory, on a single process")

@@ -1,9 +1,10 @@
 """The judge of spoken replies: a small network that learns letters, or any command that recognises speech.
 
-    waveform  ->  log-mel frames (100 Hz)  ->  convolutions that see both sides  ->  letters (50 Hz)  ->  words
+    waveform -> log-mel frames (100 Hz) -> convolutions that see both sides -> letters (50 Hz) -> words
 
-It learns from the original recordings only, never from the codec or the model. It knows nothing but the toy world, so it
-flatters; eval.py prints what it makes of the originals and of their codec reconstructions as the ceiling.
+It learns from the original recordings only, never from the codec or the model. It knows nothing but the
+toy world, so it flatters; eval.py prints what it makes of the originals and of their codec reconstructions
+as the ceiling.
 """
 import dataclasses
 import os
@@ -55,8 +56,8 @@ class Recogniser(nn.Module):
         return self.end(x).mT.float()
 
     def augment(self, x, seed):
-        """Training only: log-mel frames (80, T) smeared, noisy and with bands left out, so that the network learns words
-        rather than this synthesiser's details."""
+        """Training only: log-mel frames (80, T) smeared, noisy and with bands left out, so that the network
+        learns words rather than this synthesiser's details."""
         rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
         smear = rng.choice([1, 1, 3, 5]), rng.choice([1, 1, 3, 5])
         x = F.avg_pool2d(x[None], smear, 1, (smear[0] // 2, smear[1] // 2), count_include_pad=False)[0]
@@ -125,7 +126,8 @@ class OtherRecogniser:
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "speech.wav")
             write_audio(path, wav)
-            done = subprocess.run([w.replace("{wav}", path) for w in self.words], capture_output=True, text=True)
+            command = [w.replace("{wav}", path) for w in self.words]
+            done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise ValueError(f"--asr {shlex.join(self.words)} failed: {done.stderr.strip()[-300:]}")
         return "".join(c if c.isalnum() or c == "'" else " " for c in done.stdout.lower()).split()

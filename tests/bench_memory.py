@@ -1,6 +1,7 @@
-"""How much memory the losses of one long row take, with all logits at once and in pieces: 8192 frames, the vocabulary and codes of `7b`.
+"""How much memory the losses of one long row take, with all logits at once and in pieces: 8192 frames, the
+vocabulary and codes of `7b`.
 
-    python tests/bench_memory.py                    CPU: needs 20 GB for the first; narrow, so that it takes seconds
+    python tests/bench_memory.py                    CPU: the first needs 20 GB; narrow, so it takes seconds
     python tests/bench_memory.py --device cuda
 
 Each is a process of its own; what is printed is how far its memory rises over what it held before.
@@ -23,10 +24,11 @@ T = 8192
 
 def rise(device):
     """GB that a forward and a backward pass of both losses take at most, besides the model and h."""
-    c = dataclasses.replace(model.CONFIGS["7b"], layers=1, width=128, heads=2, kv_heads=1, mlp=128, depth_layers=1, depth_width=128,
-                            depth_heads=2)
+    c = dataclasses.replace(model.CONFIGS["7b"], layers=1, width=128, heads=2, kv_heads=1, mlp=128,
+                            depth_layers=1, depth_width=128, depth_heads=2)
     flm = model.FLM(c).to(device)
-    h, text = torch.randn(T, c.width, device=device, requires_grad=True), torch.randint(0, c.vocab_size, (T,), device=device)
+    h = torch.randn(T, c.width, device=device, requires_grad=True)
+    text = torch.randint(0, c.vocab_size, (T,), device=device)
     codes = torch.randint(0, c.empty, (T, K), device=device)
     for p in flm.parameters():
         p.grad = torch.zeros_like(p)
@@ -40,7 +42,8 @@ def rise(device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--piece", type=int, help=argparse.SUPPRESS)  # the process that measures
     args = parser.parse_args()
@@ -48,7 +51,8 @@ def main():
         model.PIECE = args.piece
         return print(f"{rise(args.device):.2f}")
     for name, piece in (("at once", 1 << 60), ("in pieces", model.PIECE)):
-        done = subprocess.run([sys.executable, __file__, "--device", args.device, "--piece", str(piece)], capture_output=True, text=True)
+        command = [sys.executable, __file__, "--device", args.device, "--piece", str(piece)]
+        done = subprocess.run(command, capture_output=True, text=True)
         print(f"{name:10} {done.stdout.strip() or done.stderr.strip()[-300:]} GB", flush=True)
 
 

@@ -1,18 +1,21 @@
-"""How fast training is: our step beside the same model in the plain style of the transformers library, and where our time goes.
+"""How fast training is: our step beside the same model in the plain style of the transformers library, and
+where our time goes.
 
     python tests/bench_train.py                         after `make demo`: `tiny` on its own data
     python tests/bench_train.py --device cuda           the same on a GPU, in bfloat16
-    python tests/bench_train.py --config 7b --layers 8 --device cuda        how much of the machine a size uses, with as many
-                                                        layers as fit: FLOPs as `--plan` counts them, over those of one large product
+    python tests/bench_train.py --config 7b --layers 8 --device cuda
 
-The plain model is transformers' Qwen2Model under the sum of 17 embeddings, and a depth transformer whose positions' MLPs are a
-list of modules and which sees every frame. Same sizes, batches, loss weights, optimiser (AdamW) and precision; both in turn.
-It needs the packages that `make slow` installs.
+The last: how much of the machine a size uses, with as many layers as fit: FLOPs as `--plan` counts them,
+over those of one large product.
+
+The plain model is transformers' Qwen2Model under the sum of 17 embeddings, and a depth transformer whose
+positions' MLPs are a list of modules and which sees every frame. Same sizes, batches, loss weights,
+optimiser (AdamW) and precision; both in turn. It needs the packages that `make slow` installs.
 """
 import argparse
 import dataclasses
+import importlib.util
 import os
-import random
 import sys
 import tempfile
 import time
@@ -27,6 +30,7 @@ from training import plan  # noqa: E402
 import train  # noqa: E402
 from model import CONFIGS  # noqa: E402
 from streams import K, ROWS, SPEAK, TEXT  # noqa: E402
+from training.muon import make_optimizer  # noqa: E402
 
 
 class PlainDepthLayer(nn.Module):
@@ -43,7 +47,8 @@ class PlainDepthLayer(nn.Module):
         y = self.norm1(x)
         x = x + self.attention(y, y, y, attn_mask=mask, need_weights=False)[0]
         y = self.norm2(x)
-        return x + torch.stack([self.down[k](F.silu(self.gate[k](y[:, k])) * self.up[k](y[:, k])) for k in range(K)], 1)
+        mlp = lambda k, y: self.down[k](F.silu(self.gate[k](y)) * self.up[k](y))
+        return x + torch.stack([mlp(k, y[:, k]) for k in range(K)], 1)
 
 
 class Plain(nn.Module):
@@ -65,7 +70,8 @@ class Plain(nn.Module):
 
     def loss(self, grid, v, stage):
         given, target = grid[..., :-1], grid[..., 1:]
-        x = self.temporal.embed_tokens(given[:, TEXT]) + sum(e(given[:, 1 + i]) for i, e in enumerate(self.audio))
+        x = self.temporal.embed_tokens(given[:, TEXT])
+        x = x + sum(e(given[:, 1 + i]) for i, e in enumerate(self.audio))
         h = self.temporal(inputs_embeds=x, use_cache=False).last_hidden_state
         text = target[:, TEXT].flatten()
         weight = torch.where(text == v.wait, stage.wait, 1.0)
@@ -78,96 +84,124 @@ class Plain(nn.Module):
             x = layer(x, self.mask)
         x = self.norm(x)
         for k in range(K):
-            ce = F.cross_entropy(self.heads[k](x[:, k]).float(), codes[:, k], reduction="none", ignore_index=v.empty)
-            loss = loss + (train.ALPHA_1 if k == 0 else train.ALPHA_2 / (K - 1)) * ce.sum() / (codes[:, k] != v.empty).sum().clamp(min=1)
+            logits, weight = self.heads[k](x[:, k]).float(), train.ALPHA_2 / (K - 1) if k else train.ALPHA_1
+            ce = F.cross_entropy(logits, codes[:, k], reduction="none", ignore_index=v.empty)
+            loss = loss + weight * ce.sum() / (codes[:, k] != v.empty).sum().clamp(min=1)
         return loss
 
 
 def run_of(config, stage, device, adamw=False):
-    """(task, Run) in the middle of a stage, on the demo's data."""
+    """A Run in the middle of a stage, on the demo's data, and its step: batch, loss, backward, clip, step."""
     torch.manual_seed(1)
     task = train.ModelTask(config, "data/toy/encoded", device)
     task.from_nothing = not adamw
+    optimizer = make_optimizer(task.modules, task.from_nothing)
     with tempfile.TemporaryDirectory() as folder:
-        run = train.Run(task, [stage], folder)
-    run.at["step"] = stage.steps // 2
-    return task, run
+        run = train.Run(task, [stage], folder, optimizer)
+    run.progress["step"] = stage.steps // 2
+    batches = run.batches(stage)
+
+    def step():
+        batch = next(batches)
+        totals = run.totals(batch)
+        run.backward(lambda micro: task.loss(stage, micro, totals), batch)
+        nn.utils.clip_grad_norm_(run.params, 1.0)
+        optimizer.step()
+        run.progress["step"] += 1
+    return run, step
 
 
 def seconds(step, device, n=5):
     begun = time.perf_counter()
-    for i in range(n):
-        step(i)
+    for _ in range(n):
+        step()
     if device != "cpu":
         torch.cuda.synchronize()
     return (time.perf_counter() - begun) / n
 
 
-def middle(times):
+def median(times):
     return sorted(times)[len(times) // 2]
 
 
-def use(args):
+def utilisation(args):
+    """How much of the machine a size uses: the FLOPs of a step over those of a large matrix product."""
     config, stage = CONFIGS[args.config], train.STAGES[args.config][-1]
     config = dataclasses.replace(config, layers=args.layers or config.layers)
-    stage = dataclasses.replace(stage, batch=4 * stage.rows or stage.batch)
-    task, run = run_of(config, stage, args.device, adamw=stage.rows > 0)
-    bf16 = run.at["bf16"]
+    stage = dataclasses.replace(stage, batch=4 * stage.micro_batch or stage.batch)
+    run, step = run_of(config, stage, args.device, adamw=stage.micro_batch > 0)
+    bf16 = run.precision == "bfloat16"
     n = 8192 if bf16 else 2048
     a = torch.randn(n, n, device=args.device, dtype=torch.bfloat16 if bf16 else torch.float32)
-    product = middle([seconds(lambda _: a @ a, args.device) for _ in range(5)])
-    took = middle([seconds(lambda _: run.step(), args.device, 2) for _ in range(args.rounds + 1)][1:])
-    flops, frames = plan.plan(task.config, stage, 1, bf16).useful, stage.batch * stage.frames
-    peak = 2 * n ** 3 / product
-    print(f"{args.config}, {config.layers} layers, {sum(p.numel() for p in task.model.parameters()) / 1e6:.1f} M parameters, "
-          f"{stage.batch} x {stage.frames} frames, {args.device}, {'bfloat16' if bf16 else 'float32'}: {1000 * took:.0f} ms a step, "
-          f"{frames / took:.0f} frames/s, {ROWS * frames / took:.0f} tokens/s; {flops / took / 1e12:.3f} of {peak / 1e12:.3f} TFLOP/s, "
-          f"that of a product of {n} x {n}: {flops / took / peak:.0%}")
+    product = median([seconds(lambda: a @ a, args.device) for _ in range(5)])
+    took = median([seconds(step, args.device, 2) for _ in range(args.rounds + 1)][1:])
+    flops, frames = plan.plan(run.task.config, stage, 1, bf16).useful, stage.batch * stage.frames
+    peak, size = 2 * n ** 3 / product, sum(p.numel() for p in run.params)
+    print(f"{args.config}, {config.layers} layers, {size / 1e6:.1f} M parameters, {args.device}, {run.precision}, "
+          f"{stage.batch} x {stage.frames} frames: {1000 * took:.0f} ms a step, {frames / took:.0f} frames/s, "
+          f"{ROWS * frames / took:.0f} tokens/s; {flops / took / 1e12:.3f} of {peak / 1e12:.3f} TFLOP/s, "
+          f"those of a product of {n} x {n}: {flops / took / peak:.0%}")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=8, help="of five steps for each of the two")
-    parser.add_argument("--config", choices=CONFIGS, help="how much of the machine this size uses, instead")
-    parser.add_argument("--layers", type=int, help="of the temporal transformer, with --config")
-    args = parser.parse_args()
-    if args.config:
-        return use(args)
+def compare(args):
     stage = train.STAGES["tiny"][-1]
-    task, ours = run_of(CONFIGS["tiny"], stage, args.device, adamw=True)
-    plain = Plain(task.config).to(args.device)
+    ours, our_step = run_of(CONFIGS["tiny"], stage, args.device, adamw=True)
+    plain = Plain(ours.task.config).to(args.device)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-4, betas=(0.9, 0.98))
-    size = lambda m: sum(p.numel() for p in m.parameters()) / 1e6
-    print(f"ours {size(task.model):.2f} M parameters, plain {size(plain):.2f} M; {stage.batch} x {stage.frames} frames; {args.device}, "
-          f"{torch.get_num_threads()} threads, {'bfloat16' if ours.at['bf16'] else 'float32'}, torch {torch.__version__}")
+    sizes = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (ours.task.model, plain)]
+    print(f"ours {sizes[0]:.2f} M parameters, plain {sizes[1]:.2f} M; {stage.batch} x {stage.frames} frames; "
+          f"{args.device}, {torch.get_num_threads()} threads, {ours.precision}, torch {torch.__version__}")
+    batches = ours.batches(stage)
 
-    def plain_step(n):
-        grid = task.batch(stage, 0.5, "train", random.Random(n)).to(args.device)
-        with ours.autocast():
-            loss = plain.loss(grid, task.vocab, stage)
+    def plain_step():
+        grid = next(batches)[0].to(args.device)
+        with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=ours.uses_autocast()):
+            loss = plain.loss(grid, ours.task.vocab, stage)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
         optimizer.step()
 
-    rows = [(seconds(plain_step, args.device), seconds(lambda n: ours.step(), args.device))
+    rows = [(seconds(plain_step, args.device), seconds(our_step, args.device))
             for _ in range(args.rounds + 1)][1:]  # the first warms up
     frames = stage.batch * stage.frames
     for name, times in zip(("plain", "ours"), zip(*rows)):
-        t = middle(times)
-        print(f"{name:6} {1000 * t:7.0f} ms a step   {frames / t:7.0f} frames/s   {ROWS * frames / t:8.0f} tokens/s")
+        t = median(times)
+        print(f"{name:6} {1000 * t:7.0f} ms a step   {frames / t:7.0f} frames/s   "
+              f"{ROWS * frames / t:8.0f} tokens/s")
     ratios = sorted(a / b for a, b in rows)
-    print(f"ours is {ratios[len(ratios) // 2]:.2f} times as fast ({ratios[0]:.2f} to {ratios[-1]:.2f} over {len(ratios)} rounds)\n")
-    ours.at["slices"], ours.threads = 1, None  # a profile sees one thread
+    print(f"ours is {median(ratios):.2f} times as fast ({ratios[0]:.2f} to {ratios[-1]:.2f} "
+          f"over {len(ratios)} rounds)\n")
+    show_profile(ours, our_step)
+
+
+def show_profile(run, step):
+    """The operations that take the most time, on one thread, which is what a profile sees."""
+    run.micro_batches, run.threads = 1, None
     with profile() as p:
         for _ in range(3):
-            ours.step()
+            step()
     times = {e.key: e.self_cpu_time_total + getattr(e, "self_device_time_total", 0) for e in p.key_averages()}
     total = sum(times.values())
-    print("where our time goes, in one slice:")
+    print("where our time goes, in one micro-batch:")
     for name, t in sorted(times.items(), key=lambda kv: -kv[1])[:12]:
         print(f"  {name:44} {t / total:6.1%}")
+
+
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=8, help="of five steps of each of the two")
+    parser.add_argument("--config", choices=CONFIGS, help="instead: how much of the machine this size uses")
+    parser.add_argument("--layers", type=int, help="of the temporal transformer, with --config")
+    args = parser.parse_args()
+    if not args.config and not importlib.util.find_spec("transformers"):
+        sys.exit("error: needs the package transformers; `make slow` installs it")
+    try:
+        utilisation(args) if args.config else compare(args)
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}; `make demo` leaves what this needs")
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ from mimi import Mimi, MimiConfig
 from toy.script import make_toy
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-CODEC = MimiConfig("spectral", 24, (240, 4), 1, dim=32, encoder_layers=0, decoder_layers=1, heads=4, mlp=64, context=9,
-                   codebook_size=32, codebook_dim=16)
-FLM = model.FLMConfig(layers=1, width=32, heads=4, kv_heads=2, mlp=48, depth_layers=1, depth_width=16, depth_heads=2,
-                      vocab_size=300, empty=32, context=128)
+CODEC = MimiConfig("spectral", 24, (240, 4), 1, dim=32, encoder_layers=0, decoder_layers=1, heads=4, mlp=64,
+                   context=9, codebook_size=32, codebook_dim=16)
+FLM = model.FLMConfig(layers=1, width=32, heads=4, kv_heads=2, mlp=48, depth_layers=1, depth_width=16,
+                      depth_heads=2, vocab_size=300, empty=32, context=128)
 
 
 def run(script, *args):
@@ -31,7 +31,7 @@ def run(script, *args):
     sys.argv, code = [script, *map(str, args)], 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            importlib.import_module(script.removesuffix(".py")).main()  # a file of the book, or a room's module
+            importlib.import_module(script.removesuffix(".py")).main()  # of the book, or of a room
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else int(e.code is not None)
         if isinstance(e.code, str):

@@ -1,16 +1,17 @@
 """The paper's questions, asked of the toy world (FLM-Audio, sections 4.3 and 4.4).
 
-    python tests/questions.py                    after `make demo`; an hour or two on two cores, and it can be continued
+    python tests/questions.py        after `make demo`; an hour or two on two cores; it can be continued
 
-Each variant trains the tiny model with the same data, number of steps and seeds, on fewer voices and without interruptions,
-so that a run takes minutes; then it holds the same held-out conversations. Printed: means and standard deviations over seeds.
+Each variant trains the tiny model with the same data, number of steps and seeds, on fewer voices and
+without interruptions, so that a run takes minutes; then it holds the same held-out conversations. Printed:
+means and standard deviations over seeds.
 
-    recipe             language, then post-training on speech both heard and spoken, then answers with <asr>, then without
+    recipe             language, post-training on speech heard and spoken, answers with <asr>, then without
     wait 0.01          the paper's weight for <wait> instead of 0.3
     TTS only           post-training: speech is only spoken
     ASR only           post-training: speech is only heard
     no fine-tuning 1   answers without <asr> from the start                          (RQ2)
-    word-aligned       the same, and each word is written when it is spoken (Moshi)  (RQ1; compare with the row above)
+    word-aligned       the same; each word is written when it is spoken, as in Moshi (RQ1; see the row above)
     AdamW              the recipe with the paper's optimiser for everything
     no language        the recipe without the stage of text alone, its steps given to the others
 """
@@ -48,11 +49,13 @@ ANSWER, ALIGNED = {"response_tts": (1, 1)}, {"word_aligned": (1, 1)}
 
 
 def stages(post=BOTH, fine_1=train.FINE_1, fine_2=FADE, wait=0.3, language=250):
-    stage = lambda name, steps, layouts, end=1.5e-3: train.Stage(name, steps, 8, 1.5e-3, end, 96, layouts, wait=wait, frame_dropout=0.15,
-                                                                 depth=(0.25, 0.05))
+    def stage(name, steps, layouts, end=1.5e-3):
+        return train.Stage(name, steps, 8, 1.5e-3, end, 96, layouts, wait=wait, frame_dropout=0.15,
+                           depth=(0.25, 0.05))
     begin = train.Stage("language", language, 8, 1.5e-3, 1.5e-3, 96, train.LANGUAGE, wait=1.0)
+    more = (250 - language) // 2
     return (*([begin] if language else []), stage("post-training", 150, post),
-            stage("fine-tuning 1", 250 + (250 - language) // 2, fine_1), stage("fine-tuning 2", 400 + (250 - language) // 2, fine_2, 0))
+            stage("fine-tuning 1", 250 + more, fine_1), stage("fine-tuning 2", 400 + more, fine_2, 0))
 
 
 VARIANTS = {
@@ -65,8 +68,9 @@ VARIANTS = {
     "AdamW": stages(),
     "no language": stages(language=0),
 }
-MEASURES = {"text": "text right", "repeat": "- repeat", "count": "- count", "spoken 1 - WER": "spoken words", "in time": "in time",
-            "early": "early"}
+# what eval.py calls it -> the column's title
+MEASURES = {"text": "text right", "text, repeat": "- repeat", "text, count": "- count",
+            "spoken 1 - WER": "spoken 1 - WER", "in time": "in time", "early": "early"}
 
 
 def aligned_tts(u, v):
@@ -82,7 +86,6 @@ def answer(task):
     """Train one variant with one seed and measure it, unless that is done."""
     name, seed, items = task
     torch.set_num_threads(1)
-    train.slices_of_a_batch = lambda device: 1  # this process has one core
     if name == "word-aligned":
         streams.tts = aligned_tts
     out = os.path.join(OUT, f"{name.replace(' ', '-')}-{seed}")
@@ -95,21 +98,22 @@ def answer(task):
     model_task.from_nothing = name != "AdamW"  # as if it had started from published weights
     train.train(model_task, VARIANTS[name], out, resume=True, seed=seed)
     recogniser = get_recogniser(None, DATA, "out/questions/recogniser", 1.5, "cpu")
-    held_out = [d for d in read_manifest(os.path.join(DATA, "manifest.jsonl")) if d["split"] == "seen" and d["kind"] in KINDS]
+    manifest = read_manifest(os.path.join(DATA, "manifest.jsonl"))
+    held_out = [d for d in manifest if d["split"] == "seen" and d["kind"] in KINDS]
     shares = evaluation.Proportions()
     evaluation.answers(DuplexModel.load(out, "cpu"), recogniser, held_out[:items], 7, shares, "seen")
-    scores = {key: shares.proportion("seen text" + (f", {key}" if key in ("repeat", "count") else "") if key in ("text", "repeat", "count")
-                                else f"seen {key}") for key in MEASURES}
+    scores = {measure: shares.proportion(f"seen {measure}") for measure in MEASURES}
     with replace_when_done(path) as temporary, open(temporary, "w") as f:
         json.dump(scores, f)
     return name, scores
 
 
 def multiplexing(seconds=10):
-    """Figure 1: native duplex has one column a frame, time-division multiplexing one position for each token."""
+    """Figure 1: native duplex has a column for each frame, time-division multiplexing one for each token."""
     frames = round(seconds * streams.FRAME_RATE)
-    print("\nTen seconds of conversation in the temporal transformer of `tiny`, forward and backward, one row:")
-    for name, T in (("native, one position a frame", frames), (f"multiplexed, {ROWS} positions a frame", ROWS * frames)):
+    print("\nTen seconds of conversation in `tiny`'s temporal transformer, forward and backward, one row:")
+    multiplexed = f"multiplexed, {ROWS} positions a frame"
+    for name, T in (("native, one position a frame", frames), (multiplexed, ROWS * frames)):
         model = FLM(dataclasses.replace(CONFIGS["tiny"], context=T))
         grid, times = torch.randint(0, 256, (1, ROWS, T)), []
         for _ in range(4):
@@ -120,7 +124,8 @@ def multiplexing(seconds=10):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--items", type=int, default=200, help="held-out conversations for each run")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
@@ -137,9 +142,11 @@ def main():
         for name, scores in tqdm(pool.imap_unordered(answer, wanted), "questions", len(wanted), unit="run"):
             found[name].append(scores)
     steps = sum(s.steps for s in VARIANTS["recipe"])
-    lines = [f"| {args.seeds} seeds, {steps} steps, {args.items} conversations each | {' | '.join(MEASURES.values())} |", "|---" * 7 + "|"]
+    title = f"{args.seeds} seeds, {steps} steps, {args.items} conversations each"
+    lines = [f"| {title} | {' | '.join(MEASURES.values())} |", "|---" * 7 + "|"]
     for name, runs in found.items():
-        cells = [(statistics.mean(x), statistics.stdev(x) if len(x) > 1 else 0.0) for x in ([r[key] for r in runs] for key in MEASURES)]
+        columns = [[r[key] for r in runs] for key in MEASURES]
+        cells = [(statistics.mean(x), statistics.stdev(x) if len(x) > 1 else 0.0) for x in columns]
         lines.append(f"| {name} | " + " | ".join(f"{m:.2f} ± {s:.2f}" for m, s in cells) + " |")
     print("\n" + "\n".join(lines))
     multiplexing()

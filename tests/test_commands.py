@@ -40,13 +40,15 @@ def folder(world, tmp_path_factory):
 ])
 def test_a_benchmark(folder, command, shown):
     script, *flags = command.split()
-    needs = {"lmgen": "moshi", "bench_mimi": "moshi", "bench_train.py --rounds 1$": "transformers", "soak": "aiohttp"}
+    needs = {"lmgen": "moshi", "bench_mimi": "moshi", "bench_train.py --rounds 1$": "transformers",
+             "soak": "aiohttp"}
     for word, package in needs.items():
         if re.search(word, command):
             pytest.importorskip(package)
     if script == "kernels/bench.py" and not shutil.which("g++"):
         pytest.skip("needs g++")
-    done = subprocess.run([sys.executable, os.path.join(ROOT, script), *flags], cwd=folder, capture_output=True, text=True)
+    command = [sys.executable, os.path.join(ROOT, script), *flags]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(shown, done.stdout), done.stdout
 
@@ -59,6 +61,7 @@ def test_your_own_words(folder):
     commands = "\n".join(lines).replace(".venv/bin/python ", f"{sys.executable} {ROOT}/")
     done = subprocess.run(["bash", "-ec", commands], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0 and "Wrote out/mine/checkpoint.pt" in done.stdout, done.stderr[-3000:]
-    talk = [sys.executable, os.path.join(ROOT, "chat.py"), "--checkpoint", "out/mine", "--input", "data/mine/turns/000001-0.flac"]
+    talk = [sys.executable, os.path.join(ROOT, "chat.py"), "--checkpoint", "out/mine", "--input",
+            "data/mine/turns/000001-0.flac"]
     done = subprocess.run(talk, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0 and "Wrote reply.wav" in done.stdout, done.stderr[-3000:]

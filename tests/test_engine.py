@@ -68,7 +68,8 @@ def test_a_conversation_is_the_grid_that_training_sees(world):
     assert (delay(undelayed, duplex.vocab.empty)[LISTEN] == grid[0, LISTEN].numpy()).all()
     h = duplex.model.hidden(grid)
     assert (duplex.model.text_logits(h)[0, :-1].argmax(-1) == grid[0, TEXT, 1:]).all()
-    codes = duplex.model.depth.logits(h[0, :-1], grid[0, SPEAK, 1:].T)[..., :duplex.vocab.codebook_size].argmax(-1)
+    logits = duplex.model.depth.logits(h[0, :-1], grid[0, SPEAK, 1:].T)
+    codes = logits[..., :duplex.vocab.codebook_size].argmax(-1)
     assert (codes == grid[0, SPEAK, 1:].T).float().mean() > 0.99
 
 

@@ -14,7 +14,8 @@ from test_train import SHORT
 
 
 def test_a_model_of_ours_is_fine_tuned_on_other_data(world, tmp_path):
-    """--init out/tiny: the weights are those of the checkpoint, and the data must have its codec and tokeniser."""
+    """--init out/tiny: the weights are those of the checkpoint, and the data must have its codec and
+    tokeniser."""
     flm = world / "flm"
     task = train.ModelTask(FLM, str(world / "toy/encoded"), "cpu", str(flm))
     start = load_checkpoint(str(flm / "checkpoint.pt"), "flm")["model"]
@@ -39,8 +40,8 @@ def test_stages_without_data_are_skipped_and_named(world, tmp_path):
         for t in clips:
             f.write(json.dumps({"audio": str(world / "toy" / t["audio"]), "text": t["text"]}) + "\n")
     encode(folder, world)
-    size = ["--layers", 1, "--width", 32, "--heads", 2, "--mlp", 32, "--frames", 32, "--batch", 2, "--steps", 6]
-    code, out, err = run("train.py", "--data", folder / "encoded", "--out", tmp_path / "o", "--device", "cpu", *size)
+    size = "--layers 1 --width 32 --heads 2 --mlp 32 --frames 32 --batch 2 --steps 6 --device cpu".split()
+    code, out, err = run("train.py", "--data", folder / "encoded", "--out", tmp_path / "o", *size)
     assert code == 0, err
     assert "Skipped, as the data holds nothing for them: language, fine-tuning 1\n" in out
     saved = load_checkpoint(str(tmp_path / "o/checkpoint.pt"), "flm")

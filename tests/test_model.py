@@ -36,7 +36,7 @@ def grid(B, T, seed=0):
 
 
 def loss_parts(flm, x, v, shares=(1.0, 1.0), rng=None):
-    """The parts of Eq. 3 for a batch (B, 17, T), and how many wait tokens there are for each monologue token."""
+    """The parts of Eq. 3 for a batch (B, 17, T), and the wait tokens for each monologue token."""
     rng = rng or np.random.default_rng(0)
     learn = torch.from_numpy(np.stack([frames_to_learn(row, v, shares, rng) for row in x.numpy()]))
     totals = torch.stack([mask.sum() for mask in kinds_of_target(x, learn, v).values()])
@@ -66,8 +66,8 @@ def test_the_depth_transformer_step_by_step_equals_teacher_forced(flm):
 
 
 def test_the_cache_is_a_ring(flm):
-    """Past the context a step sees just the last C frames: the same as a fresh start that many frames ago, in the first
-    layer exactly, because rotary positions are relative."""
+    """Past the context a step sees just the last C frames: the same as a fresh start that many frames ago, in
+    the first layer exactly, because rotary positions are relative."""
     one = FLM(dataclasses.replace(C, layers=1)).eval()
     x = grid(1, 80)
     with torch.no_grad():
@@ -81,7 +81,8 @@ def test_the_cache_is_a_ring(flm):
 
 
 def test_attention_sees_what_it_has_learned_to_see():
-    """A conversation may be longer than any row of training; attention over more than such a row breaks the answers."""
+    """A conversation may be longer than any row of training; attention over more than such a row breaks the
+    answers."""
     from train import STAGES
     for name, c in CONFIGS.items():
         assert c.context == max(s.frames for s in STAGES[name]), name
@@ -121,7 +122,8 @@ def test_listening_is_never_predicted_and_depth_sees_neither_text_nor_listening_
     other[:, LISTEN, -1] = 3
     other[:, TEXT, -1] = 3
     a, b = loss_parts(flm, x, V), loss_parts(flm, other, V)
-    assert torch.equal(a["semantic_loss"], b["semantic_loss"]) and torch.equal(a["acoustic_loss"], b["acoustic_loss"])
+    assert torch.equal(a["semantic_loss"], b["semantic_loss"])
+    assert torch.equal(a["acoustic_loss"], b["acoustic_loss"])
 
 
 def test_the_loss_is_eq_3_counted_by_hand(flm):

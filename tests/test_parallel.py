@@ -1,4 +1,5 @@
-"""Several processes (gloo, on the CPU) train as one does, survive being killed, and read each other's checkpoints."""
+"""Several processes (gloo, on the CPU) train as one does, survive being killed, and read each other's
+checkpoints."""
 import dataclasses
 import json
 import os
@@ -34,15 +35,19 @@ parallel.end()
 """
 
 
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+
+
 def start(processes, data, out, save_every=0, precision="float32", piece=0, script=None, args=None):
     """processes: 0 for none of torchrun's. piece: model.PIECE."""
     text, script = script or SCRIPT.format(root=ROOT, tests=os.path.join(ROOT, "tests")), str(out) + ".py"
     args = (save_every, precision, piece) if args is None else args
     with open(script, "w") as f:
         f.write(text)
-    with_torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes else []
+    with_torchrun = [*TORCHRUN, str(processes)] if processes else []
     return subprocess.Popen([sys.executable, *with_torchrun, script, str(data), str(out), *map(str, args)],
-                            stdout=subprocess.DEVNULL, stderr=open(str(out) + ".log", "a"), start_new_session=True)
+                            stdout=subprocess.DEVNULL, stderr=open(str(out) + ".log", "a"),
+                            start_new_session=True)
 
 
 def wait(process, out):
@@ -59,7 +64,8 @@ def wait_until(happened, process):
 def losses(out):
     """The last word on each step."""
     lines = [json.loads(line) for line in open(out / "log.jsonl")]
-    return {(e["stage"], e["step"], e.get("split")): {k: e[k] for k in ("loss", "text_loss", "semantic_loss") if k in e} for e in lines}
+    names = ("loss", "text_loss", "semantic_loss")
+    return {(e["stage"], e["step"], e.get("split")): {k: e[k] for k in names if k in e} for e in lines}
 
 
 def same(a, b, tolerance):
@@ -85,8 +91,8 @@ def test_two_processes_follow_one(world, tmp_path):
 
 
 def test_two_processes_with_losses_in_pieces_follow_one(world, tmp_path):
-    """Each has its own number of speech frames, so its own number of pieces; the sharded depth transformer is still called
-    once by each. In bfloat16, where the two kinds of mixed precision round differently."""
+    """Each has its own number of speech frames, so its own number of pieces; the sharded depth transformer is
+    still called once by each. In bfloat16, where the two kinds of mixed precision round differently."""
     one = start(0, world / "toy/encoded", tmp_path / "one", 999, "bfloat16")
     two = start(2, world / "toy/encoded", tmp_path / "two", 999, "bfloat16", piece=3 * 300)
     wait(one, tmp_path / "one"), wait(two, tmp_path / "two")
@@ -105,7 +111,8 @@ def test_processes_that_are_killed_go_on_to_the_same_weights(world, tmp_path):
         before, process = files(), start(2, data, out)
         wait_until(lambda: files() != before, process)
         time.sleep(rng.random() * 0.5)
-        workers = subprocess.run(["pgrep", "-g", str(process.pid), "-f", "killed.py"], capture_output=True, text=True).stdout.split()
+        command = ["pgrep", "-g", str(process.pid), "-f", "killed.py"]
+        workers = subprocess.run(command, capture_output=True, text=True).stdout.split()
         workers = [int(w) for w in workers if int(w) != process.pid]
         if kill % 2 and workers:
             os.kill(rng.choice(workers), signal.SIGKILL)  # torchrun stops the other
@@ -134,9 +141,9 @@ def test_two_one_two(world, tmp_path):
 
 
 def test_the_codec_trains_alone(world, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", "train.py", "--config",
-                           "codec", "--data", str(world / "toy"), "--out", str(tmp_path / "x"), "--device", "cpu"],
-                          capture_output=True, text=True, cwd=ROOT, timeout=120)
+    flags = f"--config codec --data {world}/toy --out {tmp_path}/x --device cpu"
+    done = subprocess.run([sys.executable, *TORCHRUN, "1", "train.py", *flags.split()], capture_output=True,
+                          text=True, cwd=ROOT, timeout=120)
     assert done.returncode and "the codec trains in one process" in done.stderr
 
 
@@ -194,20 +201,22 @@ optimizer.step()
 bytes_of = lambda tensors: sum(parallel.local(x).nbytes for x in tensors)
 states = [x for s in optimizer.state.values() for k, x in s.items() if k != "step"]
 parallel.reshard(task.model)
-held = dict(weights=bytes_of(run.params), gradients=bytes_of(p.grad for p in run.params), optimiser=bytes_of(states))
+held = dict(weights=bytes_of(run.params), gradients=bytes_of(p.grad for p in run.params),
+            optimiser=bytes_of(states))
 run.held_out(stage)
 right = train.model.rotary(torch.arange(stage.frames - 1), 8, conftest.FLM.rope_base)[0]
 table = all(t.dtype == torch.float32 and torch.equal(t, right) for t in tables)
 if parallel.rank() == 0:
-    json.dump(dict(held, table=table, rows=max(rows), world=parallel.world_size()), open(out + "/held.json", "w"))
+    held |= dict(table=table, rows=max(rows), world=parallel.world_size())
+    json.dump(held, open(out + "/held.json", "w"))
 parallel.end()
 """
 
 
 @pytest.mark.parametrize("processes", [0, 2])
 def test_what_a_process_holds_is_what_the_plan_says(world, tmp_path, processes):
-    """Weights, gradients after several micro-batches, and the optimiser's state, in bytes. Rotary tables are float32 and the
-    same, and a held-out loss is computed by micro-batches too."""
+    """Weights, gradients after several micro-batches, and the optimiser's state, in bytes. Rotary tables are
+    float32 and the same, and a held-out loss is computed by micro-batches too."""
     out = tmp_path / "held"
     out.mkdir()
     script = HELD.format(root=ROOT, tests=os.path.join(ROOT, "tests"))
@@ -225,10 +234,12 @@ def test_what_a_process_holds_is_what_the_plan_says(world, tmp_path, processes):
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_says_so_in_one_line(world, tmp_path, number, code):
     out = tmp_path / "o"
-    process = subprocess.Popen(
-        [sys.executable, "-c", "import signal, train; signal.signal(signal.SIGINT, signal.default_int_handler); train.main()",
-         "--data", str(world / "toy/encoded"), "--out", str(out), "--device", "cpu"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    script = ("import signal, train\n"
+              "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job ignores it
+              "train.main()")
+    flags = ["--data", str(world / "toy/encoded"), "--out", str(out), "--device", "cpu"]
+    process = subprocess.Popen([sys.executable, "-c", script, *flags], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, cwd=ROOT)
     wait_until((out / "log.jsonl").exists, process)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
@@ -238,10 +249,10 @@ def test_a_signal_saves_and_says_so_in_one_line(world, tmp_path, number, code):
 
 
 def test_one_of_several_processes_says_what_was_written(world, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py",
-                           "--config", "tiny", "--steps", "5", "--batch", "2", "--layers", "1", "--width", "32", "--heads", "2",
-                           "--mlp", "32", "--frames", "32", "--data", str(world / "toy/encoded"), "--out", str(tmp_path / "x"),
-                           "--device", "cpu"], capture_output=True, text=True, cwd=ROOT, timeout=240)
+    flags = ("--config tiny --steps 5 --batch 2 --layers 1 --width 32 --heads 2 --mlp 32 --frames 32 "
+             f"--device cpu --data {world}/toy/encoded --out {tmp_path}/x")
+    done = subprocess.run([sys.executable, *TORCHRUN, "2", "train.py", *flags.split()], capture_output=True,
+                          text=True, cwd=ROOT, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Wrote ") == 1
     assert "layers=1, width=32" in done.stdout
@@ -259,7 +270,7 @@ def tensors_of(number):
 
 
 def test_a_sharded_checkpoint_survives_what_an_earlier_save_left(tmp_path):
-    """A leftover .partial with foreign files does not get into the new checkpoint, and the old one goes last."""
+    """A leftover .partial with foreign files stays out of the new checkpoint, and the old one goes last."""
     parallel.save(str(tmp_path), 1, tensors_of(1), {"n": 1})
     partial = tmp_path / "shards-00000002.partial"
     partial.mkdir()

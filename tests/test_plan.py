@@ -14,7 +14,8 @@ from train import STAGES
 @pytest.mark.parametrize("recompute, piece", [(False, 1 << 26), (True, 1 << 16)])
 def test_the_plan_agrees_with_a_step_on_the_cpu(recompute, piece, monkeypatch):
     monkeypatch.setattr(model, "PIECE", piece)
-    config, stage = model.CONFIGS["tiny"], dataclasses.replace(STAGES["tiny"][0], batch=2, frames=96, depth=(1.0, 1.0))
+    config = model.CONFIGS["tiny"]
+    stage = dataclasses.replace(STAGES["tiny"][0], batch=2, frames=96, depth=(1.0, 1.0))
     planned = plan.plan(config, stage, 1, bf16=False)
     counted = plan.measure(config, recompute, 2, 96, 1.0, False)
     flm = model.FLM(config)
@@ -30,18 +31,23 @@ def test_the_plan_agrees_with_a_step_on_the_cpu(recompute, piece, monkeypatch):
     optimizer = torch.optim.AdamW(flm.parameters(), lr=1e-3)
     optimizer.step()
     held = lambda tensors: sum(x.numel() * x.element_size() for x in tensors)
-    assert planned.weights == held(flm.parameters()) and planned.gradients == held(p.grad for p in flm.parameters())
+    assert planned.weights == held(flm.parameters())
+    assert planned.gradients == held(p.grad for p in flm.parameters())
     states = [x for s in optimizer.state.values() for k, x in s.items() if k != "step"]
     assert planned.optimiser == pytest.approx(held(states), rel=0.1)
 
 
 def test_the_flops_are_six_a_parameter_and_frame():
-    """The rule of thumb, for rows so short that attention hardly counts; embeddings are looked up, not multiplied."""
-    config, stage = model.CONFIGS["small"], dataclasses.replace(STAGES["small"][0], batch=8, frames=32, depth=(1.0, 1.0))
+    """The rule of thumb, for rows so short that attention hardly counts; embeddings are looked up, not
+    multiplied."""
+    config = model.CONFIGS["small"]
+    stage = dataclasses.replace(STAGES["small"][0], batch=8, frames=32, depth=(1.0, 1.0))
     p = plan.plan(config, stage, 1)
     flm = model.FLM(config)
-    of = lambda *names: sum(q.numel() for name, q in flm.named_parameters() if q.ndim > 1 and name.startswith(names))
-    shared = of(*(f"depth.blocks.{i}.{x}" for i in range(config.depth_layers) for x in ("qkv", "out")))  # by the 8 positions of a frame
+    matrices = [(name, q.numel()) for name, q in flm.named_parameters() if q.ndim > 1]
+    of = lambda *names: sum(n for name, n in matrices if name.startswith(names))
+    # shared by the 8 positions of a frame
+    shared = of(*(f"depth.blocks.{i}.{x}" for i in range(config.depth_layers) for x in ("qkv", "out")))
     multiplied = of("blocks", "head", "depth.blocks", "depth.from_h", "depth.heads") + 7 * shared
     assert p.useful == pytest.approx(6 * multiplied * p.frames, rel=0.12)
 

@@ -1,4 +1,5 @@
-"""The loop: batches are functions of the step, a killed run goes on to the same weights, nothing is half-written."""
+"""The loop: batches are functions of the step, a killed run goes on to the same weights, nothing is
+half-written."""
 import dataclasses
 import json
 import math
@@ -26,8 +27,9 @@ from train import STAGES, Stage
 from training.muon import make_optimizer
 from training.run import default_precision
 
-SHORT = [Stage("one", 14, 2, 1e-3, 1e-3, 48, {"tts": (1, 0), "asr": (0, 1)}, wait=0.3, frame_dropout=0.1, depth=(0.5, 0.2)),
-         Stage("two", 26, 2, 1e-3, 0, 48, {"asr_response_tts": (1, 1), "free_response_tts": (1, 1)}, wait=0.3, frame_dropout=0.1, depth=(0.5, 0.2))]
+TOY = {"wait": 0.3, "frame_dropout": 0.1, "depth": (0.5, 0.2)}
+SHORT = [Stage("one", 14, 2, 1e-3, 1e-3, 48, {"tts": (1, 0), "asr": (0, 1)}, **TOY),
+         Stage("two", 26, 2, 1e-3, 0, 48, {"asr_response_tts": (1, 1), "free_response_tts": (1, 1)}, **TOY)]
 
 # a run of the model and of the codec, saving after every step
 SCRIPT = """
@@ -45,8 +47,8 @@ train.train(task, stages, out, resume=True, save_every=0)
 
 def start(kind, data, out):
     script = SCRIPT.format(root=ROOT, tests=os.path.join(ROOT, "tests"))
-    return subprocess.Popen([sys.executable, "-c", script, kind, str(data), str(out)], stderr=subprocess.DEVNULL,
-                            stdout=subprocess.DEVNULL)
+    return subprocess.Popen([sys.executable, "-c", script, kind, str(data), str(out)],
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 @pytest.mark.parametrize("kind", ["model", "codec"])
@@ -74,17 +76,20 @@ def test_a_killed_run_goes_on_to_the_same_weights(world, tmp_path, kind):
     kind = {"model": "flm", "codec": "codec"}[kind]
     a, b = load_checkpoint(str(path), kind), load_checkpoint(str(tmp_path / "whole/checkpoint.pt"), kind)
     assert a["progress"] == b["progress"]
-    assert a["model"].keys() == b["model"].keys() and all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    assert a["model"].keys() == b["model"].keys()
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
 
 
 def test_training_lowers_the_loss(world, tmp_path):
     torch.manual_seed(0)
     task = train.ModelTask(FLM, str(world / "toy/encoded"), "cpu")
-    train.train(task, [Stage("s", 150, 4, 3e-3, 0, 64, {"response_tts": (1, 1)}, wait=0.3)], str(tmp_path / "o"))
+    stage = Stage("s", 150, 4, 3e-3, 0, 64, {"response_tts": (1, 1)}, wait=0.3)
+    train.train(task, [stage], str(tmp_path / "o"))
     log = [json.loads(line) for line in open(tmp_path / "o/log.jsonl")]
     first, last = log[0], [e for e in log if "loss" in e][-1]
     assert last["loss"] < 0.6 * first["loss"]
-    assert {"text_loss", "wait_loss", "semantic_loss", "acoustic_loss", "text_accuracy"} <= log[-1].keys() and log[-1]["split"] == "held-out"
+    assert {"text_loss", "wait_loss", "semantic_loss", "acoustic_loss", "text_accuracy"} <= log[-1].keys()
+    assert log[-1]["split"] == "held-out" and {"tokens_per_second", "seconds_left", "lr"} <= log[0].keys()
 
 
 def new_run(world, out, stages=SHORT, precision="float32", **kwargs):
@@ -100,8 +105,8 @@ def gradients(run_, batch):
 
 
 def test_micro_batches_threads_and_precision_do_not_change_the_objective(world, tmp_path):
-    """One, two and four micro-batches, in threads and in turn: the same gradient to rounding, in both precisions. The rows
-    differ in how many monologue tokens they have."""
+    """One, two and four micro-batches, in threads and in turn: the same gradient to rounding, in both
+    precisions. The rows differ in how many monologue tokens they have."""
     stage = dataclasses.replace(SHORT[0], batch=4, layouts={"tts": (1, 1), "language": (1, 1)})
     for precision, tolerance in (("float32", 1e-5), ("bfloat16", 3e-2)):
         run_ = new_run(world, tmp_path / precision, [stage], precision)
@@ -123,7 +128,8 @@ def test_a_batch_is_shared_row_by_row(world):
     """A row is the same whoever makes it, alone or with the others."""
     task = train.ModelTask(FLM, str(world / "toy/encoded"), "cpu")
     stage = dataclasses.replace(SHORT[1], batch=4)
-    whole, part = (task.batch(stage, 0.5, "train", random.Random(3), rows) for rows in (range(4), range(1, 4, 2)))
+    batch = lambda rows: task.batch(stage, 0.5, "train", random.Random(3), rows)
+    whole, part = batch(range(4)), batch(range(1, 4, 2))
     assert all(torch.equal(a[1::2], b) for a, b in zip(whole, part))
 
 
@@ -154,7 +160,8 @@ def test_precision_is_chosen_by_what_the_machine_supports(monkeypatch, world, tm
 def test_both_precisions_learn(world, tmp_path):
     for precision in ("float32", "bfloat16"):
         task = train.ModelTask(FLM, str(world / "toy/encoded"), "cpu", precision=precision)
-        train.train(task, [Stage("s", 80, 4, 3e-3, 0, 64, {"tts": (1, 1)}, wait=0.3)], str(tmp_path / precision))
+        stage = Stage("s", 80, 4, 3e-3, 0, 64, {"tts": (1, 1)}, wait=0.3)
+        train.train(task, [stage], str(tmp_path / precision))
         losses = [e["loss"] for e in map(json.loads, open(tmp_path / precision / "log.jsonl")) if "loss" in e]
         assert losses[-1] < 0.85 * losses[0], precision
 
@@ -186,9 +193,11 @@ def test_every_batch_is_a_function_of_its_step(world):
 def test_batches_hold_what_their_layout_says(world):
     task = train.ModelTask(FLM, str(world / "toy/encoded"), "cpu")
     v = task.vocab
-    of = lambda layout: task.batch(Stage("s", 1, 8, 0, 0, 96, {layout: (1, 1)}), 0, "train", random.Random(0))[0]
+    stage = lambda layout: Stage("s", 1, 8, 0, 0, 96, {layout: (1, 1)})
+    of = lambda layout: task.batch(stage(layout), 0, "train", random.Random(0))[0]
     assert (of("tts")[:, LISTEN] == v.empty).all() and (of("asr")[:, SPEAK] == v.empty).all()
-    assert (of("asr_response_tts")[:, TEXT] == v.asr).any() and not (of("response_tts")[:, TEXT] == v.asr).any()
+    assert (of("asr_response_tts")[:, TEXT] == v.asr).any()
+    assert not (of("response_tts")[:, TEXT] == v.asr).any()
     for layout in ("response_tts", "free_response_tts"):
         assert (of(layout)[..., 1:][:, 1:] < v.empty).all()  # real sound throughout
 
@@ -197,10 +206,13 @@ def test_the_variants_of_the_papers_questions(world, monkeypatch):
     """tests/questions.py: the same steps for each; word-aligned text stands where the words are spoken."""
     import questions
     task = train.ModelTask(FLM, str(world / "toy/encoded"), "cpu")
-    assert len({(sum(s.steps for s in stages), *{(s.batch, s.frames, s.lr) for s in stages}) for stages in questions.VARIANTS.values()}) == 1
+    sizes = [(sum(s.steps for s in stages), *{(s.batch, s.frames, s.lr) for s in stages})
+             for stages in questions.VARIANTS.values()]
+    assert len({*sizes}) == 1
     for stages in questions.VARIANTS.values():
         for s in stages:
-            assert task.batch(dataclasses.replace(s, batch=2), 0.5, "train", random.Random(0))[0].shape == (2, 17, s.frames)
+            grid, _ = task.batch(dataclasses.replace(s, batch=2), 0.5, "train", random.Random(0))
+            assert grid.shape == (2, 17, s.frames)
     u = Utterance([7, 8], np.arange(6)[:, None].repeat(8, 1), 5, [0, 3])
     grid = questions.aligned_tts(u, task.vocab)
     assert [t for t in range(grid.shape[1]) if grid[TEXT, t] != task.vocab.wait] == [2, 5]
@@ -210,7 +222,12 @@ def test_the_variants_of_the_papers_questions(world, monkeypatch):
 def test_interruptions_come_with_probability_0_7(world):
     task = train.ModelTask(FLM, str(world / "toy/encoded"), "cpu")
     calls, original = [], streams.free_response_tts
-    streams.free_response_tts = lambda turns, gaps, barge, *rest: calls.extend(barge[:-1]) or original(turns, gaps, barge, *rest)
+
+
+    def record(turns, gaps, barge_in, *rest):
+        calls.extend(barge_in[:-1])
+        return original(turns, gaps, barge_in, *rest)
+    streams.free_response_tts = record
     try:
         rng = random.Random(0)
         for _ in range(1500):
@@ -221,13 +238,15 @@ def test_interruptions_come_with_probability_0_7(world):
 
 
 def test_stories_and_backchannels_reach_the_batches(world):
-    """What the model says while a user tells a story stands in the grids of fine-tuning 2 where the manifest says; in fine-tuning 1
-    there are no stories. Users' backchannels are only ever heard while the model speaks."""
+    """What the model says while a user tells a story stands in the grids of fine-tuning 2 where the manifest
+    says; in fine-tuning 1 there are no stories. Users' backchannels are only ever heard while the model
+    speaks."""
     data = world / "toy/encoded"
     task = train.ModelTask(FLM, str(data), "cpu")
     v, rng, tokenizer = task.vocab, random.Random(0), load_tokenizer(str(data / "tokenizer.json"))
-    stories = [turns for turns in map(task.data.dialogue, task.data.free["train"]) if turns[0][0]["interjections"]]
-    plain = [turns for turns in map(task.data.dialogue, task.data.dialogues["train"])]
+    dialogues = [task.data.dialogue(line) for line in task.data.free["train"]]
+    stories = [turns for turns in dialogues if turns[0][0]["interjections"]]
+    plain = [task.data.dialogue(line) for line in task.data.dialogues["train"]]
     assert stories and not any(a.get("interjections") for turns in plain for a, _ in turns)
     for ((user, reply),) in stories:
         heard, answer = task.data.utterance(user, rng), task.data.utterance(reply, rng)
@@ -238,7 +257,8 @@ def test_stories_and_backchannels_reach_the_batches(world):
             assert tokenizer.decode(text) == " " + told["text"]
             assert (grid[SPEAK, 3 + frame:3 + frame + said.speech] == said.codes[:said.speech].T).all()
     backchannels = {*task.data.backchannels["train"].tolist()}
-    assert backchannels and not backchannels & {line for part in task.data.heard["train"] for line, _ in part.tolist()}
+    heard = {line for part in task.data.heard["train"] for line, _ in part.tolist()}
+    assert backchannels and not backchannels & heard
 
 
 def test_the_paper_is_in_the_tables():
@@ -251,7 +271,8 @@ def test_the_paper_is_in_the_tables():
         with torch.device("meta"):
             model.FLM(model.CONFIGS[config])
         names = [s.name for s in STAGES[config]]
-        assert names[-4:] == [s.name for s in rows] and names[:-4] == ["language"] * (config in ("tiny", "small"))
+        assert names[-4:] == [s.name for s in rows]
+        assert names[:-4] == ["language"] * (config in ("tiny", "small"))
         for stage in STAGES[config]:
             assert all(hasattr(streams, name) for name in stage.layouts)
 
@@ -275,8 +296,9 @@ def test_a_checkpoint_of_another_config_is_refused(world):
 
 def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(world, tmp_path):
     task = train.ModelTask(FLM, str(world / "toy/encoded"), "cpu")
-    good = task.loss
-    task.loss = lambda stage, *a: good(stage, *a) if stage.name == "one" else (math.nan * sum(p.sum() for p in task.modules.parameters()), {}, None)
+    good, params = task.loss, [*task.modules.parameters()]
+    bad = lambda: (math.nan * sum(p.sum() for p in params), {}, None)
+    task.loss = lambda stage, *a: good(stage, *a) if stage.name == "one" else bad()
     with pytest.raises(ValueError, match="step 0 of two"):
         train.train(task, SHORT, str(tmp_path))
     progress = load_checkpoint(str(tmp_path / "checkpoint.pt"), "flm")["progress"]
@@ -285,7 +307,8 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(world, tmp_p
 
 @pytest.mark.parametrize("damage, message", [
     ("cut", "not a checkpoint"), ("text", "not a checkpoint"), ("codec", "is not a flm checkpoint"),
-    ("key", "unknown or missing keys"), ("tensor", "tensors are not those"), ("missing", "no such checkpoint")])
+    ("key", "unknown or missing keys"), ("tensor", "tensors are not those"),
+    ("missing", "no such checkpoint")])
 def test_damaged_checkpoints_are_one_clear_error(world, tmp_path, damage, message):
     path = tmp_path / "checkpoint.pt"
     whole = (world / "flm/checkpoint.pt").read_bytes()
@@ -327,13 +350,15 @@ def test_a_full_disk_is_one_clear_error_and_keeps_the_old_checkpoint(world, tmp_
               "import torch, files.checkpoint, conftest\n"
               "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
               "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-              "try:\n    files.checkpoint.save_checkpoint(sys.argv[1], 'codec', conftest.CODEC, x=torch.zeros(100_000))\n"
+              "try:\n    files.checkpoint.save_checkpoint(sys.argv[1], 'codec', conftest.CODEC,\n"
+              "                                      x=torch.zeros(100_000))\n"
               "except (ValueError, OSError) as e:\n    sys.exit(f'error: {{e}}')\n").format(
         root=ROOT, tests=os.path.join(ROOT, "tests"))
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(b"old")
     done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True)
-    assert done.returncode == 1 and "checkpoint.pt" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert done.returncode == 1 and "checkpoint.pt" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
@@ -358,7 +383,8 @@ def test_training_may_start_from_a_language_model(world, tmp_path):
     from test_published import as_qwen
     start = model.FLM(dataclasses.replace(FLM, vocab_size=400))
     as_qwen(start, tmp_path, "model.", "qwen2")
-    task = train.ModelTask(dataclasses.replace(FLM, layers=5, width=16), str(world / "toy/encoded"), "cpu", str(tmp_path))
+    config = dataclasses.replace(FLM, layers=5, width=16)
+    task = train.ModelTask(config, str(world / "toy/encoded"), "cpu", str(tmp_path))
     assert torch.equal(task.model.text.weight, start.text.weight) and task.config.layers == FLM.layers
     loss, _, _ = loss_of(task, SHORT[0])
     assert torch.isfinite(loss)
@@ -380,7 +406,8 @@ def test_a_trained_model_is_exported_as_the_release_is_laid_out(world, tmp_path)
 
 def test_eight_bits_need_the_extra(world, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
-    code, _, err = run("train.py", "--data", world / "toy/encoded", "--out", tmp_path / "o", "--eight-bit", "--device", "cpu")
+    code, _, err = run("train.py", "--data", world / "toy/encoded", "--out", tmp_path / "o", "--eight-bit",
+                       "--device", "cpu")
     assert code == 1 and "pip install '.[eightbit]'" in err
 
 

@@ -1,6 +1,6 @@
 """How the tiny codec learns, in minutes: what it hears, and what its reconstruction is compared by.
 
-    clips (B, 1, N) --encoder, quantiser, decoder--> (B, 1, N)        spectra and waveform of both are compared
+    clips (B, 1, N) --encoder, quantiser, decoder--> (B, 1, N)     spectra and waveforms are compared
                               '-- first codebook --> letters          CTC: what was said
 
 The Task has the same methods as train.py's own: one loop trains both.
@@ -19,8 +19,8 @@ from training.run import default_precision
 
 
 class Clips:
-    """The clips of a manifest, up to six seconds each, and what is said in them; the letters, of whatever writing, that
-    occur in it."""
+    """The clips of a manifest, up to six seconds each, and what is said in them; the letters, of whatever
+    writing, that occur in it."""
 
     def __init__(self, data):
         self.clips = {"train": set(), "seen": set()}  # (key of the clip, what is said)
@@ -41,10 +41,11 @@ class Clips:
         return bool(self.clips[split])
 
     def batch(self, stage, progress, split, rng, rows=None):
-        """B clips of about the same length, begun at any place in a frame: waveforms (B, 1, 1920*T), the letters of each.
-        B is smaller where there are fewer clips."""
+        """B clips of about the same length, begun at any place in a frame: waveforms (B, 1, 1920*T), the
+        letters of each. B is smaller where there are fewer clips."""
         clips = self.clips[split]
-        pool = sorted(rng.sample(clips, min(len(clips), 8 * stage.batch)), key=lambda clip: self.frames[clip[0]])
+        pool = rng.sample(clips, min(len(clips), 8 * stage.batch))
+        pool.sort(key=lambda clip: self.frames[clip[0]])
         start = rng.randrange(max(1, len(pool) - stage.batch + 1))
         pool = pool[start:start + stage.batch]
         leads = [rng.randrange(2 * FRAME) for _ in pool]
@@ -56,12 +57,13 @@ class Clips:
                 self.audio[key] = (read_audio(path, start=start, end=end) * 32767).short()
             x = self.audio[key].float() / 32767
             row[0, lead:lead + len(x)] = x * 10 ** (rng.uniform(-6, 6) / 20)
-        return wav, [[1 + self.letters.index(c) for c in text.lower() if c in self.letters] for _, text in pool]
+        number = {letter: i for i, letter in enumerate(self.letters, 1)}  # 0 is CTC's blank
+        return wav, [[number[c] for c in text.lower() if c in number] for _, text in pool]
 
 
 class CodecTask:
-    """Loss: spectra, waveform, commitment, and letters: a CTC head reads the words off the first codebook, a cheap stand-in
-    for Mimi's distillation that makes its codes tell what is said and not who says it."""
+    """Loss: spectra, waveform, commitment, and letters: a CTC head reads the words off the first codebook, a
+    cheap stand-in for Mimi's distillation that makes its codes tell what is said and not who says it."""
     kind = "codec"
     files, from_nothing = {}, True
 
@@ -75,8 +77,8 @@ class CodecTask:
         self.fingerprint, self.holds = self.clips.fingerprint, self.clips.holds
 
     def batch(self, stage, progress, split, rng, rows=None):
-        """Waveforms and letters; in training also how many codebooks each clip uses (quantiser dropout), and by which two
-        spectra the batch is compared."""
+        """Waveforms and letters; in training also how many codebooks each clip uses (quantiser dropout), and
+        by which two spectra the batch is compared."""
         wav, letters = self.clips.batch(stage, progress, split, rng)
         training, K = split == "train", self.config.codebooks
         depth = torch.tensor([rng.randint(1, K) if training and rng.random() < 0.4 else K for _ in wav])
@@ -90,7 +92,8 @@ class CodecTask:
         return torch.tensor([len(batch[0])])
 
     def loss(self, stage, micro, totals):
-        """(loss, its parts, which vectors chose which codes); the means over the whole batch are the sum of these."""
+        """(loss, its parts, which vectors chose which codes); the means over the whole batch are the sum of
+        these."""
         wav, letters, depth, spectra = micro
         wav = wav.to(self.device)
         y, semantic, commitment, chosen = self.model(wav, depth.to(self.device))
@@ -105,7 +108,8 @@ class CodecTask:
         return loss, parts, chosen
 
     def after_step(self, kept, step):
-        """The codebooks learn by moving averages, not by gradients. kept: what loss returned third, of each micro-batch."""
+        """The codebooks learn by moving averages, not by gradients. kept: what loss returned third, of each
+        micro-batch."""
         torch.manual_seed(step)  # for codes that restart
         self.model.update_codebooks([[torch.cat(x) for x in zip(*choices)] for choices in zip(*kept)])
 
@@ -119,13 +123,16 @@ class CodecTask:
 
 def letters_loss(logits, words):
     """Connectionist temporal classification: logits (B, T, letters) against the letters of each item."""
-    return F.ctc_loss(logits.log_softmax(-1).transpose(0, 1), torch.tensor(sum(words, []), device=logits.device),
-                      torch.full((len(logits),), logits.shape[1]), torch.tensor([len(w) for w in words]), zero_infinity=True)
+    B, T, _ = logits.shape
+    targets = torch.tensor(sum(words, []), device=logits.device)
+    lengths = torch.tensor([len(w) for w in words])
+    return F.ctc_loss(logits.log_softmax(-1).transpose(0, 1), targets, torch.full((B,), T), lengths,
+                      zero_infinity=True)
 
 
 class Spectrum(nn.Module):
-    """How far two waveforms (B, 1, N) are apart in log-mel and log-magnitude spectra of one window length. Gradients go to the
-    first."""
+    """How far two waveforms (B, 1, N) are apart in log-mel and log-magnitude spectra of one window length.
+    Gradients go to the first."""
 
     def __init__(self, n):
         super().__init__()
@@ -134,7 +141,7 @@ class Spectrum(nn.Module):
         self.register_buffer("mel", mel_filters(n, min(80, n // 8)).T)
 
     def logs(self, x):
-        """(B, 1, N) -> log-mel and log-magnitude, (B, T, frequencies) each, of windows that overlap by half."""
+        """(B, 1, N) -> log-mel and log-magnitude, (B, T, bins) each, of windows that overlap by half."""
         x = F.pad(x.float(), (self.n // 2, self.n // 2), mode="reflect")[:, 0].unfold(-1, self.n, self.n // 2)
         a, b = torch.view_as_real(torch.fft.rfft(x * self.window)).unbind(-1)
         power = a * a + b * b

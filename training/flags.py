@@ -15,8 +15,9 @@ def known(*classes):
 
 def describe(value):
     """The fields of a dataclass that are not at their defaults, on one line."""
-    shown = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    return ", ".join(f"{f.name}={shown[f.name]}" for f in dataclasses.fields(value) if shown[f.name] != f.default)
+    shown = [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)
+             if getattr(value, f.name) != f.default]
+    return ", ".join(f"{name}={x}" for name, x in shown)
 
 
 def parse(text, kind, name):

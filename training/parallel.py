@@ -66,8 +66,8 @@ def build(config, place=None, seed=0, given=()):
 
 
 def build_from_checkpoint(folder, meta, place):
-    """The model that train.py wrote to a folder. meta: of the encoded data, made with the same codec and tokeniser.
-    Raises ValueError or OSError with the file's name."""
+    """The model that train.py wrote to a folder. meta: of the encoded data, made with the same codec and
+    tokeniser. Raises ValueError or OSError with the file's name."""
     for name, file in (("codec", "codec.pt"), ("tokenizer", "tokenizer.json")):
         path = os.path.join(folder, file)
         if sha256(path) != meta[name + "_sha256"]:

@@ -1,7 +1,8 @@
 """What a training will take, before it takes it: `python train.py --config 7b --plan --gpus 8`.
 
-A layer of the model and a piece of its losses are computed forwards and backwards on PyTorch's meta device, where tensors have shapes
-but no memory: the operations are counted as they are called, and so is what is kept for the gradients.
+A layer of the model and a piece of its losses are computed forwards and backwards on PyTorch's meta
+device, where tensors have shapes but no memory: the operations are counted as they are called, and so is
+what is kept for the gradients.
 """
 import dataclasses
 from dataclasses import dataclass
@@ -12,21 +13,22 @@ from torch.utils.flop_counter import FlopCounterMode
 import model
 from streams import K
 
-BF16 = {"H200": (989e12, 141e9), "H100": (989e12, 80e9), "A100": (312e12, 80e9), "4090": (165e12, 24e9)}  # FLOP/s, bytes: data sheets
+# FLOP/s in bfloat16 and bytes of memory, from the data sheets
+BF16 = {"H200": (989e12, 141e9), "H100": (989e12, 80e9), "A100": (312e12, 80e9), "4090": (165e12, 24e9)}
 
 
 @dataclass
 class Plan:
     """Bytes are of one GPU, FLOPs of one step of all."""
     parameters: dict  # part -> how many
-    weights: float  # this GPU's slice: float32, or bfloat16 with --eight-bit
-    gathered: float  # bfloat16 copies of what is computed at the moment
+    weights: float  # this GPU's shard: float32, or bfloat16 with --eight-bit
+    gathered: float  # bfloat16 copies of the weights in use
     gradients: float
     optimiser: float
     activations: float
     frames: int  # in a step
-    flops: float  # with what is computed twice
-    useful: float  # without
+    flops: float  # with activation checkpointing
+    useful: float  # without it
 
     @property
     def bytes(self):
@@ -35,9 +37,11 @@ class Plan:
 
 def parts_of(flm):
     """{part: number of parameters}"""
-    out = dict.fromkeys(("text embedding and head", "sound embeddings", "temporal transformer", "depth transformer"), 0)
-    where = {"text": "text embedding and head", "head": "text embedding and head", "speak": "sound embeddings",
-             "listen": "sound embeddings", "blocks": "temporal transformer", "norm": "temporal transformer", "depth": "depth transformer"}
+    text, audio = "text embedding and head", "audio embeddings"
+    temporal, depth = "temporal transformer", "depth transformer"
+    out = dict.fromkeys((text, audio, temporal, depth), 0)
+    where = {"text": text, "head": text, "speak": audio, "listen": audio, "blocks": temporal,
+             "norm": temporal, "depth": depth}
     for name, p in flm.named_parameters():
         out[where[name.split(".")[0]]] += p.numel()
     return out
@@ -46,7 +50,7 @@ def parts_of(flm):
 @dataclass
 class Cost:
     """Of a computation, forwards and backwards."""
-    flops: float  # with what is computed twice
+    flops: float  # with activation checkpointing
     forward: float  # FLOPs forwards alone
     kept: float  # bytes kept for the gradients
 
@@ -74,17 +78,19 @@ def cost(f, device, bf16):
 
 
 def measure(config, recompute, rows, T, share, bf16, device="meta"):
-    """The Cost of `rows` rows of T frames, of which this share enters the depth transformer. Layers are alike, and so are the pieces
-    in which the losses are computed: one more of them tells what all cost."""
+    """The Cost of `rows` rows of T frames, of which this share enters the depth transformer. Layers are
+    alike, and so are the pieces in which the losses are computed: one more of them tells what all cost."""
     def temporal(layers):
         with torch.device(device):
             flm = model.FLM(dataclasses.replace(config, layers=layers))
         flm.recompute = recompute
-        return flm, cost(lambda: flm.hidden(torch.zeros(rows, 1 + 2 * K, T, dtype=torch.long, device=device)), device, bf16)
+        grid = torch.zeros(rows, 1 + 2 * K, T, dtype=torch.long, device=device)
+        return flm, cost(lambda: flm.hidden(grid), device, bf16)
     (flm, one), (_, two) = temporal(1), temporal(2)
     total = one + (two + one * -1) * (config.layers - 1)
-    for losses, n, at_once, shape in ((flm.text_losses, rows * T, model.pieces_of_text(config), ()),
-                                      (flm.depth, round(share * rows * T), model.pieces_of_codes(config), (K,))):
+    text = flm.text_losses, rows * T, model.pieces_of_text(config), ()
+    codes = flm.depth, round(share * rows * T), model.pieces_of_codes(config), (K,)
+    for losses, n, at_once, shape in (text, codes):
         some = n if n <= at_once else 2 * at_once
         h = torch.zeros(some, config.width, device=device, requires_grad=True)
         right = torch.zeros(some, *shape, dtype=torch.long, device=device)
@@ -103,20 +109,23 @@ def plan(config, stage, gpus, bf16=True, eight_bit=False):
     P, size = sum(p.numel() for p in flm.parameters()), 2 if bf16 else 4
     block = sum(p.numel() for p in flm.blocks[0].parameters())
     rest = P - block * len(flm.blocks)
-    # One block is computed while the next is fetched; embeddings, head and depth transformer stay for a whole step.
+    # One block is computed while the next is fetched; embeddings, head and depth transformer stay for a whole
+    # step.
     gathered = size * (2 * block + rest) if gpus > 1 else size * (block + rest) * (bf16 and not eight_bit)
     held = 2 if eight_bit else 4
     losses = 3 * 4 * min(model.PIECE, rows * stage.frames * config.vocab_size)
     working = rows * stage.frames * (4 * config.mlp + 8 * config.width) * size + losses
-    slices = stage.batch / rows
-    return Plan(parts_of(flm), held * P / gpus, gathered, held * P / gpus, 2 * held * P / gpus * (0.5 if eight_bit else 1),
-                each.kept + working, stage.batch * stage.frames, each.flops * slices, 3 * each.forward * slices)
+    micro_batches = stage.batch / rows
+    return Plan(parts_of(flm), weights=held * P / gpus, gathered=gathered, gradients=held * P / gpus,
+                optimiser=2 * held * P / gpus * (0.5 if eight_bit else 1), activations=each.kept + working,
+                frames=stage.batch * stage.frames, flops=each.flops * micro_batches,
+                useful=3 * each.forward * micro_batches)
 
 
 def show(name, config, stages, gpus, card, utilisation, eight_bit):
     peak, room = BF16[card]
-    print(f"{name} on {gpus} x {card}: {peak / 1e12:.0f} TFLOP/s in bfloat16 and {room / 1e9:.0f} GB each (data sheet), "
-          f"{utilisation:.0%} of it used (assumed)\n")
+    print(f"{name} on {gpus} x {card}: {peak / 1e12:.0f} TFLOP/s in bfloat16 and {room / 1e9:.0f} GB each "
+          f"(data sheet), {utilisation:.0%} of it used (assumed)\n")
     plans = {}
     for i, stage in enumerate(stages):
         same = dataclasses.replace(stage, name="", steps=0, lr=0, lr_end=0, layouts=None)
@@ -127,9 +136,12 @@ def show(name, config, stages, gpus, card, utilisation, eight_bit):
             print(f"  {'all':26} {sum(p.parameters.values()) / 1e6:10.1f} M\n\n  a GPU holds, in GB")
             for part in ("weights", "gathered", "gradients", "optimiser", "activations"):
                 print(f"  {part:26} {getattr(p, part) / 1e9:10.2f}")
-            print(f"  {'all':26} {p.bytes / 1e9:10.2f}: {'fits' if p.bytes < 0.92 * room else 'does not fit'} in {room / 1e9:.0f}\n")
+            fits = "fits" if p.bytes < 0.92 * room else "does not fit"
+            print(f"  {'all':26} {p.bytes / 1e9:10.2f}: {fits} in {room / 1e9:.0f}\n")
             print(f"  {'':26} {'a step':>12} {'':>10} {'frames/s':>10} {'days':>8}")
         seconds = p.useful / (gpus * peak * utilisation)
         days = seconds * stage.steps / 86400
-        print(f"  {stage.name:26} {p.flops / 1e15:7.2f} PFLOP {seconds:8.2f} s {p.frames / seconds:10.0f} {days:8.2f}")
-    print(f"\n  {p.useful / p.frames / 1e9:.1f} GFLOP a frame (17 tokens), {p.flops / p.useful - 1:.0%} more for what is computed twice")
+        print(f"  {stage.name:26} {p.flops / 1e15:7.2f} PFLOP {seconds:8.2f} s {p.frames / seconds:10.0f} "
+              f"{days:8.2f}")
+    print(f"\n  {p.useful / p.frames / 1e9:.1f} GFLOP a frame (17 tokens), {p.flops / p.useful - 1:.0%} more "
+          "for activation checkpointing")

@@ -60,9 +60,9 @@ class Run:
             self.restore()
         self.threads = None
         if task.device == "cpu" and not parallel.is_distributed():
-            n = self.micro_batches = 1 << min(2, (os.cpu_count() or 1).bit_length() - 1)
-            self.threads = ThreadPoolExecutor(n, initializer=torch.set_num_threads if n > 1 else None,
-                                              initargs=(max(1, os.cpu_count() // n),))
+            cores = torch.get_num_threads()
+            n = self.micro_batches = 1 << min(2, cores.bit_length() - 1)  # 1, 2 or 4
+            self.threads = ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(cores // n,))
             optimizer.map = self.threads.map
         else:
             self.micro_batches = 1
