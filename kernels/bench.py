@@ -1,26 +1,29 @@
-"""Every version of sampling.cu beside PyTorch's operations: the same tokens, then how long each takes. And the head's product with
-the draw in one (v4) beside PyTorch's product and a draw.
+"""Every version of sampling.cu beside PyTorch's operations: the same tokens, then how long each takes. And
+the head's product with the draw in one (v4) beside PyTorch's product and a draw.
 
     python kernels/bench.py
 
-On a GPU, all as CUDA graphs, PyTorch's operations uncaptured too, and FlashInfer's sampler where it is installed. Without a GPU
-only the tokens are compared, the kernel's threads taking turns on the CPU.
+On a GPU, all as CUDA graphs, PyTorch's operations uncaptured too, and FlashInfer's sampler where it is
+installed. Without a GPU only the tokens are compared, the kernel's threads taking turns on the CPU.
 """
 import functools
+import os
 import random
 import statistics
+import sys
 
 import torch
 
-from kernels.build import library
-from kernels.sampling import Sampling, head_kernel, head_reference, kernel, reference
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from kernels.build import library  # noqa: E402
+from kernels.sampling import Sampling, head_kernel, head_reference, kernel, reference  # noqa: E402
 
 VERSIONS = (1, 2, 3)  # that begin with logits; v4 makes them
 
 
 def problem(rng, B, V, device):
-    """The arguments of reference() by chance: all parameters, ties, entries of -infinity, numbers of 64 bits, and now and then
-    a row that has no token."""
+    """The arguments of reference() by chance: all parameters, ties, entries of -infinity, numbers of 64 bits,
+    and now and then a row that has no token."""
     g = torch.Generator().manual_seed(rng.getrandbits(63))
     x = torch.randn(B, V + rng.choice((0, 3)), generator=g)[:, :V] * rng.choice((0, 0.1, 1, 4, 30))
     if rng.random() < 0.3:
@@ -29,34 +32,37 @@ def problem(rng, B, V, device):
         x[torch.rand(B, V, generator=g) < rng.choice((0.1, 0.99))] = -torch.inf
     if rng.random() < 0.1:
         x[rng.randrange(B), rng.randrange(V):] = rng.choice((torch.nan, torch.inf, -torch.inf, -0.0))
-    s = Sampling(rng.choice((0, 0.05, 0.8, 1, 3)), rng.choice((0, 0, 1, 7, 50, V - 1, V + 1)), rng.choice((1, 1, 0.999, 0.9, 0.5, 0.01)),
-                 rng.choice((1, 1.3, 0.7)))
+    s = Sampling(rng.choice((0, 0.05, 0.8, 1, 3)), rng.choice((0, 0, 1, 7, 50, V - 1, V + 1)),
+                 rng.choice((1, 1, 0.999, 0.9, 0.5, 0.01)), rng.choice((1, 1.3, 0.7)))
     seed, step = (torch.randint(-2 ** 63, 2 ** 63 - 1, (B,), generator=g) for _ in range(2))
-    recent = torch.randint(-1, rng.choice((4, V)), (B, rng.choice((1, 32))), generator=g) if rng.random() < 0.7 else None
+    recent = None
+    if rng.random() < 0.7:
+        recent = torch.randint(-1, rng.choice((4, V)), (B, rng.choice((1, 32))), generator=g)
     to = lambda t: None if t is None else t.to(device)
-    return to(x.to(rng.choice((torch.float32, torch.bfloat16)))), s, to(seed), to(step), rng.randrange(9), to(recent)
+    x = x.to(rng.choice((torch.float32, torch.bfloat16)))
+    return to(x), s, to(seed), to(step), rng.randrange(9), to(recent)
 
 
-def by_kernel(version, logits, s, seed, step, draw=0, recent=None, table=None):
-    token, rows = kernel(logits, seed, step, recent, table, draw, s.temperature, s.top_k, s.top_p, s.penalty, version)
-    return token if table is None else (token, rows)
+def by_kernel(version, logits, s, seed, step, draw=0, recent=None):
+    return kernel(logits, seed, step, recent, draw, s.temperature, s.top_k, s.top_p, s.penalty, version)
 
 
 def head_problem(rng, B, V, device):
-    """The arguments of head_reference() by chance. The numbers are eighths, so that their sums are exact in any order; there are ties,
-    and now and then a row that has no token."""
+    """The arguments of head_reference() by chance. The numbers are eighths, so that their sums are exact in
+    any order; there are ties, and now and then a row that has no token."""
     g = torch.Generator().manual_seed(rng.getrandbits(63))
     D, dtype = rng.choice((8, 64, 200, 512)), rng.choice((torch.float32, torch.bfloat16))
     x, weight = (torch.randint(-4, 5, (n, D), generator=g).div(8).to(dtype) for n in (B, V))
     if rng.random() < 0.1:
         x[rng.randrange(B), rng.randrange(D)] = rng.choice((torch.nan, torch.inf))
     seed, step = (torch.randint(-2 ** 63, 2 ** 63 - 1, (B,), generator=g) for _ in range(2))
-    return x.to(device), weight.to(device), rng.choice((0, 0.05, 0.8, 1, 3)), seed.to(device), step.to(device), rng.randrange(9)
+    temperature = rng.choice((0, 0.05, 0.8, 1, 3))
+    return x.to(device), weight.to(device), temperature, seed.to(device), step.to(device), rng.randrange(9)
 
 
 def differing(version, rows, sizes, device, seed=0):
-    """How many of so many random rows, of a few at a time, have another token than the reference gives them. v4 has a reference of its
-    own, and is given up to nine rows, since four go together."""
+    """How many of so many random rows, of a few at a time, have another token than the reference gives them.
+    v4 has a reference of its own, and is given up to nine rows, since four go together."""
     make, ours, right, most = problem, functools.partial(by_kernel, version), reference, 5
     if version == 4:
         make, ours, right, most = head_problem, head_kernel, head_reference, 9
@@ -70,7 +76,8 @@ def differing(version, rows, sizes, device, seed=0):
 
 
 def captured(f):
-    """Up to 20 calls of f() as one CUDA graph, fewer if f is slow: a function that runs it and says the seconds of a call."""
+    """Up to 20 calls of f() as one CUDA graph, fewer if f is slow: a function that runs it and says the
+    seconds of a call."""
     f()  # what is prepared at the first call is not timed
     n = max(1, min(20, int(0.01 / seconds(f))))
     graph = torch.cuda.CUDAGraph()
@@ -91,9 +98,10 @@ def seconds(f):
 
 
 def compare(functions, to, size):
-    """How long each takes as a CUDA graph, the one named `to` also uncaptured, and how its time is beside that one's. size: bytes that
-    must be read."""
-    runs = {name: captured(f) for name, f in functions.items()} | {"uncaptured": lambda: seconds(functions[to])}
+    """How long each takes as a CUDA graph, the one named `to` also uncaptured, and how its time is beside
+    that one's. size: bytes that must be read."""
+    runs = {name: captured(f) for name, f in functions.items()}
+    runs["uncaptured"] = lambda: seconds(functions[to])
     times = [{name: run() for name, run in runs.items()} for _ in range(11)][1:]  # the first is to warm up
     for name in runs:
         t = statistics.median(r[name] for r in times)
@@ -108,7 +116,9 @@ def candidates(logits, s):
     out |= {f"v{v}": lambda v=v: by_kernel(v, logits, s, seed, step) for v in VERSIONS}
     try:
         from flashinfer.sampling import top_k_top_p_sampling_from_logits
-        out["FlashInfer"] = lambda: top_k_top_p_sampling_from_logits(logits / s.temperature, s.top_k, s.top_p)
+        rng = torch.Generator(logits.device).manual_seed(0)  # not within a captured graph
+        out["FlashInfer"] = lambda: top_k_top_p_sampling_from_logits(logits / s.temperature, s.top_k, s.top_p,
+                                                                     generator=rng)
     except ImportError:
         pass
     return out
@@ -126,7 +136,8 @@ def main():
         print("No GPU here: that was the kernel's source on the CPU. How fast it is only a GPU can tell.")
         return
     s = Sampling(0.8, top_k=50, top_p=0.9)
-    print(f"\n{torch.cuda.get_device_name()}, bfloat16 logits, {s}\nmedians of 10 rounds through all of them; GB/s: of logits")
+    print(f"\n{torch.cuda.get_device_name()}, bfloat16 logits, {s}")
+    print("medians of 10 rounds through all of them; GB/s: of logits")
     for V in (2050, 152064):
         for B in (1, 64):
             logits = torch.randn(B, V, device=device).mul(3).bfloat16()
@@ -137,10 +148,12 @@ def main():
     for V, D in ((2050, 1024), (152064, 3584)):
         weight = torch.randn(V, D, device=device, dtype=torch.bfloat16) * 0.02
         for B in (1, 4, 64):
-            x, ids, s = torch.randn(B, D, device=device, dtype=torch.bfloat16), torch.arange(B, device=device), Sampling(0.8)
+            x = torch.randn(B, D, device=device, dtype=torch.bfloat16)
+            ids, s = torch.arange(B, device=device), Sampling(0.8)
             print(f"{B} x {D} x {V}")
-            compare({"product, v3": lambda: by_kernel(3, x @ weight.T, s, ids, ids),
-                     "v4": lambda: head_kernel(x, weight, s.temperature, ids, ids)}, "product, v3", weight.nbytes)
+            functions = {"product, v3": lambda: by_kernel(3, x @ weight.T, s, ids, ids),
+                         "v4": lambda: head_kernel(x, weight, s.temperature, ids, ids)}
+            compare(functions, "product, v3", weight.nbytes)
 
 
 if __name__ == "__main__":

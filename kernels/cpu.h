@@ -1,10 +1,12 @@
 /* What sampling.cu needs of CUDA, on the CPU: to test it where there is no GPU.
 
-   Each thread is a fiber, a function with a stack of its own, which runs until it has to wait for others. They take turns forwards,
-   or backwards, and warps and blocks drift as far apart as the barriers let them: where one is missing, one of the two orders
-   gives another result. The blocks of a grid run one after another; those of a cooperative launch are all there at a time.
+   Each thread is a fiber, a function with a stack of its own, which runs until it has to wait for others.
+   The fibers take turns forwards or backwards, and warps and blocks drift as far apart as the barriers let
+   them: if a barrier is missing, one of the two orders gives another result. The blocks of a grid run one
+   after another; those of a cooperative launch are all resident at once.
 
-   This says nothing of speed, of races within a warp, or of when one processor sees what another wrote: that takes a GPU. */
+   This says nothing about speed, races within a warp, or memory ordering between processors: that takes a
+   GPU. */
 #include <algorithm>
 #include <cmath>
 #include <csetjmp>
@@ -31,7 +33,7 @@ static dim3 threadIdx, blockIdx, blockDim, gridDim;
 extern "C" int backwards;
 int backwards = 0;
 
-// ---------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------
 // fibers
 
 namespace cpu {
@@ -101,7 +103,8 @@ inline void go_on(Fiber& f) { // until it waits or is done
     setcontext(&birth);
 }
 
-// Run fibers begin .. end - 1 until none of them can go on: each block as far as it gets, and in it each warp. Did any go on?
+// Run fibers begin .. end - 1 until none can go on: each block as far as it gets, and in it each warp.
+// True if any went on.
 inline bool run(int begin, int end) {
     int n = end - begin, step = n > int(blockDim.x) ? blockDim.x : n > 32 ? 32 : 1;
     bool any = false, moved;
@@ -123,7 +126,8 @@ inline int together(int count, size_t bytes) {
     const int threads = blockDim.x, n = count * threads;
     std::vector<unsigned long long> given(threads);
     grid = {n};
-    blocks.assign(count, {{threads}, std::vector<Barrier>(threads / 32, {32}), std::vector<uint64_t>(bytes / 8 + 1, 0xAAAAAAAAAAAAAAAA),
+    blocks.assign(count, {{threads}, std::vector<Barrier>(threads / 32, {32}),
+                          std::vector<uint64_t>(bytes / 8 + 1, 0xAAAAAAAAAAAAAAAA),
                           {given, given}});
     if (int(fibers.size()) < n) fibers.resize(n);
     for (int i = 0; i < n; i++) {
@@ -136,8 +140,9 @@ inline int together(int count, size_t bytes) {
     return 0;
 }
 
-template <class Job> int launch(void (*f)(Job), dim3 blocks, dim3 threads, void** args, size_t bytes, int at_a_time) {
-    kernel = [=] { f(*(Job*)args[0]); };
+template <class Args>
+int launch(void (*f)(Args), dim3 blocks, dim3 threads, void** args, size_t bytes, int at_a_time) {
+    kernel = [=] { f(*(Args*)args[0]); };
     gridDim = blocks, blockDim = threads;
     int error = 0;
     for (first = 0; first < int(blocks.x) && !error; first += at_a_time) error = together(at_a_time, bytes);
@@ -155,7 +160,7 @@ inline unsigned long long shuffle(unsigned long long x, int from) {
 
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// ---------------------------------------------------------------------------------------------------------
 // by CUDA's names
 
 inline char* shared_memory() { return (char*)cpu::blocks[cpu::self->block].memory.data(); }
@@ -168,8 +173,12 @@ struct grid_group {
 inline grid_group this_grid() { return {}; }
 }
 
-inline unsigned long long __shfl_sync(unsigned, unsigned long long x, int from) { return cpu::shuffle(x, from); }
-inline unsigned long long __shfl_xor_sync(unsigned, unsigned long long x, int d) { return cpu::shuffle(x, threadIdx.x % 32 ^ d); }
+inline unsigned long long __shfl_sync(unsigned, unsigned long long x, int from) {
+    return cpu::shuffle(x, from);
+}
+inline unsigned long long __shfl_xor_sync(unsigned, unsigned long long x, int d) {
+    return cpu::shuffle(x, threadIdx.x % 32 ^ d);
+}
 inline unsigned long long __shfl_up_sync(unsigned, unsigned long long x, int d) {
     int lane = threadIdx.x % 32;
     return cpu::shuffle(x, lane < d ? lane : lane - d);
@@ -190,10 +199,16 @@ enum { cudaDevAttrMultiProcessorCount };
 inline int cudaGetDeviceCount(int*) { return 0; }
 inline void cudaGetDevice(int*) {}
 inline void cudaDeviceGetAttribute(int* value, int, int) { *value = cpu::PROCESSORS; }
-template <class F> void cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* value, F, int, size_t) { *value = 1; }
-template <class F> int cudaLaunchKernel(F f, dim3 blocks, dim3 threads, void** args, size_t bytes, cudaStream_t) {
+template <class F>
+void cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* value, F, int, size_t) {
+    *value = 1;
+}
+template <class F>
+int cudaLaunchKernel(F f, dim3 blocks, dim3 threads, void** args, size_t bytes, cudaStream_t) {
     return cpu::launch(f, blocks, threads, args, bytes, 1);
 }
-template <class F> int cudaLaunchCooperativeKernel(F f, dim3 blocks, dim3 threads, void** args, size_t bytes, cudaStream_t) {
+template <class F>
+int cudaLaunchCooperativeKernel(F f, dim3 blocks, dim3 threads, void** args, size_t bytes,
+                                cudaStream_t) {
     return cpu::launch(f, blocks, threads, args, bytes, blocks.x);
 }

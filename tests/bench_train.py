@@ -137,8 +137,9 @@ def utilisation(args):
     took = median([seconds(step, args.device, 2) for _ in range(args.rounds + 1)][1:])
     flops, frames = plan.plan(run.task.config, stage, 1, bf16).useful, stage.batch * stage.frames
     peak, size = 2 * n ** 3 / product, sum(p.numel() for p in run.params)
-    print(f"{args.config}, {config.layers} layers, {size / 1e6:.1f} M parameters, {args.device}, {run.precision}, "
-          f"{stage.batch} x {stage.frames} frames: {1000 * took:.0f} ms a step, {frames / took:.0f} frames/s, "
+    print(f"{args.config}, {config.layers} layers, {size / 1e6:.1f} M parameters, {args.device}, "
+          f"{run.precision}, {stage.batch} x {stage.frames} frames: {1000 * took:.0f} ms a step, "
+          f"{frames / took:.0f} frames/s, "
           f"{ROWS * frames / took:.0f} tokens/s; {flops / took / 1e12:.3f} of {peak / 1e12:.3f} TFLOP/s, "
           f"those of a product of {n} x {n}: {flops / took / peak:.0%}")
 

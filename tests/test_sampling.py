@@ -14,7 +14,8 @@ def draws(logits, s, seed=0):
 @pytest.mark.parametrize("counter, key, right", [
     ((0, 0, 0, 0), (0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),  # the vectors that its authors publish
     ((MASK,) * 4, (MASK,) * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0), "d16cfe09 94fdcceb 5001e420 24126ea1")])
+    ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0),
+     "d16cfe09 94fdcceb 5001e420 24126ea1")])
 def test_philox(counter, key, right):
     numbers = philox([torch.tensor(x) for x in counter], [torch.tensor(x) for x in key])
     assert " ".join(f"{x.item():08x}" for x in numbers) == right
@@ -36,7 +37,8 @@ def test_weights_are_probabilities():
 
 
 @pytest.mark.parametrize("s, allowed", [(Sampling(1.0, top_k=2), {0, 1}), (Sampling(1.0, top_p=0.7), {0, 1}),
-                                        (Sampling(1.0, top_k=3, top_p=0.5), {0}), (Sampling(1.0), {0, 1, 2, 3})])
+                                        (Sampling(1.0, top_k=3, top_p=0.5), {0}),
+                                         (Sampling(1.0), {0, 1, 2, 3})])
 def test_top_k_and_top_p(s, allowed):
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(4000, 1)
     drawn = draws(logits, s)
@@ -49,7 +51,8 @@ def test_top_k_and_top_p(s, allowed):
 def test_repetition_penalty_looks_at_the_window_only():
     def one(logits, recent):
         zero = torch.zeros(1, dtype=torch.long)
-        return sample(torch.tensor([logits]), Sampling(penalty=1.5), zero, zero, recent=torch.tensor([recent])).item()
+        recent = torch.tensor([recent])
+        return sample(torch.tensor([logits]), Sampling(penalty=1.5), zero, zero, recent=recent).item()
     assert one([2.0, 1.9, -1.0], [-1, -1]) == 0
     assert one([2.0, 1.9, -1.0], [0, -1]) == 1
     assert one([-1.0, -1.2], [0]) == 1  # negative: further down
@@ -70,7 +73,8 @@ def test_a_row_draws_the_same_among_others():
     assert together.tolist() == alone
 
 
-@pytest.mark.parametrize("fields", [dict(temperature=-1), dict(temperature=float("nan")), dict(top_k=-1), dict(top_p=0), dict(top_p=1.1),
+@pytest.mark.parametrize("fields", [dict(temperature=-1), dict(temperature=float("nan")), dict(top_k=-1),
+                                    dict(top_p=0), dict(top_p=1.1),
                                     dict(penalty=0)])
 def test_parameters_that_mean_nothing_are_an_error(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):

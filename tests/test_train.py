@@ -125,7 +125,7 @@ def test_micro_batches_threads_and_precision_do_not_change_the_objective(world, 
 
 
 def test_a_batch_is_shared_row_by_row(world):
-    """A row is the same whoever makes it, alone or with the others."""
+    """A row is the same when it is made alone and with the others."""
     task = train.ModelTask(FLM, str(world / "toy/encoded"), "cpu")
     stage = dataclasses.replace(SHORT[1], batch=4)
     batch = lambda rows: task.batch(stage, 0.5, "train", random.Random(3), rows)
