@@ -286,7 +286,7 @@ class InverseFourier(nn.Module):
 
 
 @dataclass
-class KVCache:
+class RingCache:
     """Keys and values of one layer for the last `context` steps: a ring buffer (B, 2, H, context, D)."""
     kv: torch.Tensor
 
@@ -342,7 +342,7 @@ class TransformerLayer(nn.Module):
 
     def init_state(self, B):
         w = self.out_proj.weight
-        return KVCache(w.new_zeros(B, 2, self.heads, self.context, w.shape[0] // self.heads))
+        return RingCache(w.new_zeros(B, 2, self.heads, self.context, w.shape[0] // self.heads))
 
     def forward(self, x, rotation, mask, slots, cache):  # (B, T, C)
         qkv = self.in_proj(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)

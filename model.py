@@ -12,7 +12,8 @@
 What the user will say (the listen rows) is never predicted.
 
 B batch, T frames, D width, H heads (G of them for keys and values), E channels of a head, K codebooks, V
-vocabulary, C frames of context, W width of the depth transformer.
+vocabulary, C frames of context, S of them in use, W width of the depth transformer, A audio vocabulary
+(codes and empty), N frames of any rows.
 """
 import zlib
 from dataclasses import dataclass
@@ -279,7 +280,7 @@ class FLM(nn.Module):
     def init_audio(self, codebooks, std=0.05, seed=0, assign=torch.Tensor.copy_):
         """Start the audio embeddings as a random projection of the codec's own vectors, codebooks (K, A - 1,
         dim): codes that sound alike then look alike, and the sum over a frame's acoustic codes is a
-        picture of its sound. A model that starts from scratch hears much sooner for it."""
+        picture of its sound. A model that starts from scratch learns to hear much sooner."""
         for group in (slice(0, 1), slice(1, K)):  # semantic, acoustic: two vector spaces
             vectors = codebooks[group] - codebooks[group].mean(1, keepdim=True)
             spread = vectors.square().mean(1).sum(0).sum().sqrt()  # of the sum over the group
@@ -312,7 +313,7 @@ class FLM(nn.Module):
         return self.head(h) * self.config.output_scale
 
     def forward(self, grid, learn):
-        """For training, all in one call (what shards the parameters hooks in here): grid (B, 17, T), and
+        """For training, all in one call (FSDP2's hooks are on this call): grid (B, 17, T), and
         learn (B, T-1), which frames the depth transformer learns from, N in all -> cross-entropies of the
         text (B, T-1), whether its most probable token was right (B, T-1), cross-entropies of the codes (N,
         K)."""
@@ -383,7 +384,7 @@ def pieces_of_codes(c: FLMConfig):
 
 
 def in_pieces(f, x, y, rows):
-    """f(x (N, ...), y (N, ...)), so many rows at a time, which are computed again for the gradients instead
+    """f(x (N, ...), y (N, ...)), `rows` at a time, which are computed again for the gradients instead
     of kept."""
     if len(x) <= rows:
         return f(x, y)

@@ -201,8 +201,8 @@ def dialogue(turns, gaps, v, monologue, barge_in=None, backchannels=None):
     for i, ((user, model), (start, end, text, audio)) in enumerate(zip(turns, plan)):
         if i and barge_in[i - 1] is not None:  # cut off the rest of the last answer
             cut = start + REACTION
-            put(grid, TEXT, cut, [v.wait] * t)
-            put(grid, SPEAK, cut, [v.silence[-1]] * t)
+            grid[TEXT, cut:] = v.wait
+            grid[SPEAK, cut:] = np.reshape(v.silence[-1], (-1, 1))
         put(grid, LISTEN, start, user.codes)
         for frame, said in user.interjections:
             put(grid, TEXT, start + frame - TEXT_LEAD, said.tokens)

@@ -128,8 +128,13 @@ class Conversations:
     def __init__(self, folders):
         self.encoded = read_encoded(folders)
         meta, index = self.encoded.meta, self.encoded.index
+        if meta["codebooks"] != K:
+            raise ValueError(f"{folders}: has {meta['codebooks']} codes in a frame, streams.py K = {K}")
         self.vocab = Vocab.own(meta["text_size"], meta["codebook_size"], tuple(map(tuple, meta["silence"])))
-        # split -> numbers of lines, or (line, turn) of single clips: [transcribed by a machine, by a person]
+        # For each split: numbers of lines, or (line, turn) of clips: [transcribed by a machine, by a person].
+        # heard, said: clips of users and of the model; dialogues: those without interjections, free: all;
+        # recorded: stereo. "seen" is the held-out split: requests that were never trained on, in voices that
+        # were.
         self.heard, self.said, self.dialogues = {}, {}, {}
         self.free, self.recorded, self.backchannels = {}, {}, {}
         for split in ("train", "seen"):
@@ -145,7 +150,7 @@ class Conversations:
             self.said[split] = [clips(index, some, b"model") for some in by]
         self.line = functools.lru_cache(20_000)(self.encoded.line)
         self.fingerprint = f"{meta['codec_sha256'][:16]} {meta['tokenizer_sha256'][:16]} {len(index)} lines"
-        self.used = None  # a list, while somebody wants to know where a batch is from
+        self.used = None  # a list while ModelTask.clips_of asks which codes a batch reads
 
     def sources(self, layout, split):
         return {"tts": self.said, "asr": self.heard, "recorded": self.recorded, "response_tts": self.free,
@@ -262,8 +267,8 @@ def frames_to_learn(grid, v, shares, rng):
 
 
 def mask_heard(grid, share, empty, rng):
-    """Frame dropout: leave out this share of what is heard in a row, whole frames and, throughout the row,
-    acoustic codes. A small model with few recordings would otherwise know them by heart instead of
+    """Frame dropout: mask this share of what is heard in a row, whole columns and, throughout the row,
+    acoustic codes. A small model with few recordings would otherwise learn them by heart instead of
     understanding them."""
     lost = rng.random((K, 1)) < share
     lost[0] = False  # the semantic codes of a row are never all lost
@@ -320,7 +325,7 @@ class ModelTask:
         if ours:
             self.model = parallel.build_from_checkpoint(init, meta, place)
         elif init:
-            self.model = from_qwen(init, config, place)
+            self.model = from_qwen(init, config, place, seed)
         else:
             config = dataclasses.replace(config, vocab_size=max(config.vocab_size, self.vocab.text_size))
             self.model = parallel.build(config, place, seed)
@@ -356,7 +361,7 @@ class ModelTask:
     def after_step(self, kept, step):
         pass
 
-    def sources(self, *batch):
+    def clips_of(self, *batch):
         """Where the codes of a batch are from."""
         self.data.used = []
         stage, progress, rng, rows = batch
@@ -375,10 +380,10 @@ class ModelTask:
 # the loop
 
 
-def learning_rate(stage, progress, warmup):
-    """Cosine from lr to lr_end, after a linear start."""
+def learning_rate(stage, progress, step):
+    """Cosine from lr to lr_end over the stage, and linear from 0 over the run's first steps."""
     cosine = stage.lr_end + (stage.lr - stage.lr_end) * (0.5 + 0.5 * math.cos(math.pi * progress))
-    return cosine * min(1, warmup)
+    return cosine * min(1, (step + 1) / WARMUP)
 
 
 def train(task, stages, out, minutes=None, resume=False, seed=1, save_every=60.0):
@@ -389,12 +394,13 @@ def train(task, stages, out, minutes=None, resume=False, seed=1, save_every=60.0
     with run.guarded():
         for stage in run.unfinished_stages():
             for batch in run.batches(stage):
-                lr = learning_rate(stage, run.fraction(), (run.total_steps() + 1) / WARMUP)
-                for group in optimizer.param_groups:
+                lr = learning_rate(stage, run.fraction(), run.total_steps())
+                for group in optimizer.param_groups:  # torchao's has a tensor
                     group["lr"] = torch.tensor(lr) if torch.is_tensor(group["lr"]) else lr
                 totals = run.totals(batch)
+                # forward and backward of each micro-batch; p.grad becomes the sum
                 parts, kept = run.backward(lambda micro: task.loss(stage, micro, totals), batch)
-                nn.utils.clip_grad_norm_(run.params, 1.0)
+                run.check_finite("gradient", nn.utils.clip_grad_norm_(run.params, 1.0))
                 optimizer.step()
                 task.after_step(kept, run.total_steps())
                 run.end_step(batch, parts, lr)  # logs, and saves if it is time
@@ -411,14 +417,15 @@ def resolve(args, rest):
     return config, stages
 
 
-def main():
+def build_parser():
     every = f"Every field of a config and of a stage is a flag too: {flags.known(model.FLMConfig, Stage)}. " \
-            "--steps is for all stages together, --lr is the highest rate; the others keep their proportion."
+            "(The codec's config has other fields; an unknown flag lists them.) --steps is for all stages " \
+            "together, --lr is the highest rate; the others keep their proportion."
     parser = argparse.ArgumentParser(description=__doc__, epilog=textwrap.fill(every, 100),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--config", default="tiny", choices=STAGES)
-    add("--data", help="default: data/toy for the codec, data/toy/encoded for a model; several with commas")
+    add("--data", help="default: data/toy for the codec; for a model data/toy/encoded (several: with commas)")
     add("--out", help="default: out/CONFIG")
     add("--init", help="folder to start from: of a run of ours, such as out/tiny, whose codec and tokeniser "
                        "the data must be encoded with; or with Qwen2.5's published weights")
@@ -432,11 +439,15 @@ def main():
                                                              "the device has instructions for it)")
     add("--seed", type=int, default=1)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--plan", action="store_true", help="train nothing: tell what it would take, on --gpus such --card")
+    add("--plan", action="store_true", help="train nothing: tell what it would take, on --gpus of --card")
     add("--gpus", type=int, default=1)
     add("--card", default="H100", choices=plan.BF16)
     add("--utilisation", type=float, default=0.4, help="share of the card's peak that --plan counts on")
-    args, rest = parser.parse_known_args()
+    return parser
+
+
+def main():
+    args, rest = build_parser().parse_known_args()
     torch.manual_seed(args.seed)
     try:
         config, stages = resolve(args, rest)

@@ -23,7 +23,6 @@ from files.checkpoint import load_weights
 from toy.codec import Clips, letters_loss
 from mimi import MELS, LogMel
 from train import Stage, train
-from training.run import default_precision
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class RecogniserTask:
     def __init__(self, config, data, device, precision=None):
         self.clips = Clips(data)
         self.config, self.device = dataclasses.replace(config, letters=self.clips.letters), device
-        self.precision = precision or default_precision(device)
+        self.precision = precision
         self.model = self.modules = Recogniser(self.config).to(device)
         self.fingerprint, self.holds = self.clips.fingerprint, self.clips.holds
 

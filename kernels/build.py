@@ -1,6 +1,6 @@
-"""A .cu file as a shared library for ctypes: with nvcc for the GPU of this process, or, to test it, with g++
-for the CPU, where cpu.h takes CUDA's place. Compiled on first use (seconds) and kept in the user's cache
-folder."""
+"""Compiles a .cu file to a shared library for ctypes, on first use (seconds), and keeps it in the user's
+cache folder. nvcc builds it for this process's GPU. For tests, g++ builds it for the CPU, with cpu.h in
+CUDA's place."""
 import ctypes
 import functools
 import hashlib
@@ -24,34 +24,52 @@ def library(name, device):
     try:
         lib = ctypes.CDLL(build(name, gpu_command() if device == "cuda" else ["g++", *CPU]))
         if error := lib.usable():
-            raise OSError(f"CUDA's error {error}; is the driver older than nvcc?")
+            raise OSError(f"CUDA error {error}; is the driver older than nvcc?")
         return lib
     except (OSError, subprocess.CalledProcessError) as e:
         why = e.stderr.strip() if isinstance(e, subprocess.CalledProcessError) else e
         warnings.warn(f"kernels/{name}.cu is not used, PyTorch does its work: {why}")
 
 
+def nvcc():
+    """Path of the CUDA compiler: of the PATH, or of CUDA's folder, where it may be missing."""
+    return shutil.which("nvcc") or os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc")
+
+
 def gpu_command(arch=None):
-    """nvcc for the present GPU, or for an architecture such as "sm_90"."""
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    nvcc = shutil.which("nvcc") or os.path.join(home, "bin", "nvcc")
+    """nvcc for the current GPU, or for an architecture such as "sm_90"."""
     arch = arch or "sm_%d%d" % torch.cuda.get_device_capability()
-    return [nvcc, "-arch", arch, "-std=c++17", "-O3", "-Xcompiler", "-fPIC"]
+    return [nvcc(), "-arch", arch, "-std=c++17", "-O3", "-Xcompiler", "-fPIC"]
 
 
 def build(name, command):
-    """Path of the library that the command makes of kernels/<name>.cu, made unless it is in the cache.
-    OSError if there is no such compiler or no place to write, CalledProcessError if it fails."""
-    texts = [Path(HERE, file).read_bytes() for file in (f"{name}.cu", "cpu.h")]
+    """Path of the library that the command makes of kernels/<name>.cu, unless it is in the cache already.
+    OSError if the compiler is missing or the folder is not writable, CalledProcessError if it fails."""
+    source = Path(HERE, f"{name}.cu")
+    texts = [file.read_bytes() for file in (source, *sorted(Path(HERE).glob("*.h")))]
     key = hashlib.sha256(b"\0".join([*texts, *map(str.encode, command)])).hexdigest()[:16]
     folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "nanoflm")
     path = os.path.join(folder, f"{name}-{key}.so")
     if not os.path.exists(path):
         os.makedirs(folder, mode=0o700, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:  # so that it appears whole or not at all
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:  # renamed when complete
             made = os.path.join(temporary, "made.so")
-            source = os.path.join(HERE, f"{name}.cu")
             command = [*command, "-shared", "-o", made, source]
             subprocess.run(command, check=True, capture_output=True, text=True)
             os.replace(made, path)
     return path
+
+
+def launch(function, args, tensor, *more):
+    """Calls a library's function(args, *more, stream) on the tensor's device and its current stream.
+    RuntimeError if the launch fails."""
+    with torch.cuda.device_of(tensor):
+        stream = torch.cuda.current_stream().cuda_stream if tensor.is_cuda else None
+        error = function(ctypes.byref(args), *more, ctypes.c_void_p(stream))
+    if error:
+        raise RuntimeError(f"{function.__name__}: CUDA error {error}")
+
+
+def fields(*kinds):
+    """_fields_ of a ctypes.Structure, of (type, "names in this order"), ..."""
+    return [(name, kind) for kind, names in kinds for name in names.split()]

@@ -1,12 +1,13 @@
-/* What sampling.cu needs of CUDA, on the CPU: to test it where there is no GPU.
+/* The part of CUDA that the kernels use, on the CPU: to test them where there is no GPU.
 
-   Each thread is a fiber, a function with a stack of its own, which runs until it has to wait for others.
-   The fibers take turns forwards or backwards, and warps and blocks drift as far apart as the barriers let
-   them: if a barrier is missing, one of the two orders gives another result. The blocks of a grid run one
-   after another; those of a cooperative launch are all resident at once.
+   Each thread is a fiber, a function with its own stack, which runs until it waits for others. Fibers run in
+   order, or in reverse order, and warps and blocks drift as far apart as the barriers let them. Where a
+   barrier is missing, one of the two orders gives another result. The blocks of a grid run one after another;
+   those of a cooperative launch are all resident at once.
 
-   This says nothing about speed, races within a warp, or memory ordering between processors: that takes a
-   GPU. */
+   It shows nothing about speed, races within a warp, or when one multiprocessor sees what another wrote. That
+   takes a GPU. */
+#pragma once
 #include <algorithm>
 #include <cmath>
 #include <csetjmp>
@@ -19,7 +20,7 @@
 
 #define __global__
 #define __device__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 using std::max;
 using std::min;
@@ -38,101 +39,103 @@ int backwards = 0;
 
 namespace cpu {
 
-const int STACK = 1 << 15, PROCESSORS = 16; // of the card that this pretends to be; each holds one block
+const int STACK = 1 << 15;         // bytes of each fiber
+const int MULTIPROCESSORS = 16; // of the GPU that this pretends to be; each holds one block
 
 struct Barrier {
-    int size, arrived = 0, round = 0;
+    int size, arrived = 0, generation = 0;
 };
 
 struct Block {
     Barrier all;
     std::vector<Barrier> warps;
     std::vector<uint64_t> memory;
-    std::vector<unsigned long long> given[2]; // by each thread in a shuffle, and in the one before
+    std::vector<unsigned long long> exchange[2]; // what each thread gave to a shuffle; double-buffered
 };
 
 struct Fiber {
     std::unique_ptr<char[]> stack{new char[STACK]};
-    jmp_buf* here = nullptr; // where it goes on
-    Barrier* waits;          // for the end of this round
-    int round, block, thread;
+    jmp_buf* resume_at = nullptr;
+    Barrier* barrier; // that it waits at, in this generation
+    int generation, block, thread;
     bool done;
 };
 
 static std::vector<Fiber> fibers; // kept for the next launch
-static std::vector<Block> blocks; // that are there now
-static int first;                 // the number of the first of them
+static std::vector<Block> blocks; // resident now
+static int first;                 // the index of the first of them
 static Barrier grid;
 static Fiber* self;
 static jmp_buf scheduler;
 static std::function<void()> kernel;
 
-inline void leave() { // until the scheduler comes back
+inline void yield() { // back to the scheduler, until it resumes this fiber
     jmp_buf here;
-    self->here = &here;
+    self->resume_at = &here;
     if (!_setjmp(here)) _longjmp(scheduler, 1);
 }
 
 inline void wait(Barrier& b) {
     if (++b.arrived == b.size) {
         b.arrived = 0;
-        b.round++;
+        b.generation++;
     } else {
-        self->waits = &b;
-        self->round = b.round;
-        leave();
+        self->barrier = &b;
+        self->generation = b.generation;
+        yield();
     }
 }
 
-inline void live() {
-    for (;; leave()) {
+inline void fiber_main() {
+    for (;; yield()) {
         kernel();
         self->done = true;
     }
 }
 
-inline void go_on(Fiber& f) { // until it waits or is done
+inline void resume(Fiber& f) { // until it waits or is done
     self = &f, threadIdx = f.thread, blockIdx = first + f.block;
     if (_setjmp(scheduler)) return;
-    if (f.here) _longjmp(*f.here, 1);
-    ucontext_t birth;
-    getcontext(&birth);
-    birth.uc_stack.ss_sp = f.stack.get();
-    birth.uc_stack.ss_size = STACK;
-    makecontext(&birth, live, 0);
-    setcontext(&birth);
+    if (f.resume_at) _longjmp(*f.resume_at, 1);
+    ucontext_t start;
+    getcontext(&start);
+    start.uc_stack.ss_sp = f.stack.get();
+    start.uc_stack.ss_size = STACK;
+    makecontext(&start, fiber_main, 0);
+    setcontext(&start);
 }
 
-// Run fibers begin .. end - 1 until none can go on: each block as far as it gets, and in it each warp.
-// True if any went on.
+// Runs fibers begin .. end - 1 until none can continue: each block as far as it gets, and in it each warp.
+// Returns whether any ran.
 inline bool run(int begin, int end) {
     int n = end - begin, step = n > int(blockDim.x) ? blockDim.x : n > 32 ? 32 : 1;
-    bool any = false, moved;
+    bool any = false, progress;
     do {
-        moved = false;
+        progress = false;
         for (int i = 0; i < n; i += step) {
             int at = backwards ? end - step - i : begin + i;
             Fiber& f = fibers[at];
-            if (step > 1) moved |= run(at, at + step);
-            else if (!f.done && !(f.waits && f.waits->round == f.round)) go_on(f), moved = true;
+            if (step > 1) progress |= run(at, at + step);
+            else if (!f.done && !(f.barrier && f.barrier->generation == f.generation))
+                resume(f), progress = true;
         }
-        any |= moved;
-    } while (moved);
+        any |= progress;
+    } while (progress);
     return any;
 }
 
-// `count` blocks at a time. An error if some wait for what others never come to.
-inline int together(int count, size_t bytes) {
+// Runs `count` blocks at once. An error if some wait at a barrier that others never reach.
+inline int run_blocks(int count, size_t bytes) {
     const int threads = blockDim.x, n = count * threads;
-    std::vector<unsigned long long> given(threads);
+    std::vector<unsigned long long> exchange(threads);
     grid = {n};
-    blocks.assign(count, {{threads}, std::vector<Barrier>(threads / 32, {32}),
-                          std::vector<uint64_t>(bytes / 8 + 1, 0xAAAAAAAAAAAAAAAA),
-                          {given, given}});
+    std::vector<uint64_t> garbage(bytes / 8 + 1, 0xAAAAAAAAAAAAAAAA); // shared memory is not initialised
+    std::vector<Barrier> warps(threads / 32, {32});
+    blocks.assign(count, {{threads}, warps, garbage, {exchange, exchange}});
     if (int(fibers.size()) < n) fibers.resize(n);
     for (int i = 0; i < n; i++) {
         Fiber& f = fibers[i];
-        f.waits = nullptr, f.done = false, f.block = i / threads, f.thread = i % threads;
+        f.barrier = nullptr, f.done = false, f.block = i / threads, f.thread = i % threads;
     }
     run(0, n);
     for (int i = 0; i < n; i++)
@@ -141,27 +144,27 @@ inline int together(int count, size_t bytes) {
 }
 
 template <class Args>
-int launch(void (*f)(Args), dim3 blocks, dim3 threads, void** args, size_t bytes, int at_a_time) {
+int launch(void (*f)(Args), dim3 blocks, dim3 threads, void** args, size_t bytes, int resident) {
     kernel = [=] { f(*(Args*)args[0]); };
     gridDim = blocks, blockDim = threads;
     int error = 0;
-    for (first = 0; first < int(blocks.x) && !error; first += at_a_time) error = together(at_a_time, bytes);
+    for (first = 0; first < int(blocks.x) && !error; first += resident) error = run_blocks(resident, bytes);
     return error;
 }
 
 inline unsigned long long shuffle(unsigned long long x, int from) {
     Block& b = blocks[self->block];
     Barrier& warp = b.warps[self->thread / 32];
-    auto& given = b.given[warp.round % 2]; // who comes here again has met those who read what it gave before
-    given[self->thread] = x;
+    auto& exchange = b.exchange[warp.generation % 2]; // the other buffer may still be read
+    exchange[self->thread] = x;
     wait(warp);
-    return given[self->thread / 32 * 32 + from];
+    return exchange[self->thread / 32 * 32 + from];
 }
 
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// by CUDA's names
+// CUDA's names
 
 inline char* shared_memory() { return (char*)cpu::blocks[cpu::self->block].memory.data(); }
 inline void __syncthreads() { cpu::wait(cpu::blocks[cpu::self->block].all); }
@@ -190,7 +193,7 @@ template <class T> T atomicAdd(T* p, T x) {
     return before;
 }
 
-inline float __fmul_rn(float a, float b) { return a * b; } // and -ffp-contract=off
+inline float __fmul_rn(float a, float b) { return a * b; } // with -ffp-contract=off
 inline float __uint_as_float(unsigned x) { float y; memcpy(&y, &x, 4); return y; }
 inline unsigned __float_as_uint(float x) { unsigned y; memcpy(&y, &x, 4); return y; }
 
@@ -198,9 +201,8 @@ using cudaStream_t = void*;
 enum { cudaDevAttrMultiProcessorCount };
 inline int cudaGetDeviceCount(int*) { return 0; }
 inline void cudaGetDevice(int*) {}
-inline void cudaDeviceGetAttribute(int* value, int, int) { *value = cpu::PROCESSORS; }
-template <class F>
-void cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* value, F, int, size_t) {
+inline void cudaDeviceGetAttribute(int* value, int, int) { *value = cpu::MULTIPROCESSORS; }
+template <class F> void cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* value, F, int, size_t) {
     *value = 1;
 }
 template <class F>
@@ -208,7 +210,6 @@ int cudaLaunchKernel(F f, dim3 blocks, dim3 threads, void** args, size_t bytes, 
     return cpu::launch(f, blocks, threads, args, bytes, 1);
 }
 template <class F>
-int cudaLaunchCooperativeKernel(F f, dim3 blocks, dim3 threads, void** args, size_t bytes,
-                                cudaStream_t) {
+int cudaLaunchCooperativeKernel(F f, dim3 blocks, dim3 threads, void** args, size_t bytes, cudaStream_t) {
     return cpu::launch(f, blocks, threads, args, bytes, blocks.x);
 }

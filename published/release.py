@@ -136,7 +136,7 @@ def qwen_fields(c, where):
         raise ValueError(f"{where}/config.json: {type(e).__name__}: {e}") from None
 
 
-def from_qwen(folder, config: FLMConfig, place=None):
+def from_qwen(folder, config: FLMConfig, place=None, seed=0):
     """A model whose temporal transformer is the published language model in `folder` (Qwen2.5, or the
     language part of Qwen2.5-VL). The rest is new: config's depth transformer, audio embeddings and context.
     place: see build."""
@@ -145,7 +145,7 @@ def from_qwen(folder, config: FLMConfig, place=None):
     files = open_all(folder)
     prefix = next((p for p in ("model.language_model.", "model.") if p + "norm.weight" in files), "model.")
     table = dict(qwen_tensors(config, prefix, prefix + "embed_tokens.weight"))
-    model = build(config, place, given=table)
+    model = build(config, place, seed, given=table)
     ignore = ["visual.", "model.visual."] + ["lm_head."] * config.tied
     load_tensors(model, files, folder, table, ignore)
     return model

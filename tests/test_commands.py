@@ -57,11 +57,11 @@ def test_your_own_words(folder):
     """The recipe as it stands, but for the half hour of training and the talk at its end."""
     recipe = re.search(r"\*\*Your own words\.\*\*.*?```sh\n(.*?)```", README, re.S)[1]
     *lines, last = recipe.strip().replace("--minutes 30", "--minutes 0.05").splitlines()
-    assert last.endswith("chat.py --checkpoint out/mine --web")
+    assert last.endswith("chat.py --checkpoint out/words --web")
     commands = "\n".join(lines).replace(".venv/bin/python ", f"{sys.executable} {ROOT}/")
     done = subprocess.run(["bash", "-ec", commands], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0 and "Wrote out/mine/checkpoint.pt" in done.stdout, done.stderr[-3000:]
-    talk = [sys.executable, os.path.join(ROOT, "chat.py"), "--checkpoint", "out/mine", "--input",
-            "data/mine/turns/000001-0.flac"]
+    assert done.returncode == 0 and "Wrote out/words/checkpoint.pt" in done.stdout, done.stderr[-3000:]
+    talk = [sys.executable, os.path.join(ROOT, "chat.py"), "--checkpoint", "out/words", "--input",
+            "data/words/turns/000001-0.flac"]
     done = subprocess.run(talk, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0 and "Wrote reply.wav" in done.stdout, done.stderr[-3000:]

@@ -11,6 +11,7 @@ import train
 from conftest import FLM, encode, run
 from files.checkpoint import load_checkpoint
 from test_train import SHORT
+from training.muon import make_optimizer
 
 
 def test_a_model_of_ours_is_fine_tuned_on_other_data(world, tmp_path):
@@ -46,3 +47,30 @@ def test_stages_without_data_are_skipped_and_named(world, tmp_path):
     assert "Skipped, as the data holds nothing for them: language, fine-tuning 1\n" in out
     saved = load_checkpoint(str(tmp_path / "o/checkpoint.pt"), "flm")
     assert [s["name"] for s in saved["stages"]] == ["post-training 1", "post-training 2", "fine-tuning 2"]
+
+
+def test_a_run_goes_on_as_it_was_begun_or_not_at_all(world, tmp_path):
+    """Other steps, another seed, or no --minutes where the length of a stage is not known yet: one clear line."""
+    new = lambda: train.ModelTask(FLM, str(world / "toy/encoded"), "cpu")
+    out, stage = str(tmp_path / "o"), dataclasses.replace(SHORT[0], steps=2)
+    train.train(new(), [stage], out)
+    longer = dataclasses.replace(stage, steps=3)
+    for stages, flags, message in (([longer], {}, r"other stages \(one: steps\)"),
+                                   ([stage, SHORT[1]], {}, r"other stages \(two: not in both\)"),
+                                   ([stage], {"seed": 2}, "with --seed 1; give it again")):
+        with pytest.raises(ValueError, match=message):
+            train.train(new(), stages, out, resume=True, **flags)
+    task = new()
+    run_ = train.Run(task, [stage], str(tmp_path / "p"), make_optimizer(task.modules, True), minutes=1)
+    run_.save()
+    with pytest.raises(ValueError, match="begun with --minutes; give it again"):
+        train.train(new(), [stage], str(tmp_path / "p"), resume=True)
+
+
+def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(world, tmp_path):
+    task = train.ModelTask(FLM, str(world / "toy/encoded"), "cpu")
+    before = task.model.head.weight.detach().clone()
+    task.model.head.weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(ValueError, match="the gradient is (nan|inf) at step 0 of one"):
+        train.train(task, [SHORT[0]], str(tmp_path / "o"))
+    assert torch.equal(task.model.head.weight, before)

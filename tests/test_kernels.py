@@ -1,5 +1,5 @@
-"""sampling.cu gives the reference's tokens. Without a GPU the same source runs on the CPU, its threads taking
-turns, forwards and backwards."""
+"""The kernels give the reference's tokens. Without a GPU the same source runs on the CPU, its threads in
+order and in reverse order."""
 import ctypes
 import functools
 import os
@@ -12,21 +12,28 @@ import torch
 from kernels import build
 from kernels.bench import VERSIONS, by_kernel, differing
 from kernels.build import library
-from kernels.sampling import Sampling, head_kernel, head_reference, kernel, plain_sample, reference, sample
+from kernels.head import head_kernel, head_reference
+from kernels.sampling import VERSION, Sampling, kernel, reference, sample
 
-GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
+needs_nvcc = pytest.mark.skipif(not os.path.exists(build.nvcc()), reason="no nvcc")
+needs_gpp = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+GPU = pytest.param("cuda", marks=[needs_gpu, needs_nvcc])
+CPU, CPU_BACKWARDS = (pytest.param(name, marks=needs_gpp) for name in ("cpu", "cpu backwards"))
 every_version = pytest.mark.parametrize("version", VERSIONS)
 
 
-@pytest.fixture(params=["cpu", "cpu backwards", GPU])
+@pytest.fixture(params=[CPU, CPU_BACKWARDS, GPU])
 def device(request):
     device, *order = request.param.split()
-    lib = library("sampling", device)
-    assert lib, "the kernel could not be built"
-    backwards = ctypes.c_int.in_dll(lib, "backwards") if device == "cpu" else ctypes.c_int()
-    backwards.value = bool(order)
+    libs = [library(name, device) for name in ("sampling", "head")]
+    assert all(libs), "the kernels could not be built"
+    flags = [ctypes.c_int.in_dll(lib, "backwards") for lib in libs if device == "cpu"]
+    for flag in flags:
+        flag.value = bool(order)
     yield device
-    backwards.value = 0
+    for flag in flags:
+        flag.value = 0
 
 
 # in v3 one block has a row of 2050 entries, several have one of 12000
@@ -42,8 +49,8 @@ def test_a_large_vocabulary(version, device):
     ids = torch.tensor([3, 2 ** 62], device=device)
     recent = logits.topk(4).indices
     for s in (Sampling(penalty=1.5), Sampling(0.9, top_p=0.8, penalty=1.2)):
-        right = reference(logits, s, ids, ids, 1, recent)
-        assert by_kernel(version, logits, s, ids, ids, 1, recent).tolist() == right.tolist()
+        token = by_kernel(version, logits, s, ids, ids, 1, recent)
+        assert token.tolist() == reference(logits, s, ids, ids, 1, recent).tolist()
 
 
 @pytest.mark.slow
@@ -59,12 +66,11 @@ def test_ten_thousand_random_rows(version, thousand, device):
 @every_version
 @pytest.mark.parametrize("s", [Sampling(penalty=1.5), Sampling(0.8, 50, 0.9, 1.3)])
 def test_many_rows(version, s, device):
-    """More than a small card holds at a time; in v3, where two blocks have a row, its last round is not full.
-    All the parameters are in it: without any one of sampling.cu's barriers it fails in one of the orders."""
-    g = torch.Generator().manual_seed(0)
-    logits = torch.randn(11, 11300, generator=g)
+    """More than a small GPU holds at once; in v3, where two blocks have a row, its last round is not full.
+    All parameters are in it."""
+    logits = torch.randn(11, 11300, generator=torch.Generator().manual_seed(0))
     logits[7] = torch.nan
-    recent, ids = logits.topk(40).indices.to(device), torch.arange(11, device=device)
+    ids, recent = torch.arange(11, device=device), logits.topk(40).indices.to(device)
     logits = logits.to(device)
     token = by_kernel(version, logits, s, ids, ids, 0, recent)
     assert token.tolist() == reference(logits, s, ids, ids, 0, recent).tolist()
@@ -82,9 +88,19 @@ def test_what_is_not_a_distribution_is_no_token(version, s, V, device):
     assert by_kernel(version, logits.to(device), s, ids, ids).tolist() == [-1, -1, -1, 17, -1]
 
 
+@every_version
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_without_a_token_among_others(version, dtype, device):
+    logits = torch.randn(4, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
+    logits[2, 5] = torch.nan
+    logits, ids, s = logits.to(device), torch.arange(4, device=device), Sampling(0.8, 20)
+    token = by_kernel(version, logits, s, ids, ids)
+    assert token[2] == -1 and token.tolist() == reference(logits, s, ids, ids).tolist()
+    assert sample(logits, s, ids, ids).tolist() == token.tolist()
+
+
 def distance(tokens, p):
-    """Pearson's chi-square of the counts of tokens (N,) against N p, in standard deviations from what it
-    should be."""
+    """Pearson's chi-square of the counts of tokens (N,) against N p, in standard deviations from its mean."""
     kept = p > 0
     assert kept[tokens].all()
     expected, freedom = len(tokens) * p[kept], kept.sum().item() - 1
@@ -92,11 +108,10 @@ def distance(tokens, p):
     return abs(x - freedom) / (2 * freedom) ** 0.5
 
 
-@pytest.mark.parametrize("version", ["plain", None, 1, 3])
-@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("version", [None, 1, 3])
+@pytest.mark.parametrize("device", [CPU, GPU])
 def test_the_distribution(version, device):
-    """None is the reference, "plain" the usual way to write it. Threads that take turns are slow, so on the
-    CPU v3 draws less often."""
+    """None is the reference. Fibers are slow, so on the CPU v3 draws less often."""
     n = 300 if version == 3 and device == "cpu" else 20000
     logits = torch.randn(24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     ranked, order = (logits / 1.3).softmax(-1).sort(descending=True)
@@ -107,34 +122,35 @@ def test_the_distribution(version, device):
     p = torch.zeros(24, dtype=torch.float64).scatter(0, order, ranked / ranked.sum())
     steps, s = torch.arange(n, device=device), Sampling(1.3, 20, 0.97)
     seed, x = torch.full_like(steps, 5), logits.float().to(device).expand(n, -1)
-    if version == "plain":
-        tokens = plain_sample(x, s, torch.Generator(device).manual_seed(5)).cpu()
-    else:
-        draw = functools.partial(by_kernel, version) if version else reference
-        tokens = draw(x, s, seed, steps).cpu()
+    draw = reference if version is None else functools.partial(by_kernel, version)
+    tokens = draw(x, s, seed, steps).cpu()
     assert distance(tokens, p) < 4
-    assert distance(tokens, (p > 0) / (p > 0).sum()) > 10  # it would notice
+    assert distance(tokens, (p > 0) / (p > 0).sum()) > 10  # another distribution is noticed
 
 
 def test_it_is_an_operation_of_pytorch(device):
-    g = torch.Generator().manual_seed(0)
-    logits = torch.randn(3, 256, generator=g).to(device)
+    logits = torch.randn(3, 256, generator=torch.Generator().manual_seed(0)).to(device)
     ids, recent = torch.arange(3, device=device), torch.zeros(3, 2, dtype=torch.long, device=device)
     torch.library.opcheck(kernel, (logits, ids, ids, recent, 1, 0.8, 50, 0.9, 1.2))
     torch.library.opcheck(kernel, (logits, ids, ids, None, 1, 0.8, 50, 0.9, 1.2, 1))
-    f = lambda x: by_kernel(3, x * 2, Sampling(0.8), ids, ids) + 1
+    f = lambda x: by_kernel(VERSION, x * 2, Sampling(0.8), ids, ids) + 1
     compiled = torch.compile(f, fullgraph=True, backend="eager")
     assert compiled(logits).equal(sample(logits * 2, Sampling(0.8), ids, ids) + 1)
+
+
+def test_scratch_memory_only_where_it_is_used(device):
+    scratch_bytes = library("sampling", device).scratch_bytes
+    assert [scratch_bytes(version, 64, 2050) for version in VERSIONS] == [0, 4 * 64 * 2050, 0]
+    assert scratch_bytes(3, 1, 152064) > 0
 
 
 @every_version
 @pytest.mark.parametrize("device", [GPU])
 @pytest.mark.parametrize("V", [2050, 152064])
 def test_in_a_cuda_graph(version, V, device):
-    """Captured once, it goes on drawing: what changes from step to step lies on the device."""
-    logits, seed = torch.randn(2, V, device=device), torch.arange(2, device=device)
+    """Captured once, it keeps drawing: whatever changes from step to step is on the device."""
+    logits, seed, s = torch.randn(2, V, device=device), torch.arange(2, device=device), Sampling(1.0, 50, 0.9)
     step = torch.zeros(2, dtype=torch.long, device=device)
-    s = Sampling(1.0, 50, 0.9)
     by_kernel(version, logits, s, seed, step)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -146,8 +162,8 @@ def test_in_a_cuda_graph(version, V, device):
         assert tokens.equal(reference(logits, s, seed, torch.full_like(step, i)))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# v4: the head's product and the draw
+# ---------------------------------------------------------------------------------------------------------
+# head.cu (v4): the head's matrix product and the draw
 
 
 @pytest.mark.parametrize("sizes", [(1, 7, 256), (2050,)])
@@ -162,7 +178,7 @@ def test_ten_thousand_rows_through_random_heads(thousand, device):
     assert differing(4, 20, (1023, 2050), device, 500 + thousand) == 0
 
 
-@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("device", [CPU, GPU])
 @pytest.mark.parametrize("f", [head_reference, head_kernel])
 def test_the_distribution_of_a_head(f, device):
     n = 20000 if f is head_reference or device == "cuda" else 2000
@@ -170,16 +186,17 @@ def test_the_distribution_of_a_head(f, device):
     x, weight = torch.randn(16, generator=g), torch.randn(24, 16, generator=g) * 0.3
     p = (weight.double() @ x.double() / 1.3).softmax(-1)
     steps = torch.arange(n, device=device)
-    x = x.to(device).expand(n, -1).contiguous()
-    tokens = f(x, weight.to(device), 1.3, torch.full_like(steps, 5), steps).cpu()
+    x, weight, seed = x.to(device).expand(n, -1).contiguous(), weight.to(device), torch.full_like(steps, 5)
+    tokens = f(x, weight, 1.3, seed, steps).cpu()
     assert distance(tokens, p) < 4
-    assert distance(tokens, p.softmax(-1)) > 10  # it would notice
+    assert distance(tokens, p.softmax(-1)) > 10  # another distribution is noticed
 
 
-# ------------------------------------------------------------------------------------------------------------
-# the compiler
+# ---------------------------------------------------------------------------------------------------------
+# Building
 
 
+@needs_gpp
 def test_what_is_built_is_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     command = ["g++", *build.CPU, "-O0"]
@@ -199,12 +216,13 @@ def test_without_a_compiler_the_reference_does_it(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="sampling.cu is not used.*g\\+\\+"):
         assert library.__wrapped__("sampling", "cpu") is None
     monkeypatch.setattr("kernels.sampling.library", lambda *_: None)
-    assert by_kernel(3, logits, s, ids, ids).equal(reference(logits, s, ids, ids))
+    assert by_kernel(VERSION, logits, s, ids, ids).equal(reference(logits, s, ids, ids))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+@needs_nvcc
+@pytest.mark.parametrize("name", ["sampling", "head"])
 @pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
-def test_it_compiles_for_every_gpu(arch, tmp_path, monkeypatch):
+def test_it_compiles_for_every_gpu(arch, name, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert os.path.getsize(build.build("sampling", build.gpu_command(arch))) > 0
+    assert os.path.getsize(build.build(name, build.gpu_command(arch))) > 0

@@ -1,8 +1,8 @@
-"""One token from logits: what the parameters mean, by small cases with known answers."""
+"""One token from logits: what the parameters mean, in small cases with known answers."""
 import pytest
 import torch
 
-from kernels.sampling import MASK, Sampling, philox, sample, weights
+from kernels.sampling import MASK, Sampling, kept_weights, penalise, philox, probabilities, sample, weights
 
 
 def draws(logits, s, seed=0):
@@ -36,9 +36,9 @@ def test_weights_are_probabilities():
     assert weights(torch.tensor([0.0, -float("inf")]), 1.0).tolist() == [2 ** 31, 0]
 
 
-@pytest.mark.parametrize("s, allowed", [(Sampling(1.0, top_k=2), {0, 1}), (Sampling(1.0, top_p=0.7), {0, 1}),
-                                        (Sampling(1.0, top_k=3, top_p=0.5), {0}),
-                                         (Sampling(1.0), {0, 1, 2, 3})])
+@pytest.mark.parametrize("s, allowed", [
+    (Sampling(1.0, top_k=2), {0, 1}), (Sampling(1.0, top_p=0.7), {0, 1}),
+    (Sampling(1.0, top_k=3, top_p=0.5), {0}), (Sampling(1.0), {0, 1, 2, 3})])
 def test_top_k_and_top_p(s, allowed):
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(4000, 1)
     drawn = draws(logits, s)
@@ -48,14 +48,28 @@ def test_top_k_and_top_p(s, allowed):
     assert (drawn.bincount(minlength=4) / 4000 - p / p.sum()).abs().max() < 0.03
 
 
+@pytest.mark.parametrize("s", [Sampling(1.0), Sampling(0.7, top_k=20), Sampling(1.3, top_p=0.9),
+                               Sampling(0.9, top_k=50, top_p=0.8, penalty=1.3), Sampling(2.0, top_k=1)])
+def test_integers_keep_the_tokens_and_probabilities_of_ordinary_sampling(s):
+    g = torch.Generator().manual_seed(0)
+    logits, recent = torch.randn(32, 500, generator=g) * 2, torch.randint(-1, 500, (32, 8), generator=g)
+    p = probabilities(logits, s, recent)
+    x = penalise(logits, s.penalty, recent)
+    w = kept_weights(x - x.amax(-1, keepdim=True), s)
+    assert (w > 0).equal(p > 0)
+    assert (w / w.sum(-1, keepdim=True) - p).abs().max() < 1e-6
+    drawn = p.multinomial(1, generator=g)
+    assert (w.gather(1, drawn) > 0).all()
+
+
 def test_repetition_penalty_looks_at_the_window_only():
     def one(logits, recent):
         zero = torch.zeros(1, dtype=torch.long)
-        recent = torch.tensor([recent])
-        return sample(torch.tensor([logits]), Sampling(penalty=1.5), zero, zero, recent=recent).item()
+        logits, recent = torch.tensor([logits]), torch.tensor([recent])
+        return sample(logits, Sampling(penalty=1.5), zero, zero, recent=recent).item()
     assert one([2.0, 1.9, -1.0], [-1, -1]) == 0
     assert one([2.0, 1.9, -1.0], [0, -1]) == 1
-    assert one([-1.0, -1.2], [0]) == 1  # negative: further down
+    assert one([-1.0, -1.2], [0]) == 1  # a negative logit becomes more negative
 
 
 @pytest.mark.parametrize("s", [Sampling(), Sampling(1.0), Sampling(0.8, 2, 0.9)])
@@ -74,8 +88,7 @@ def test_a_row_draws_the_same_among_others():
 
 
 @pytest.mark.parametrize("fields", [dict(temperature=-1), dict(temperature=float("nan")), dict(top_k=-1),
-                                    dict(top_p=0), dict(top_p=1.1),
-                                    dict(penalty=0)])
+                                    dict(top_p=0), dict(top_p=1.1), dict(penalty=0)])
 def test_parameters_that_mean_nothing_are_an_error(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         Sampling(**fields)

@@ -181,7 +181,7 @@ def test_a_spoilt_batch_is_named(world, tmp_path):
     run_.task.data.used = []
     next(run_.batches(SHORT[0]))
     used, run_.task.data.used = sorted(set(run_.task.data.used)), None
-    assert used and run_.task.sources(SHORT[0], run_.fraction(), run_.rng(0), run_.rows(SHORT[0])) == used
+    assert used and run_.task.clips_of(SHORT[0], run_.fraction(), run_.rng(0), run_.rows(SHORT[0])) == used
 
 
 def test_every_batch_is_a_function_of_its_step(world):

@@ -15,7 +15,6 @@ from files.audio import SAMPLE_RATE, read_audio
 from files.checkpoint import load_weights
 from files.manifest import read_manifest, seconds_of, clip_key
 from mimi import FRAME, Mimi, mel_filters
-from training.run import default_precision
 
 
 class Clips:
@@ -68,7 +67,7 @@ class CodecTask:
     files, from_nothing = {}, True
 
     def __init__(self, config, data, device, precision=None):
-        self.config, self.device, self.precision = config, device, precision or default_precision(device)
+        self.config, self.device, self.precision = config, device, precision
         self.model = Mimi(config)
         self.clips = Clips(data)
         self.letters = nn.Linear(config.dim, 4 * (len(self.clips.letters) + 1))  # four guesses a frame

@@ -7,8 +7,9 @@ ZeRO-3).
     a block is computed       gathered whole in bfloat16, used, dropped again
     its gradients             summed over the processes in float32, each keeping its rows
 
-The rows of a batch do not depend on the number of processes, so two processes follow one process's losses,
-and a checkpoint of two goes on with one or three. Without torchrun nothing here happens.
+The rows of a batch do not depend on the number of processes. So two processes follow one process's losses,
+to rounding in float32, and a checkpoint of two goes on with one or three. Without torchrun nothing here
+happens.
 """
 import os
 import re
@@ -167,8 +168,10 @@ FOLDER, FILE = re.compile(r"shards-(\d{8})"), re.compile(r"(\d+)-of-(\d+)\.pt")
 
 
 def newest(out):
-    """The newest whole sharded checkpoint in a folder, or None."""
-    found = sorted(f for f in os.listdir(out) if FOLDER.fullmatch(f)) if os.path.isdir(out) else []
+    """The newest whole sharded checkpoint in a folder, or None; one set aside (.old) if it is alone."""
+    names = os.listdir(out) if os.path.isdir(out) else []
+    found = sorted(f for f in names if FOLDER.fullmatch(f)) or \
+        sorted(f for f in names if re.fullmatch(FOLDER.pattern + r"\.old", f))
     return os.path.join(out, found[-1]) if found else None
 
 
@@ -189,10 +192,15 @@ def save(out, number, tensors, facts):
             torch.save({"kind": "shard", "facts": facts, "tensors": parts}, temporary)
     except (OSError, RuntimeError) as e:  # a full disk is a RuntimeError in torch
         error = str(e).splitlines()[0]
+    barrier()
+    if rank() == 0 and not error:
+        try:
+            read(partial)
+        except ValueError as e:
+            error = str(e)
     if any_of(bool(error)):  # none goes on alone
         raise OSError(f"{folder}: could not be written; is the disk full? {error or '(in another process)'}")
     if rank() == 0:
-        read(partial)
         before = [f for f in os.listdir(out) if FOLDER.fullmatch(f)]
         if os.path.exists(folder):
             os.rename(folder, folder + ".old")
@@ -236,7 +244,7 @@ def restore(files, tensors):
 
 
 def whole(files, prefix):
-    """The tensors whose names begin so, put together: (the rest of the name, tensor), ..."""
+    """The tensors whose names begin with prefix, put together: (the rest of the name, tensor), ..."""
     for name in files[0]:
         if name.startswith(prefix):
             yield name.removeprefix(prefix), torch.cat([f[name] for f in files])

@@ -7,6 +7,7 @@ and a time budget need, so that train.py's loop need not show it.
 """
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -117,10 +118,10 @@ class Run:
         """This process's rows of each batch of the stage. On a GPU, workers make them ahead."""
         on_gpu = torch.device(self.task.device).type == "cuda"
         workers = max(1, min(4, (os.cpu_count() or 2) // 2)) if on_gpu else 0
-        while self.num_steps is None or self.step < self.num_steps:
+        while self.num_steps is None or self.step < self.num_steps:  # a time budget may lengthen the stage
             loader = DataLoader(_Batches(self, stage), None, sampler=self._steps(), num_workers=workers,
                                 multiprocessing_context="fork" if workers else None, pin_memory=on_gpu,
-                                worker_init_fn=_ignore_ctrl_c, generator=torch.Generator())
+                                worker_init_fn=_leave_signals_to_main, generator=torch.Generator())
             for batch in loader:
                 yield batch
                 if self.num_steps is not None and self.step >= self.num_steps:
@@ -142,7 +143,7 @@ class Run:
                              f"{parallel.world_size()} processes")
         return range(parallel.rank(), stage.batch, parallel.world_size())
 
-    def split(self, batch):
+    def split_batch(self, batch):
         """A batch, a tuple of tensors and lists with a row for each item, as micro-batches: as many rows at a
         time as the stage says, and on a CPU one for each thread."""
         rows = len(batch[0])
@@ -160,12 +161,17 @@ class Run:
         Returns the sums of the loss and its parts, and [what loss returned third, for each micro-batch of
         this process]."""
         compute = self._backward_in_threads if self.threads else self._backward_in_turn
-        results = compute(loss, self.split(batch))
+        results = compute(loss, self.split_batch(batch))
         parts = self._sum([parts for parts, _ in results])
-        if not torch.isfinite(parts["loss"]):
-            raise ValueError(f"the loss is {parts['loss'].item()} at step {self.step} of {self.stage.name}; "
-                             f"the last good state is in {self.out}; learned from: {self._sources()}")
+        self.check_finite("loss", parts["loss"])
         return parts, [kept for _, kept in results]
+
+    def check_finite(self, name, value):
+        """Stop before a loss or a gradient that is not finite reaches the weights."""
+        value = parallel.gather(value)
+        if not torch.isfinite(value):
+            raise ValueError(f"the {name} is {value.item()} at step {self.step} of {self.stage.name}; the "
+                             f"last good state is in {self.out}; learned from: {self._learned_from()}")
 
     def forward(self, loss, micro):
         device = torch.device(self.task.device).type
@@ -174,7 +180,8 @@ class Run:
         return total, {"loss": total.detach(), **{name: x.detach() for name, x in parts.items()}}, kept
 
     def uses_autocast(self):
-        """Several processes need none: FSDP2's shards are gathered in bfloat16."""
+        """Not in several processes: FSDP2 gathers the shards in bfloat16, and the residual stream is bfloat16
+        too."""
         return self.precision == "bfloat16" and not parallel.is_distributed()
 
     def _backward_in_turn(self, loss, micro_batches):
@@ -202,8 +209,8 @@ class Run:
         sums = {name: sum(x[name] for x in parts).float() for name in parts[0]}
         return dict(zip(sums, parallel.all_sum(torch.stack([*sums.values()]))))
 
-    def _sources(self):
-        names = getattr(self.task, "sources", lambda *args: [])
+    def _learned_from(self):
+        names = getattr(self.task, "clips_of", lambda *args: [])
         names = names(self.stage, self.fraction(), self.rng(self.step), self.rows(self.stage))
         return ", ".join(names[:8]) + (", ..." if names[8:] else "") or "unknown"
 
@@ -219,7 +226,7 @@ class Run:
             batch = self.task.batch(stage, 1.0, "seen", random.Random(i), self.rows(stage))
             totals = self.totals(batch)
             loss = lambda micro: self.task.loss(stage, micro, totals)
-            parts = [self.forward(loss, micro)[1] for micro in self.split(batch)]
+            parts = [self.forward(loss, micro)[1] for micro in self.split_batch(batch)]
             for name, value in self._sum(parts).items():
                 means[name] = means.get(name, 0) + value.item() / batches
         self.task.modules.train()
@@ -235,7 +242,7 @@ class Run:
         self.progress["step"] += 1
         self.bar.update()
         self.tokens += self.task.tokens(batch) * parallel.world_size()
-        if self.minutes and self.step % 50 == 30:
+        if self.minutes and self.step % 50 == 30:  # the first steps read files and are slow
             self._plan_steps()
         if self.step % LOG_EVERY == 1:
             self._log(parts, lr)
@@ -278,7 +285,7 @@ class Run:
     def facts(self):
         """What a checkpoint says besides its tensors."""
         return {"data": self.task.fingerprint, "progress": self.progress, "precision": self.precision,
-                "stages": [dataclasses.asdict(s) for s in self.stages]}
+                "seed": self.seed, "stages": [dataclasses.asdict(s) for s in self.stages]}
 
     def save(self):
         begin = time.monotonic()
@@ -304,8 +311,7 @@ class Run:
         if saved["config"] != dataclasses.asdict(self.task.config) or saved["data"] != self.task.fingerprint:
             raise ValueError(f"{path}: was trained with another config or on other data; "
                              "--out names another folder")
-        if [s["name"] for s in saved["stages"]] != [s.name for s in self.stages]:
-            raise ValueError(f"{path}: was trained in other stages; --out names another folder")
+        self.check_plan(saved, path)
         if saved["precision"] != self.precision and (self.task.precision or parallel.is_distributed()):
             raise ValueError(f"{path}: was trained in {saved['precision']}; "
                              f"--precision {saved['precision']} goes on with it")
@@ -318,6 +324,20 @@ class Run:
         else:
             self.task.load(saved, path)
             self.optimizer.load_state_dict(saved["optimizer"])
+
+    def check_plan(self, saved, path):
+        """ValueError if this run would go on in other stages, with other data, or by another clock."""
+        for old, new in itertools.zip_longest(saved["stages"], map(dataclasses.asdict, self.stages)):
+            if old != new:
+                same = old and new and old["name"] == new["name"]
+                odd = ", ".join(k for k in old if old[k] != new[k]) if same else "not in both"
+                raise ValueError(f"{path}: was trained in other stages ({(old or new)['name']}: {odd}); "
+                                 "--out names another folder")
+        if saved["seed"] != self.seed:
+            raise ValueError(f"{path}: was trained with --seed {saved['seed']}; give it again")
+        unknown = None in saved["progress"]["num_steps"][saved["progress"]["stage"]:]
+        if unknown and not self.minutes:
+            raise ValueError(f"{path}: was begun with --minutes; give it again")
 
     def sharded_tensors(self):
         """All that several processes hold in shards: {name: parameter or state of the optimiser}."""
@@ -375,8 +395,10 @@ class _Batches(torch.utils.data.Dataset):
         return self.task.batch(self.stage, fraction, "train", self.rng(step), self.rows)
 
 
-def _ignore_ctrl_c(worker):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals_to_main(worker):
+    """A signal may go to all processes of a group; workers end when the main process has saved and ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
