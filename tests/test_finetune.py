@@ -50,7 +50,7 @@ def test_stages_without_data_are_skipped_and_named(world, tmp_path):
 
 
 def test_a_run_goes_on_as_it_was_begun_or_not_at_all(world, tmp_path):
-    """Other steps, another seed, or no --minutes where the length of a stage is not known yet: one clear line."""
+    """Other steps, another seed, or no --minutes while the length of a stage is not known: one clear line."""
     new = lambda: train.ModelTask(FLM, str(world / "toy/encoded"), "cpu")
     out, stage = str(tmp_path / "o"), dataclasses.replace(SHORT[0], steps=2)
     train.train(new(), [stage], out)
