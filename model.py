@@ -46,6 +46,13 @@ class FLMConfig:
     input_scale: float = 1.0  # muP, in the FLM-Audio release: of the sum of embeddings
     output_scale: float = 1.0  # and of the text logits
 
+    def __post_init__(self):
+        sizes = self.width, self.heads, self.kv_heads, self.depth_width, self.depth_heads
+        W, H, G, D, N = sizes
+        if min(sizes) < 1 or W % (2 * H) or H % G or D % N:
+            raise ValueError(f"width, heads, kv_heads, depth_width, depth_heads {sizes}: heads must divide "
+                             "the widths (the temporal one into even parts), and kv_heads the heads")
+
     @property
     def audio_vocab_size(self):
         return self.empty + 1

@@ -126,3 +126,9 @@ def test_wav_headers_of_odd_sizes_are_read(tmp_path):
     body += b"data" + struct.pack("<I", len(data)) + data
     (tmp_path / "x.wav").write_bytes(b"RIFF" + struct.pack("<I", len(body)) + body)
     assert len(read_audio(str(tmp_path / "x.wav"))) == 2400
+
+
+def test_a_long_ogg_file_is_written(tmp_path):
+    """In blocks: libsndfile overflows its stack with two minutes at once."""
+    write_audio(str(tmp_path / "long.ogg"), torch.zeros(2, 120 * SAMPLE_RATE))
+    assert read_audio(str(tmp_path / "long.ogg"), mono=False).shape == (2, 120 * SAMPLE_RATE)

@@ -74,3 +74,34 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(world, tmp_pat
     with pytest.raises(ValueError, match="the gradient is (nan|inf) at step 0 of one"):
         train.train(task, [SHORT[0]], str(tmp_path / "o"))
     assert torch.equal(task.model.head.weight, before)
+
+
+def test_flags_set_fields_of_the_config_and_of_all_stages(world, tmp_path):
+    """--steps is for all stages together and --lr the highest rate; the checkpoint has what was resolved."""
+    flags = ("--layers 1 --width 32 --heads 2 --mlp 32 --context 64 --frames 32 --batch 2 --steps 9 "
+             "--lr 3e-3 --wait 0.1 --depth 0.5,0.25 --device cpu").split()
+    code, out, err = run("train.py", "--data", world / "toy/encoded", "--out", tmp_path / "o", *flags)
+    assert code == 0 and "layers=1, width=32" in out and "depth=(0.5, 0.25)" in out, err
+    saved = load_checkpoint(str(tmp_path / "o/checkpoint.pt"), "flm")
+    table, stages = train.STAGES["tiny"], saved["stages"]
+    assert saved["config"]["layers"] == 1 and saved["config"]["context"] == 64
+    total = sum(s.steps for s in table)
+    assert [s["steps"] for s in stages] == [max(1, round(s.steps * 9 / total)) for s in table]
+    assert max(s["lr"] for s in stages) == pytest.approx(3e-3) and stages[-1]["lr_end"] == 0
+    assert {(s["batch"], s["frames"], s["wait"], s["depth"]) for s in stages} == {(2, 32, 0.1, (0.5, 0.25))}
+
+
+def test_the_codec_trains_on_a_few_clips(world, tmp_path):
+    """Fewer than a batch, and none held out: no held-out loss, no error. Without any clip: one clear line."""
+    for n, code in ((3, 0), (0, 1)):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        lines = [json.loads(line) for line in open(world / "toy/manifest.jsonl")]
+        clips = [t for d in lines for t in d["turns"]][:n]
+        with open(folder / "manifest.jsonl", "w") as f:
+            for t in clips:
+                part = {"audio": str(world / "toy" / t["audio"]), "text": t["text"], "split": "train"}
+                f.write(json.dumps(part) + "\n")
+        flags = "--config codec --steps 2 --device cpu".split()
+        found, _, err = run("train.py", *flags, "--data", folder, "--out", tmp_path / f"out{n}")
+        assert found == code and (n or "holds no clip of at most six seconds" in err), err

@@ -364,7 +364,10 @@ def test_a_full_disk_is_one_clear_error_and_keeps_the_old_checkpoint(world, tmp_
 
 @pytest.mark.parametrize("args, message", [
     (["--config", "huge"], "invalid choice: 'huge'"), (["--data", "nowhere"], "prepare.py encode"),
-    (["--config", "codec", "--data", "nowhere"], "prepare.py toy"), (["--colour", "1"], "unrecognized")])
+    (["--config", "codec", "--data", "nowhere"], "prepare.py toy"), (["--colour", "1"], "unrecognized"),
+    (["--colour", "1"], "--layers"), (["--layers", "two"], "--layers two: is not of type int"),
+    (["--frames", "512"], "need --context 512"), (["--width", "190"], "heads must divide"),
+    (["--device", "mps"], "not supported")])
 def test_wrong_flags_are_a_clear_error(tmp_path, args, message):
     code, _, err = run("train.py", *args, "--out", tmp_path / "x")
     assert code in (1, 2) and message in err.splitlines()[-1] and not (tmp_path / "x").exists()

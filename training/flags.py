@@ -30,7 +30,7 @@ def parse(text, kind, name):
             return tuple(float(x) if "." in x or "e" in x else int(x) for x in text.split(","))
         return {"int": int, "float": float, "str": str}[kind](text)
     except (KeyError, ValueError):
-        raise ValueError(f"--{name.replace('_', '-')} {text}: is not a {kind}") from None
+        raise ValueError(f"--{name.replace('_', '-')} {text}: is not of type {kind}") from None
 
 
 def apply(config, stages, arguments):
