@@ -1,10 +1,10 @@
 """The judge of spoken replies: a small network that learns letters, or any command that recognises speech.
 
-    waveform -> log-mel frames (100 Hz) -> convolutions that see both sides -> letters (50 Hz) -> words
+    waveform -> log-mel frames (100 Hz) -> non-causal convolutions -> letters (50 Hz) -> words
 
 It learns from the original recordings only, never from the codec or the model. It knows nothing but the
-toy world, so it flatters; eval.py prints what it makes of the originals and of their codec reconstructions
-as the ceiling.
+toy world, so its scores are optimistic; as the ceiling, eval.py prints its scores on the originals and on
+their codec reconstructions.
 """
 import dataclasses
 import os
@@ -30,11 +30,11 @@ class RecogniserConfig:
     width: int = 192
     blocks: int = 5
     kernel: int = 9
-    letters: str = ""  # those of the data
+    letters: str = ""  # taken from the data
 
 
 class Recogniser(nn.Module):
-    """log-mel frames at 100 Hz -> letters at 50 Hz, by convolutions that see both sides."""
+    """Non-causal convolutions: log-mel frames at 100 Hz -> logits of letters at 50 Hz."""
 
     def __init__(self, c: RecogniserConfig):
         super().__init__()
@@ -47,7 +47,7 @@ class Recogniser(nn.Module):
         self.letters = c.letters
 
     def forward(self, wav, noise=None):
-        """(B, 1, N) -> (B, T, letters). noise: in training, see augment."""
+        """(B, 1, N) -> logits (B, T, letters). noise: a seed for each row in training, see augment."""
         x = self.mel(wav, self.mel.init_state(len(wav)))
         x = self.begin(x if noise is None else torch.stack([self.augment(*pair) for pair in zip(x, noise)]))
         for block in self.blocks:
@@ -55,8 +55,8 @@ class Recogniser(nn.Module):
         return self.end(x).mT.float()
 
     def augment(self, x, seed):
-        """Training only: log-mel frames (80, T) smeared, noisy and with bands left out, so that the network
-        learns words rather than this synthesiser's details."""
+        """Training only: log-mel frames (80, T), blurred, with noise and with bands masked, so that the
+        network learns words rather than this synthesiser's details."""
         rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
         smear = rng.choice([1, 1, 3, 5]), rng.choice([1, 1, 3, 5])
         x = F.avg_pool2d(x[None], smear, 1, (smear[0] // 2, smear[1] // 2), count_include_pad=False)[0]
@@ -68,7 +68,7 @@ class Recogniser(nn.Module):
 
     @torch.no_grad()
     def hear(self, wav):
-        """(N,) samples -> the words, best letter by best letter (CTC)."""
+        """(N,) samples -> a list of words, by greedy CTC decoding."""
         best = self(F.pad(wav, (0, -len(wav) % 240))[None, None])[0].argmax(-1).unique_consecutive()
         return "".join(self.letters[i - 1] for i in best.tolist() if i).split()
 
@@ -114,7 +114,7 @@ RECOGNISER = (Stage("recogniser", 700, 16, 2e-3, 0),)
 
 
 class OtherRecogniser:
-    """Any recogniser: a command with {wav} that prints the words it hears."""
+    """Any recogniser: a command with {wav} that prints the words it recognises."""
 
     def __init__(self, template):
         self.words = shlex.split(template)

@@ -1,4 +1,4 @@
-"""What several tests need: a tiny world of sound, codes, a codec and a model, untrained but whole."""
+"""What several tests share: a tiny world of audio, codes, a codec and a model, complete but untrained."""
 import contextlib
 import importlib
 import io
@@ -26,7 +26,7 @@ FLM = model.FLMConfig(layers=1, width=32, heads=4, kv_heads=2, mlp=48, depth_lay
 
 
 def run(script, *args):
-    """A command line of ours, in this process: (exit code, standard output, standard error)."""
+    """Run a command of this project in this process: (exit code, standard output, standard error)."""
     out, err, before = io.StringIO(), io.StringIO(), sys.argv
     sys.argv, code = [script, *map(str, args)], 0
     try:
@@ -42,7 +42,7 @@ def run(script, *args):
 
 
 def loss_of(task, stage):
-    """Of the first batch of a stage: (loss, its parts, None)."""
+    """What task.loss returns for the first batch of a stage: (loss, its parts, None)."""
     batch = task.batch(stage, 0.0, "train", random.Random(0))
     return task.loss(stage, batch, task.totals(batch))
 

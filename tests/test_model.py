@@ -66,8 +66,8 @@ def test_the_depth_transformer_step_by_step_equals_teacher_forced(flm):
 
 
 def test_the_cache_is_a_ring(flm):
-    """Past the context a step sees just the last C frames: the same as a fresh start that many frames ago, in
-    the first layer exactly, because rotary positions are relative."""
+    """Past the context a step sees only the last C frames. In a model of one layer this equals a fresh start
+    C frames ago, because rotary positions are relative."""
     one = FLM(dataclasses.replace(C, layers=1)).eval()
     x = grid(1, 80)
     with torch.no_grad():
@@ -81,8 +81,8 @@ def test_the_cache_is_a_ring(flm):
 
 
 def test_attention_sees_what_it_has_learned_to_see():
-    """A conversation may be longer than any row of training; attention over more than such a row breaks the
-    answers."""
+    """A conversation may be longer than any training row, but attention over more frames than that breaks the
+    answers, so the context is as long as the longest row."""
     from train import STAGES
     for name, c in CONFIGS.items():
         assert c.context == max(s.frames for s in STAGES[name]), name
@@ -205,7 +205,7 @@ def test_attention_of_the_cpu_is_that_of_torch(flm):
         assert (attend(q, k, v, mask) - right).abs().max() < 1e-5
 
 
-def test_embeddings_of_sound_may_start_from_the_codec(flm):
+def test_audio_embeddings_may_start_from_the_codec(flm):
     torch.manual_seed(0)
     books = torch.randn(K, 20, 6) + 3
     books[:, 1] = books[:, 0] + 0.01  # two codes that sound alike
@@ -214,10 +214,10 @@ def test_embeddings_of_sound_may_start_from_the_codec(flm):
         for table in tables:
             near, far = ((table.weight[0] - table.weight[i]).norm() for i in (1, 2))
             assert near < 0.05 * far
-            assert 0.01 < table.weight[20].std() < 0.03  # the empty token is no sound
+            assert 0.01 < table.weight[20].std() < 0.03  # the empty token is not audio
 
 
-def test_text_alone_has_no_loss_of_sound(flm):
+def test_text_alone_has_no_audio_loss(flm):
     grid = torch.full((2, ROWS, 9), V.empty)
     grid[:, TEXT] = torch.randint(0, 37, (2, 9))
     parts = loss_parts(flm, grid, V)

@@ -34,12 +34,11 @@ train.train(task, test_train.SHORT, out, resume=True, save_every=float(save_ever
 parallel.end()
 """
 
-
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 
 
 def start(processes, data, out, save_every=0, precision="float32", piece=0, script=None, args=None):
-    """processes: 0 for none of torchrun's. piece: model.PIECE."""
+    """processes: 0 runs without torchrun. piece: model.PIECE."""
     text, script = script or SCRIPT.format(root=ROOT, tests=os.path.join(ROOT, "tests")), str(out) + ".py"
     args = (save_every, precision, piece) if args is None else args
     with open(script, "w") as f:
@@ -62,7 +61,7 @@ def wait_until(happened, process):
 
 
 def losses(out):
-    """The last word on each step."""
+    """The last line logged for each step."""
     lines = [json.loads(line) for line in open(out / "log.jsonl")]
     names = ("loss", "text_loss", "semantic_loss")
     return {(e["stage"], e["step"], e.get("split")): {k: e[k] for k in names if k in e} for e in lines}
@@ -101,7 +100,7 @@ def test_two_processes_with_losses_in_pieces_follow_one(world, tmp_path):
 
 @pytest.mark.slow
 def test_processes_that_are_killed_go_on_to_the_same_weights(world, tmp_path):
-    """Five times without warning: both of them, or one, at any moment."""
+    """Five times without warning, at random moments: both processes, or only one."""
     data, out = world / "toy/encoded", tmp_path / "killed"
     whole = start(2, data, tmp_path / "whole", 999)
     wait(whole, tmp_path / "whole")
@@ -127,7 +126,7 @@ def test_processes_that_are_killed_go_on_to_the_same_weights(world, tmp_path):
 
 @pytest.mark.slow
 def test_two_one_two(world, tmp_path):
-    """A checkpoint of two processes goes on in one, and that one's in two."""
+    """A run goes on with one process where two stopped, and with two where one stopped."""
     data, out = world / "toy/encoded", tmp_path / "some"
     wait(start(2, data, tmp_path / "whole", 999), tmp_path / "whole")
     for processes in (2, 1, 2):
@@ -180,8 +179,8 @@ def test_a_damaged_shard_names_itself(world, tmp_path):
 
 HELD = """
 import sys; sys.path[:0] = [{root!r}, {tests!r}]
-import dataclasses, json, conftest, test_train, torch, train; from training import parallel
-from training import parallel, plan, run
+import dataclasses, json, conftest, test_train, torch, train
+from training import parallel
 from training.muon import make_optimizer
 data, out = sys.argv[1:]
 device = parallel.begin("cpu")
@@ -216,7 +215,7 @@ parallel.end()
 @pytest.mark.parametrize("processes", [0, 2])
 def test_what_a_process_holds_is_what_the_plan_says(world, tmp_path, processes):
     """Weights, gradients after several micro-batches, and the optimiser's state, in bytes. Rotary tables are
-    float32 and the same, and a held-out loss is computed by micro-batches too."""
+    float32 and equal, and held-out losses are computed in micro-batches too."""
     out = tmp_path / "held"
     out.mkdir()
     script = HELD.format(root=ROOT, tests=os.path.join(ROOT, "tests"))

@@ -146,7 +146,7 @@ def test_the_codecs_loss_does_not_depend_on_micro_batches(world, tmp_path):
 
 
 def test_precision_is_chosen_by_what_the_machine_supports(monkeypatch, world, tmp_path):
-    """Never by a stopwatch; the checkpoint says it, and another one is refused."""
+    """Never by timing. The checkpoint records it, and a run does not go on in another precision."""
     for supported, name in ((True, "bfloat16"), (False, "float32")):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported, raising=False)
         assert default_precision("cpu") == name
@@ -176,7 +176,7 @@ def test_a_stage_gets_as_many_batches_as_steps(world, tmp_path):
 
 
 def test_a_spoilt_batch_is_named(world, tmp_path):
-    """The names are those of what the step has learned from."""
+    """The error names the clips that the step learned from."""
     run_ = new_run(world, tmp_path / "o")
     run_.task.data.used = []
     next(run_.batches(SHORT[0]))
@@ -199,7 +199,7 @@ def test_batches_hold_what_their_layout_says(world):
     assert (of("asr_response_tts")[:, TEXT] == v.asr).any()
     assert not (of("response_tts")[:, TEXT] == v.asr).any()
     for layout in ("response_tts", "free_response_tts"):
-        assert (of(layout)[..., 1:][:, 1:] < v.empty).all()  # real sound throughout
+        assert (of(layout)[..., 1:][:, 1:] < v.empty).all()  # real audio codes throughout
 
 
 def test_the_variants_of_the_papers_questions(world, monkeypatch):
@@ -222,7 +222,6 @@ def test_the_variants_of_the_papers_questions(world, monkeypatch):
 def test_interruptions_come_with_probability_0_7(world):
     task = train.ModelTask(FLM, str(world / "toy/encoded"), "cpu")
     calls, original = [], streams.free_response_tts
-
 
     def record(turns, gaps, barge_in, *rest):
         calls.extend(barge_in[:-1])

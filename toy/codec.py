@@ -1,9 +1,9 @@
-"""How the tiny codec learns, in minutes: what it hears, and what its reconstruction is compared by.
+"""Trains the tiny codec in minutes: batches of clips, and the losses of their reconstruction.
 
     clips (B, 1, N) --encoder, quantiser, decoder--> (B, 1, N)     spectra and waveforms are compared
-                              '-- first codebook --> letters          CTC: what was said
+                              '-- first codebook --> letters          CTC: the words that were said
 
-The Task has the same methods as train.py's own: one loop trains both.
+CodecTask has the methods of train.py's ModelTask, so one loop trains both.
 """
 import os
 
@@ -18,11 +18,11 @@ from mimi import FRAME, Mimi, mel_filters
 
 
 class Clips:
-    """The clips of a manifest, up to six seconds each, and what is said in them; the letters, of whatever
-    writing, that occur in it."""
+    """The clips of a manifest, up to six seconds each, with the text that is said in each of them; and the
+    letters, in any script, of that text."""
 
     def __init__(self, data):
-        self.clips = {"train": set(), "seen": set()}  # (key of the clip, what is said)
+        self.clips = {"train": set(), "seen": set()}  # (key of the clip, its text)
         for d in read_manifest(os.path.join(data, "manifest.jsonl")):
             if d["split"] in self.clips:
                 self.clips[d["split"]] |= {(clip_key(t), t["text"]) for t in d.get("turns", ())}
@@ -40,8 +40,8 @@ class Clips:
         return bool(self.clips[split])
 
     def batch(self, stage, progress, split, rng, rows=None):
-        """B clips of about the same length, begun at any place in a frame: waveforms (B, 1, 1920*T), the
-        letters of each. B is smaller where there are fewer clips."""
+        """B clips of about the same length, each starting anywhere within a frame: waveforms (B, 1, 1920*T)
+        and the letters of each. B is smaller if there are fewer clips."""
         clips = self.clips[split]
         pool = rng.sample(clips, min(len(clips), 8 * stage.batch))
         pool.sort(key=lambda clip: self.frames[clip[0]])
@@ -61,8 +61,8 @@ class Clips:
 
 
 class CodecTask:
-    """Loss: spectra, waveform, commitment, and letters: a CTC head reads the words off the first codebook, a
-    cheap stand-in for Mimi's distillation that makes its codes tell what is said and not who says it."""
+    """Loss: spectra, waveform, commitment, and letters: a CTC head reads the words off the first codebook,
+    a cheap substitute for Mimi's distillation, so that its codes tell what is said and not who says it."""
     kind = "codec"
     files, from_nothing = {}, True
 
@@ -77,7 +77,7 @@ class CodecTask:
 
     def batch(self, stage, progress, split, rng, rows=None):
         """Waveforms and letters; in training also how many codebooks each clip uses (quantiser dropout), and
-        by which two spectra the batch is compared."""
+        which two spectra compare the whole batch."""
         wav, letters = self.clips.batch(stage, progress, split, rng)
         training, K = split == "train", self.config.codebooks
         depth = torch.tensor([rng.randint(1, K) if training and rng.random() < 0.4 else K for _ in wav])
@@ -91,8 +91,8 @@ class CodecTask:
         return torch.tensor([len(batch[0])])
 
     def loss(self, stage, micro, totals):
-        """(loss, its parts, which vectors chose which codes); the means over the whole batch are the sum of
-        these."""
+        """(loss, its parts, which vectors chose which codes). Summed over the micro-batches, the loss and its
+        parts are means over the whole batch."""
         wav, letters, depth, spectra = micro
         wav = wav.to(self.device)
         y, semantic, commitment, chosen = self.model(wav, depth.to(self.device))
@@ -107,9 +107,9 @@ class CodecTask:
         return loss, parts, chosen
 
     def after_step(self, kept, step):
-        """The codebooks learn by moving averages, not by gradients. kept: what loss returned third, of each
-        micro-batch."""
-        torch.manual_seed(step)  # for codes that restart
+        """The codebooks learn by moving averages, not by gradients. kept: the third value that loss returned
+        for each micro-batch."""
+        torch.manual_seed(step)  # unused codes restart at random
         self.model.update_codebooks([[torch.cat(x) for x in zip(*choices)] for choices in zip(*kept)])
 
     def state(self):
@@ -130,8 +130,8 @@ def letters_loss(logits, words):
 
 
 class Spectrum(nn.Module):
-    """How far two waveforms (B, 1, N) are apart in log-mel and log-magnitude spectra of one window length.
-    Gradients go to the first."""
+    """The distance of two waveforms (B, 1, N) in log-mel and log-magnitude spectra of one window length.
+    Gradients go to the first waveform."""
 
     def __init__(self, n):
         super().__init__()
@@ -140,7 +140,7 @@ class Spectrum(nn.Module):
         self.register_buffer("mel", mel_filters(n, min(80, n // 8)).T)
 
     def logs(self, x):
-        """(B, 1, N) -> log-mel and log-magnitude, (B, T, bins) each, of windows that overlap by half."""
+        """(B, 1, N) -> log-mel and log-magnitude, (B, T, bins) each, with windows that overlap by half."""
         x = F.pad(x.float(), (self.n // 2, self.n // 2), mode="reflect")[:, 0].unfold(-1, self.n, self.n // 2)
         a, b = torch.view_as_real(torch.fft.rfft(x * self.window)).unbind(-1)
         power = a * a + b * b

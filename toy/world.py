@@ -1,4 +1,5 @@
-"""The toy world: the smallest that needs everything a spoken chatbot needs. A user asks, the model answers:
+"""The toy world: the smallest task that needs everything a spoken chatbot needs. A user asks, the model
+answers:
 
     repeat cat red moon          -> cat red moon            hear anything, say anything
     what comes after six         -> seven                   know something
@@ -7,11 +8,11 @@
     chant cat red moon           -> five times those        a longer one, good to interrupt
 
 or tells a story, clause by clause: the model gives backchannels in between, and warns at once if something is
-on fire. All of it in English, in Mandarin (从 三 数到 七), or in both.
+on fire. All of this is in English, in Mandarin (从 三 数到 七), or in both.
 
 Held out, never trained on: a fifth of all word triples and of all number pairs, and two of the user voices.
-Besides the dialogues there are sentences, words in any order, said by a user or the model: lines of one turn.
-They take the place of the audio books of the paper's post-training.
+Besides the dialogues there are sentences (words in any order, said by a user or the model), as lines of one
+turn. They take the place of the audio books of the paper's post-training.
 """
 import hashlib
 import random
@@ -91,7 +92,7 @@ def held_out_triple(words):
 
 
 def make_request(lang, kind, test, rng):
-    """(request, answer). For a test it is held out, if the kind has held-out ones."""
+    """(request, answer). test: whether the request is a held-out one, for kinds that have some."""
     numbers, request = lang.numbers, lang.requests[kind].format
     while True:
         if kind in ("repeat", "chant"):

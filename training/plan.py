@@ -1,8 +1,8 @@
-"""What a training will take, before it takes it: `python train.py --config 7b --plan --gpus 8`.
+"""Estimates memory and time of a training before it starts: `python train.py --config 7b --plan --gpus 8`.
 
-A layer of the model and a piece of its losses are computed forwards and backwards on PyTorch's meta
-device, where tensors have shapes but no memory: the operations are counted as they are called, and so is
-what is kept for the gradients.
+The forward and backward pass of one layer and of one piece of the losses run on PyTorch's meta device, where
+tensors have shapes but no memory. The FLOPs of each operation are counted, and so are the bytes of the
+activations saved for the backward pass.
 """
 import dataclasses
 from dataclasses import dataclass
@@ -13,21 +13,21 @@ from torch.utils.flop_counter import FlopCounterMode
 import model
 from streams import K
 
-# FLOP/s in bfloat16 and bytes of memory, from the data sheets
+# peak FLOP/s in bfloat16 and bytes of memory, from the data sheets
 BF16 = {"H200": (989e12, 141e9), "H100": (989e12, 80e9), "A100": (312e12, 80e9), "4090": (165e12, 24e9)}
 
 
 @dataclass
 class Plan:
-    """Bytes are of one GPU, FLOPs of one step of all."""
-    parameters: dict  # part -> how many
-    weights: float  # this GPU's shard: float32, or bfloat16 with --eight-bit
-    gathered: float  # bfloat16 copies of the weights in use
+    """Memory in bytes on one GPU; frames and FLOPs of one optimiser step on all GPUs together."""
+    parameters: dict  # {part of the model: number of parameters}
+    weights: float  # this GPU's shard, in float32; in bfloat16 with --eight-bit
+    gathered: float  # gathered parameters: bfloat16 copies of the weights in use
     gradients: float
     optimiser: float
     activations: float
-    frames: int  # in a step
-    flops: float  # with activation checkpointing
+    frames: int
+    flops: float  # including the recomputation of activation checkpointing
     useful: float  # without it
 
     @property
@@ -36,7 +36,7 @@ class Plan:
 
 
 def parts_of(flm):
-    """{part: number of parameters}"""
+    """{part of the model: number of parameters}"""
     text, audio = "text embedding and head", "audio embeddings"
     temporal, depth = "temporal transformer", "depth transformer"
     out = dict.fromkeys((text, audio, temporal, depth), 0)
@@ -49,37 +49,37 @@ def parts_of(flm):
 
 @dataclass
 class Cost:
-    """Of a computation, forwards and backwards."""
-    flops: float  # with activation checkpointing
-    forward: float  # FLOPs forwards alone
-    kept: float  # bytes kept for the gradients
+    """Of one forward and one backward pass."""
+    flops: float  # including the recomputation of activation checkpointing
+    forward: float  # FLOPs of the forward pass alone
+    saved: float  # bytes of the activations saved for the backward pass
 
     def __add__(self, other):
-        return Cost(self.flops + other.flops, self.forward + other.forward, self.kept + other.kept)
+        return Cost(self.flops + other.flops, self.forward + other.forward, self.saved + other.saved)
 
     def __mul__(self, n):
-        return Cost(self.flops * n, self.forward * n, self.kept * n)
+        return Cost(self.flops * n, self.forward * n, self.saved * n)
 
 
 def cost(f, device, bf16):
-    """The Cost of f() -> a tensor."""
-    kept, autocast = {}, torch.autocast("cpu" if device == "meta" else device, torch.bfloat16, enabled=bf16)
+    """The Cost of f(), which returns a tensor."""
+    saved, autocast = {}, torch.autocast("cpu" if device == "meta" else device, torch.bfloat16, enabled=bf16)
 
-    def keep(x):
+    def save(x):
         if not isinstance(x, torch.nn.Parameter):
-            kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes(), x
+            saved[x.untyped_storage()._cdata] = x.untyped_storage().nbytes(), x
         return x
     with FlopCounterMode(display=False) as counter:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast:
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x), autocast:
             y = f()
-        forward, size = counter.get_total_flops(), sum(n for n, _ in kept.values())
+        forward, size = counter.get_total_flops(), sum(n for n, _ in saved.values())
         y.sum().backward()
     return Cost(counter.get_total_flops(), forward, size)
 
 
 def measure(config, recompute, rows, T, share, bf16, device="meta"):
-    """The Cost of `rows` rows of T frames, of which this share enters the depth transformer. Layers are
-    alike, and so are the pieces in which the losses are computed: one more of them tells what all cost."""
+    """The Cost of `rows` rows of T frames; `share` of the frames enter the depth transformer. All layers cost
+    the same, and so do all pieces of the losses, so the cost of one more gives the cost of all."""
     def temporal(layers):
         with torch.device(device):
             flm = model.FLM(dataclasses.replace(config, layers=layers))
@@ -95,29 +95,29 @@ def measure(config, recompute, rows, T, share, bf16, device="meta"):
         h = torch.zeros(some, config.width, device=device, requires_grad=True)
         right = torch.zeros(some, *shape, dtype=torch.long, device=device)
         loss = cost(lambda: losses(h, right)[:, 0], device, bf16) * (n / some)
-        total += loss if n <= at_once else dataclasses.replace(loss, kept=0)
+        total += loss if n <= at_once else dataclasses.replace(loss, saved=0)
     return total
 
 
 def plan(config, stage, gpus, bf16=True, eight_bit=False):
-    """A Plan for one stage of training on so many GPUs; eight_bit: see train.make_optimizer."""
+    """The Plan for one stage of training on a number of GPUs. eight_bit: see training/muon.py."""
     with torch.device("meta"):
         flm = model.FLM(config)
     rows = stage.micro_batch or stage.batch // gpus or 1
-    share = 0.5 * (stage.depth[0] + stage.depth[1])  # about half of the frames is speech
+    share = 0.5 * (stage.depth[0] + stage.depth[1])  # about half of the frames are speech
     each = measure(config, stage.recompute, rows, stage.frames, share, bf16)
     P, size = sum(p.numel() for p in flm.parameters()), 2 if bf16 else 4
     block = sum(p.numel() for p in flm.blocks[0].parameters())
     rest = P - block * len(flm.blocks)
-    # One block is computed while the next is fetched; embeddings, head and depth transformer stay for a whole
-    # step.
+    # One block is computed while the next is gathered; embeddings, head and depth transformer stay gathered
+    # for the whole step.
     gathered = size * (2 * block + rest) if gpus > 1 else size * (block + rest) * (bf16 and not eight_bit)
     held = 2 if eight_bit else 4
     losses = 3 * 4 * min(model.PIECE, rows * stage.frames * config.vocab_size)
     working = rows * stage.frames * (4 * config.mlp + 8 * config.width) * size + losses
     micro_batches = stage.batch / rows
     return Plan(parts_of(flm), weights=held * P / gpus, gathered=gathered, gradients=held * P / gpus,
-                optimiser=2 * held * P / gpus * (0.5 if eight_bit else 1), activations=each.kept + working,
+                optimiser=2 * held * P / gpus * (0.5 if eight_bit else 1), activations=each.saved + working,
                 frames=stage.batch * stage.frames, flops=each.flops * micro_batches,
                 useful=3 * each.forward * micro_batches)
 
@@ -125,7 +125,7 @@ def plan(config, stage, gpus, bf16=True, eight_bit=False):
 def show(name, config, stages, gpus, card, utilisation, eight_bit):
     peak, room = BF16[card]
     print(f"{name} on {gpus} x {card}: {peak / 1e12:.0f} TFLOP/s in bfloat16 and {room / 1e9:.0f} GB each "
-          f"(data sheet), {utilisation:.0%} of it used (assumed)\n")
+          f"(data sheets), {utilisation:.0%} utilisation (assumed)\n")
     plans = {}
     for i, stage in enumerate(stages):
         same = dataclasses.replace(stage, name="", steps=0, lr=0, lr_end=0, layouts=None)
@@ -133,12 +133,13 @@ def show(name, config, stages, gpus, card, utilisation, eight_bit):
         if i == 0:
             for part, n in p.parameters.items():
                 print(f"  {part:26} {n / 1e6:10.1f} M parameters")
-            print(f"  {'all':26} {sum(p.parameters.values()) / 1e6:10.1f} M\n\n  a GPU holds, in GB")
+            print(f"  {'all':26} {sum(p.parameters.values()) / 1e6:10.1f} M\n\n  memory of each GPU, in GB")
+            titles = {"gathered": "gathered parameters", "optimiser": "optimiser states"}
             for part in ("weights", "gathered", "gradients", "optimiser", "activations"):
-                print(f"  {part:26} {getattr(p, part) / 1e9:10.2f}")
+                print(f"  {titles.get(part, part):26} {getattr(p, part) / 1e9:10.2f}")
             fits = "fits" if p.bytes < 0.92 * room else "does not fit"
             print(f"  {'all':26} {p.bytes / 1e9:10.2f}: {fits} in {room / 1e9:.0f}\n")
-            print(f"  {'':26} {'a step':>12} {'':>10} {'frames/s':>10} {'days':>8}")
+            print(f"  {'':26} {'FLOPs a step':>13} {'time':>10} {'frames/s':>10} {'days':>8}")
         seconds = p.useful / (gpus * peak * utilisation)
         days = seconds * stage.steps / 86400
         print(f"  {stage.name:26} {p.flops / 1e15:7.2f} PFLOP {seconds:8.2f} s {p.frames / seconds:10.0f} "
