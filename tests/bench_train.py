@@ -1,16 +1,16 @@
-"""How fast training is: our step beside the same model in the plain style of the transformers library, and
-where our time goes.
+"""How fast training is: a step of ours beside one of the same model in the plain style of the transformers
+library, and where the time of ours goes.
 
     python tests/bench_train.py                         after `make demo`: `tiny` on its own data
     python tests/bench_train.py --device cuda           the same on a GPU, in bfloat16
     python tests/bench_train.py --config 7b --layers 8 --device cuda
 
-The last: how much of the machine a size uses, with as many layers as fit: FLOPs as `--plan` counts them,
-over those of one large product.
+The last command measures the utilisation of a size with as many layers as fit: its FLOP/s, counted as
+`--plan` counts them, over those of one large matrix product.
 
 The plain model is transformers' Qwen2Model under the sum of 17 embeddings, and a depth transformer whose
-positions' MLPs are a list of modules and which sees every frame. Same sizes, batches, loss weights,
-optimiser (AdamW) and precision; both in turn. It needs the packages that `make slow` installs.
+positions' MLPs are a list of modules, computed for every frame. Same sizes, batches, loss weights,
+optimiser (AdamW) and precision; rounds of the two alternate. It needs the packages that `make slow` installs.
 """
 import argparse
 import dataclasses
@@ -28,6 +28,7 @@ from torch.profiler import profile
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from training import plan  # noqa: E402
 import train  # noqa: E402
+from files.device import check_device  # noqa: E402
 from model import CONFIGS  # noqa: E402
 from streams import K, ROWS, SPEAK, TEXT  # noqa: E402
 from training.muon import make_optimizer  # noqa: E402
@@ -125,7 +126,7 @@ def median(times):
 
 
 def utilisation(args):
-    """How much of the machine a size uses: the FLOPs of a step over those of a large matrix product."""
+    """The FLOP/s of a step over those of a large matrix product."""
     config, stage = CONFIGS[args.config], train.STAGES[args.config][-1]
     config = dataclasses.replace(config, layers=args.layers or config.layers)
     stage = dataclasses.replace(stage, batch=4 * stage.micro_batch or stage.batch)
@@ -177,7 +178,7 @@ def compare(args):
 
 
 def show_profile(run, step):
-    """The operations that take the most time, on one thread, which is what a profile sees."""
+    """The operations that take the most time, on one thread, because a profile sees only one."""
     run.micro_batches, run.threads = 1, None
     with profile() as p:
         for _ in range(3):
@@ -194,15 +195,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=8, help="of five steps of each of the two")
-    parser.add_argument("--config", choices=CONFIGS, help="instead: how much of the machine this size uses")
+    parser.add_argument("--config", choices=CONFIGS, help="instead: the utilisation of this size")
     parser.add_argument("--layers", type=int, help="of the temporal transformer, with --config")
     args = parser.parse_args()
-    if not args.config and not importlib.util.find_spec("transformers"):
-        sys.exit("error: needs the package transformers; `make slow` installs it")
     try:
+        check_device(args.device)
+        if not os.path.exists("data/toy/encoded/meta.json"):
+            raise ValueError("data/toy/encoded: not there; needs what `make demo` leaves")
+        if not args.config and not importlib.util.find_spec("transformers"):
+            raise ValueError("needs the package transformers, which `make slow` installs")
         utilisation(args) if args.config else compare(args)
     except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}; `make demo` leaves what this needs")
+        sys.exit(f"error: {e}")
 
 
 if __name__ == "__main__":

@@ -2,18 +2,18 @@
 
     python tests/questions.py        after `make demo`; an hour or two on two cores; it can be continued
 
-Each variant trains the tiny model with the same data, number of steps and seeds, on fewer voices and
-without interruptions, so that a run takes minutes; then it holds the same held-out conversations. Printed:
-means and standard deviations over seeds.
+Each variant trains the tiny model with the same data, number of steps and seeds, on fewer voices and without
+chants and stories, so that a run takes minutes; then it is evaluated in the same held-out conversations. The
+table that is printed has means and standard deviations over seeds.
 
-    recipe             language, post-training on speech heard and spoken, answers with <asr>, then without
+    recipe             language, post-training in ASR and TTS style, answers with <asr>, then without
     wait 0.01          the paper's weight for <wait> instead of 0.3
-    TTS only           post-training: speech is only spoken
-    ASR only           post-training: speech is only heard
+    TTS only           post-training in TTS style alone                              (RQ2)
+    ASR only           post-training in ASR style alone                              (RQ2)
     no fine-tuning 1   answers without <asr> from the start                          (RQ2)
-    word-aligned       the same; each word is written when it is spoken, as in Moshi (RQ1; see the row above)
+    word-aligned       the same; each word is written when it is spoken, as in Moshi (RQ1: see the row above)
     AdamW              the recipe with the paper's optimiser for everything
-    no language        the recipe without the stage of text alone, its steps given to the others
+    no language        the recipe without the text-only stage; fine-tuning gets its steps
 """
 import argparse
 import dataclasses
@@ -42,7 +42,7 @@ from model import CONFIGS, FLM  # noqa: E402
 from evals.recogniser import get_recogniser  # noqa: E402
 from streams import ROWS  # noqa: E402
 
-DATA, OUT = "data/questions", "out/questions"
+DATA, OUT, CODEC = "data/questions", "out/questions", "out/codec/checkpoint.pt"
 BOTH = {"tts": (1, 1), "asr": (2, 2)}
 FADE = {"asr_response_tts": (0.7, -0.7), "response_tts": (1, 1)}
 ANSWER, ALIGNED = {"response_tts": (1, 1)}, {"word_aligned": (1, 1)}
@@ -74,7 +74,7 @@ MEASURES = {"text": "text right", "text, repeat": "- repeat", "text, count": "- 
 
 
 def aligned_tts(u, v):
-    """TTS style with each token where it is spoken."""
+    """TTS style with each token at the frame where it is spoken."""
     grid = streams.blank(streams.TEXT_LEAD + len(u.codes), v, v.empty)
     for token, start in zip(u.tokens, u.starts, strict=True):
         streams.put(grid, streams.TEXT, streams.TEXT_LEAD + start, [token])
@@ -85,7 +85,7 @@ def aligned_tts(u, v):
 def answer(task):
     """Train one variant with one seed and measure it, unless that is done."""
     name, seed, items = task
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # Run then uses one thread too
     if name == "word-aligned":
         streams.tts = aligned_tts
     out = os.path.join(OUT, f"{name.replace(' ', '-')}-{seed}")
@@ -109,7 +109,7 @@ def answer(task):
 
 
 def multiplexing(seconds=10):
-    """Figure 1: native duplex has a column for each frame, time-division multiplexing one for each token."""
+    """Figure 1: native full duplex has one position a frame, multiplexing in time one a token."""
     frames = round(seconds * streams.FRAME_RATE)
     print("\nTen seconds of conversation in `tiny`'s temporal transformer, forward and backward, one row:")
     multiplexed = f"multiplexed, {ROWS} positions a frame"
@@ -123,6 +123,46 @@ def multiplexing(seconds=10):
         print(f"  {name:38} {T:5} positions {1000 * min(times):8.0f} ms")
 
 
+def make_data(processes):
+    """The data of all variants, encoded, and the recogniser that judges them, unless they are there."""
+    encoded = os.path.exists(os.path.join(DATA, "encoded"))
+    if not encoded and not os.path.exists(CODEC):
+        raise ValueError(f"{CODEC}: not there; needs what `make demo` leaves")
+    toy_script.KIND_PROPORTIONS = {kind: toy_script.KIND_PROPORTIONS[kind] for kind in KINDS}
+    if not os.path.exists(DATA):
+        toy_script.make_toy(DATA, "en", items=4000, tests=240, sentences=2000, voices=6, seed=2, tts=None)
+    if not encoded:
+        prepare.encode(DATA, CODEC, "bpe", 512, 1, False, processes, "cpu")
+    get_recogniser(None, DATA, "out/questions/recogniser", 1.5, "cpu")
+
+
+def table(found, title):
+    """found: {variant: [{measure: value}, one for each seed]} -> the lines of a Markdown table."""
+    lines = [f"| {title} | {' | '.join(MEASURES.values())} |", "|---" * (1 + len(MEASURES)) + "|"]
+    for name, runs in found.items():
+        columns = [[r[key] for r in runs] for key in MEASURES]
+        cells = [(statistics.mean(x), statistics.stdev(x) if len(x) > 1 else 0.0) for x in columns]
+        lines.append(f"| {name} | " + " | ".join(f"{m:.2f} ± {s:.2f}" for m, s in cells) + " |")
+    return "\n".join(lines)
+
+
+def ask(seeds, items, processes):
+    make_data(processes)
+    wanted = [(name, seed, items) for seed in range(1, seeds + 1) for name in VARIANTS]
+    found = {name: [] for name in VARIANTS}
+    with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=1) as pool:
+        for name, scores in tqdm(pool.imap_unordered(answer, wanted), "questions", len(wanted), unit="run"):
+            found[name].append(scores)
+    steps = sum(s.steps for s in VARIANTS["recipe"])
+    text = table(found, f"{seeds} seeds, {steps} steps, {items} conversations each")
+    print("\n" + text)
+    multiplexing()
+    path = os.path.join(OUT, "table.md")
+    with replace_when_done(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
+        f.write(text + "\n")
+    print(f"\nWrote {path}")
+
+
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
@@ -130,30 +170,10 @@ def main():
     parser.add_argument("--items", type=int, default=200, help="held-out conversations for each run")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     args = parser.parse_args()
-    toy_script.KIND_PROPORTIONS = {kind: toy_script.KIND_PROPORTIONS[kind] for kind in KINDS}
-    if not os.path.exists(DATA):
-        toy_script.make_toy(DATA, "en", items=4000, tests=240, sentences=2000, voices=6, seed=2, tts=None)
-    if not os.path.exists(os.path.join(DATA, "encoded")):
-        prepare.encode(DATA, "out/codec/checkpoint.pt", "bpe", 512, 1, False, args.processes, "cpu")
-    get_recogniser(None, DATA, "out/questions/recogniser", 1.5, "cpu")
-    wanted = [(name, seed, args.items) for seed in range(1, args.seeds + 1) for name in VARIANTS]
-    found = {name: [] for name in VARIANTS}
-    with multiprocessing.get_context("spawn").Pool(args.processes, maxtasksperchild=1) as pool:
-        for name, scores in tqdm(pool.imap_unordered(answer, wanted), "questions", len(wanted), unit="run"):
-            found[name].append(scores)
-    steps = sum(s.steps for s in VARIANTS["recipe"])
-    title = f"{args.seeds} seeds, {steps} steps, {args.items} conversations each"
-    lines = [f"| {title} | {' | '.join(MEASURES.values())} |", "|---" * 7 + "|"]
-    for name, runs in found.items():
-        columns = [[r[key] for r in runs] for key in MEASURES]
-        cells = [(statistics.mean(x), statistics.stdev(x) if len(x) > 1 else 0.0) for x in columns]
-        lines.append(f"| {name} | " + " | ".join(f"{m:.2f} ± {s:.2f}" for m, s in cells) + " |")
-    print("\n" + "\n".join(lines))
-    multiplexing()
-    path = os.path.join(OUT, "table.md")
-    with replace_when_done(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
-        f.write("\n".join(lines) + "\n")
-    print(f"\nWrote {path}")
+    try:
+        ask(args.seeds, args.items, args.processes)
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
 
 
 if __name__ == "__main__":

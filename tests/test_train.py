@@ -18,7 +18,7 @@ import model
 import streams
 import train
 import toy.codec
-from conftest import CODEC, FLM, ROOT, loss_of, run
+from conftest import CODEC, FLM, ROOT, encode, loss_of, run
 from files.checkpoint import load_checkpoint
 from published.release import load_release
 from streams import LISTEN, SPEAK, TEXT, Utterance
@@ -370,6 +370,84 @@ def test_a_full_disk_is_one_clear_error_and_keeps_the_old_checkpoint(world, tmp_
 def test_wrong_flags_are_a_clear_error(tmp_path, args, message):
     code, _, err = run("train.py", *args, "--out", tmp_path / "x")
     assert code in (1, 2) and message in err.splitlines()[-1] and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("config", ["tiny", "7b"])
+def test_flags_change_the_config_and_keep_the_stages_in_proportion(config):
+    """--steps is for all stages together and --lr the highest rate."""
+    flags = "--layers 6 --lr 1e-3 --steps 2000 --batch 4 --wait 0.1 --depth 0.5,0.2".split()
+    changed, stages = train.resolve(*train.build_parser().parse_known_args(["--config", config, *flags]))
+    assert changed == dataclasses.replace(model.CONFIGS[config], layers=6)
+    steps, rate = sum(s.steps for s in STAGES[config]), max(s.lr for s in STAGES[config])
+    for new, old in zip(stages, STAGES[config], strict=True):
+        assert abs(new.steps - old.steps * 2000 / steps) <= 0.5
+        assert new.lr == pytest.approx(old.lr * 1e-3 / rate)
+        assert new.lr_end == pytest.approx(old.lr_end * 1e-3 / rate)
+        assert new == dataclasses.replace(old, steps=new.steps, lr=new.lr, lr_end=new.lr_end, batch=4,
+                                          wait=0.1, depth=(0.5, 0.2))
+
+
+def use_clips(folder, world, splits):
+    """A manifest in `folder` with a clip of the toy world for each of the splits."""
+    lines = [json.loads(line) for line in open(world / "toy/manifest.jsonl")]
+    turns = [t for d in lines if len(d["turns"]) == 2 for t in d["turns"]]
+    parts = [{"audio": str(world / "toy" / t["audio"]), "text": t["text"], "split": split}
+             for t, split in zip(turns, splits)]
+    folder.mkdir()
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(part) + "\n" for part in parts))
+    return folder
+
+
+@pytest.mark.parametrize("held_out", [0, 2])
+def test_the_codec_trains_with_few_clips(world, tmp_path, held_out):
+    """Fewer than a batch of four to train on, and few or none held out."""
+    data = use_clips(tmp_path / "data", world, ["train"] * 3 + ["seen"] * held_out)
+    task = toy.codec.CodecTask(CODEC, str(data), "cpu")
+    train.train(task, [Stage("codec", 2, 4, 1e-3, 0)], str(tmp_path / "o"))
+    log = [json.loads(line) for line in open(tmp_path / "o/log.jsonl")]
+    assert any(e.get("split") == "held-out" for e in log) == (held_out > 0)
+    assert load_checkpoint(str(tmp_path / "o/checkpoint.pt"), "codec")["progress"]["stage"] == 1
+
+
+def test_the_codec_needs_a_clip_to_train_on(world, tmp_path):
+    data = use_clips(tmp_path / "data", world, ["seen"] * 3)
+    code, _, err = run("train.py", "--config", "codec", "--data", data, "--out", tmp_path / "o",
+                       "--device", "cpu")
+    assert code == 1 and "holds no clip of at most six seconds to train on" in err
+    assert len(err.splitlines()) == 1 and not (tmp_path / "o").exists()
+
+
+def test_nothing_held_out_means_no_held_out_loss(world, tmp_path):
+    data = use_clips(tmp_path / "data", world, ["train"] * 6)
+    encode(data, world)
+    task = train.ModelTask(FLM, str(data / "encoded"), "cpu")
+    assert task.holds(SHORT[0], "train") and not task.holds(SHORT[0], "seen")
+    train.train(task, [dataclasses.replace(SHORT[0], steps=4)], str(tmp_path / "o"))
+    log = [json.loads(line) for line in open(tmp_path / "o/log.jsonl")]
+    assert log and not any("split" in e for e in log)
+    assert load_checkpoint(str(tmp_path / "o/checkpoint.pt"), "flm")["progress"]["stage"] == 1
+
+
+@pytest.mark.parametrize("command, message", [
+    ("bench_train", "data/toy/encoded: not there; needs what `make demo` leaves"),
+    ("bench_train --config tiny --layers 1", "data/toy/encoded: not there; needs what `make demo` leaves"),
+    ("questions", "out/codec/checkpoint.pt: not there; needs what `make demo` leaves"),
+    ("bench_train --device mps", "not supported"), ("bench_memory --device gpu", "unknown; use cpu or cuda")])
+def test_benchmarks_say_in_one_line_what_they_miss(tmp_path, monkeypatch, command, message):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*command.split())
+    assert code == 1 and message in err and len(err.splitlines()) == 1 and not out
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_benchmark_says_which_package_it_misses(tmp_path, monkeypatch):
+    import bench_train
+    (tmp_path / "data/toy/encoded").mkdir(parents=True)
+    (tmp_path / "data/toy/encoded/meta.json").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench_train.importlib.util, "find_spec", lambda name: None)
+    code, _, err = run("bench_train")
+    assert code == 1 and err == "error: needs the package transformers, which `make slow` installs\n"
 
 
 def test_a_picture_of_a_run(world):
