@@ -32,7 +32,7 @@ struct SampleArgs {
     int blocks_per_row;                  // v3: set by its launch
 };
 
-// ---------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // One entry
 
 __device__ inline float load_logit(const SampleArgs& a, int row, int64_t i) {
@@ -57,7 +57,7 @@ __device__ inline unsigned to_weight(const SampleArgs& a, float x, float top) {
     return u64(unsigned(p * 0x1p31f)) >> int(-whole);
 }
 
-// ---------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // One row
 
 // The sum of weights that top-p keeps. At least 1: the likeliest token always stays.
@@ -73,7 +73,7 @@ __device__ inline u64 random_target(const SampleArgs& a, int row, u64 total) {
     return target < total ? target : total - 1;
 }
 
-// ---------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // v1: one thread per row. It stores nothing and computes a weight again whenever it needs it.
 //
 // Reads the 2V bytes of logits 67 to 100 times: one pass for the maximum, 32 per threshold (one for each bit;
@@ -126,7 +126,7 @@ __global__ void v1(SampleArgs a) {
     a.token[row] = token;
 }
 
-// ---------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // v2: one block per row. Each weight is computed once and stored, reads are coalesced, sums are block-wide
 // reductions, and MSD radix select finds a threshold in four passes, one for each 8-bit digit.
 //
@@ -297,7 +297,7 @@ __global__ void __launch_bounds__(1024, 1) v2(SampleArgs a) {
     find_token(a, slice, s, own, random_target(a, row, total));
 }
 
-// ---------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // v3: a team of blocks per row. With one row, v2 leaves all multiprocessors but one idle, and that one reads
 // global memory in every pass. Here each block keeps a slice in shared memory, and the blocks meet where they
 // need the whole row: at each reduction and each histogram. A short row needs one block and no meeting.
@@ -375,7 +375,7 @@ __global__ void __launch_bounds__(THREADS) v3(SampleArgs a) {
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Host
 
 extern "C" int64_t scratch_bytes(int version, int B, int V) {

@@ -53,7 +53,7 @@ def sample(logits, s: Sampling, seed, step, draw=0, recent=None):
     return reference(logits, s, seed, step, draw, recent)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # In floating point, the usual way. It serves to read and to test; nothing else calls it.
 
 
@@ -79,7 +79,7 @@ def penalise(x, penalty, recent):
     return torch.where(seen, torch.where(x > 0, x * (1 / penalty), x * penalty), x)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # In integers, with PyTorch's operations
 
 
@@ -161,7 +161,7 @@ def philox(counter, key):
     return a, b, c, d
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The kernel
 
 VERSION = 3  # of sampling.cu, that sample() uses

@@ -162,7 +162,7 @@ def test_in_a_cuda_graph(version, V, device):
         assert tokens.equal(reference(logits, s, seed, torch.full_like(step, i)))
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # head.cu (v4): the head's matrix product and the draw
 
 
@@ -192,7 +192,7 @@ def test_the_distribution_of_a_head(f, device):
     assert distance(tokens, p.softmax(-1)) > 10  # another distribution is noticed
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Building
 
 
