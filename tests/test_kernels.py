@@ -14,6 +14,7 @@ from kernels.bench import VERSIONS, by_kernel, differing
 from kernels.build import library
 from kernels.head import head_kernel, head_reference
 from kernels.sampling import VERSION, Sampling, kernel, reference, sample
+from test_sampling import chi_square_sigmas
 
 needs_nvcc = pytest.mark.skipif(not os.path.exists(build.nvcc()), reason="no nvcc")
 needs_gpp = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
@@ -99,15 +100,6 @@ def test_a_row_without_a_token_among_others(version, dtype, device):
     assert sample(logits, s, ids, ids).tolist() == token.tolist()
 
 
-def distance(tokens, p):
-    """Pearson's chi-square of the counts of tokens (N,) against N p, in standard deviations from its mean."""
-    kept = p > 0
-    assert kept[tokens].all()
-    expected, freedom = len(tokens) * p[kept], kept.sum().item() - 1
-    x = ((tokens.bincount(minlength=len(p))[kept] - expected) ** 2 / expected).sum().item()
-    return abs(x - freedom) / (2 * freedom) ** 0.5
-
-
 @pytest.mark.parametrize("version", [None, 1, 3])
 @pytest.mark.parametrize("device", [CPU, GPU])
 def test_the_distribution(version, device):
@@ -124,8 +116,8 @@ def test_the_distribution(version, device):
     seed, x = torch.full_like(steps, 5), logits.float().to(device).expand(n, -1)
     draw = reference if version is None else functools.partial(by_kernel, version)
     tokens = draw(x, s, seed, steps).cpu()
-    assert distance(tokens, p) < 4
-    assert distance(tokens, (p > 0) / (p > 0).sum()) > 10  # another distribution is noticed
+    assert chi_square_sigmas(tokens, p) < 4
+    assert chi_square_sigmas(tokens, (p > 0) / (p > 0).sum()) > 10  # another distribution is noticed
 
 
 def test_it_is_an_operation_of_pytorch(device):
@@ -188,8 +180,8 @@ def test_the_distribution_of_a_head(f, device):
     steps = torch.arange(n, device=device)
     x, weight, seed = x.to(device).expand(n, -1).contiguous(), weight.to(device), torch.full_like(steps, 5)
     tokens = f(x, weight, 1.3, seed, steps).cpu()
-    assert distance(tokens, p) < 4
-    assert distance(tokens, p.softmax(-1)) > 10  # another distribution is noticed
+    assert chi_square_sigmas(tokens, p) < 4
+    assert chi_square_sigmas(tokens, p.softmax(-1)) > 10  # another distribution is noticed
 
 
 # ------------------------------------------------------------------------------------------------------------
