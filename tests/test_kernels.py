@@ -5,11 +5,13 @@ import functools
 import os
 import shutil
 import subprocess
+import sys
+import types
 
 import pytest
 import torch
 
-from kernels import build
+from kernels import bench, build
 from kernels.bench import VERSIONS, by_kernel, differing
 from kernels.build import library
 from kernels.head import head_kernel, head_reference
@@ -182,6 +184,34 @@ def test_the_distribution_of_a_head(f, device):
     tokens = f(x, weight, 1.3, seed, steps).cpu()
     assert chi_square_sigmas(tokens, p) < 4
     assert chi_square_sigmas(tokens, p.softmax(-1)) > 10  # another distribution is noticed
+
+
+# ------------------------------------------------------------------------------------------------------------
+# bench.py
+
+
+def test_the_bench_needs_no_installed_package():
+    code = f"""if True:
+        import importlib.util, runpy, sys
+        sys.path = [p for p in sys.path if not importlib.machinery.PathFinder.find_spec("kernels", [p])]
+        sys.meta_path = [f for f in sys.meta_path if "editable" not in getattr(f, "__module__", "")]
+        for name in ("tiktoken", "soundfile", "tqdm", "pytest", "flashinfer"):
+            sys.modules[name] = None
+        assert not importlib.util.find_spec("kernels")
+        print(runpy.run_path({bench.__file__!r})["VERSIONS"])"""
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{VERSIONS}\n"
+
+
+def test_flashinfer_reads_no_generator_while_captured(monkeypatch):
+    calls = []
+    module = types.ModuleType("flashinfer.sampling")
+    module.top_k_top_p_sampling_from_logits = lambda *args, **options: calls.append(options)
+    monkeypatch.setitem(sys.modules, "flashinfer", types.ModuleType("flashinfer"))
+    monkeypatch.setitem(sys.modules, "flashinfer.sampling", module)
+    bench.candidates(torch.randn(2, 9), Sampling(0.8, 5, 0.9))["FlashInfer"]()
+    assert calls == [{"seed": 0, "offset": 0}]
 
 
 # ------------------------------------------------------------------------------------------------------------
