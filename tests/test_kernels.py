@@ -83,7 +83,7 @@ def test_many_rows(version, s, device):
 @pytest.mark.parametrize("s", [Sampling(), Sampling(1.0), Sampling(0.8, 2, 0.9), Sampling(1e-42),
                                Sampling(1.0, 3, 1e-42)])
 @pytest.mark.parametrize("V", [256, 12000])
-def test_what_is_not_a_distribution_is_no_token(version, s, V, device):
+def test_invalid_rows_give_no_token(version, s, V, device):
     inf, nan = torch.inf, torch.nan
     logits = torch.full((5, V), -inf)
     logits[0, 100:102], logits[1, V - 1], logits[3, 17], logits[4, V - 9] = nan, inf, -1e30, -nan
@@ -122,7 +122,7 @@ def test_the_distribution(version, device):
     assert chi_square_sigmas(tokens, (p > 0) / (p > 0).sum()) > 10  # another distribution is noticed
 
 
-def test_it_is_an_operation_of_pytorch(device):
+def test_pytorch_operator(device):
     logits = torch.randn(3, 256, generator=torch.Generator().manual_seed(0)).to(device)
     ids, recent = torch.arange(3, device=device), torch.zeros(3, 2, dtype=torch.long, device=device)
     torch.library.opcheck(kernel, (logits, ids, ids, recent, 1, 0.8, 50, 0.9, 1.2))
@@ -132,7 +132,7 @@ def test_it_is_an_operation_of_pytorch(device):
     assert compiled(logits).equal(sample(logits * 2, Sampling(0.8), ids, ids) + 1)
 
 
-def test_scratch_memory_only_where_it_is_used(device):
+def test_scratch_is_allocated_only_where_it_is_used(device):
     scratch_bytes = library("sampling", device).scratch_bytes
     assert [scratch_bytes(version, 64, 2050) for version in VERSIONS] == [0, 4 * 64 * 2050, 0]
     assert scratch_bytes(3, 1, 152064) > 0
@@ -219,7 +219,7 @@ def test_flashinfer_reads_no_generator_while_captured(monkeypatch):
 
 
 @needs_gpp
-def test_what_is_built_is_kept(tmp_path, monkeypatch):
+def test_builds_are_cached(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     command = ["g++", *build.CPU, "-O0"]
     path = build.build("sampling", command)
@@ -231,7 +231,7 @@ def test_what_is_built_is_kept(tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "nanoflm") == [os.path.basename(path)]
 
 
-def test_without_a_compiler_the_reference_does_it(tmp_path, monkeypatch):
+def test_without_a_compiler_the_reference_is_used(tmp_path, monkeypatch):
     logits, ids, s = torch.randn(3, 256), torch.arange(3), Sampling(1.0, 9)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", "")

@@ -99,7 +99,7 @@ def test_repetition_penalty_looks_at_the_window_only():
 
 
 @pytest.mark.parametrize("s", [Sampling(), Sampling(1.0), Sampling(0.8, 2, 0.9)])
-def test_what_is_not_a_distribution_is_no_token(s):
+def test_invalid_rows_give_no_token(s):
     inf, nan = float("inf"), float("nan")
     logits = torch.tensor([[0.0, nan], [0.0, inf], [-inf, -inf], [-inf, 0.0]])
     assert draws(logits, s).tolist() == [-1, -1, -1, 1]
@@ -115,6 +115,6 @@ def test_a_row_draws_the_same_among_others():
 
 @pytest.mark.parametrize("fields", [dict(temperature=-1), dict(temperature=float("nan")), dict(top_k=-1),
                                     dict(top_p=0), dict(top_p=1.1), dict(penalty=0)])
-def test_parameters_that_mean_nothing_are_an_error(fields):
+def test_meaningless_parameters_are_an_error(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         Sampling(**fields)
