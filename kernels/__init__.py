@@ -1,2 +1,2 @@
-"""One token from logits, in PyTorch and in CUDA. The model uses sampling.py with sampling.cu, and build.py,
-which compiles it; head.py with head.cu, and bench.py, are a laboratory that nothing else imports."""
+"""Logits in, tokens out: sampling in PyTorch and CUDA. Conversations use sampling.py, sampling.cu, common.h
+and build.py. cpu.h runs the kernels without a GPU, for tests. Laboratory: v1, v2, head.* and bench.py."""

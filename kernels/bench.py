@@ -1,4 +1,4 @@
-"""Checks every version of the sampling kernel against its reference, then times them on a GPU.
+"""For the laboratory: checks every version of the kernels against its reference, then times it on a GPU.
 
     python kernels/bench.py
 

@@ -1,6 +1,6 @@
 """Compiles a .cu file to a shared library for ctypes, on first use (seconds), and keeps it in the user's
 cache folder. nvcc builds it for this process's GPU. For tests, g++ builds it for the CPU, with cpu.h in
-CUDA's place."""
+CUDA's place. Conversations and the laboratory both use it."""
 import ctypes
 import functools
 import hashlib
@@ -32,7 +32,7 @@ def library(name, device):
 
 
 def nvcc():
-    """Path of the CUDA compiler: of the PATH, or of CUDA's folder, where it may be missing."""
+    """Path of the CUDA compiler: from PATH, or else where CUDA installs it, which may not exist."""
     return shutil.which("nvcc") or os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc")
 
 
@@ -43,7 +43,7 @@ def gpu_command(arch=None):
 
 
 def build(name, command):
-    """Path of the library that the command makes of kernels/<name>.cu, unless it is in the cache already.
+    """Path of the library that the command builds from kernels/<name>.cu. A cached one is not rebuilt.
     OSError if the compiler is missing or the folder is not writable, CalledProcessError if it fails."""
     source = Path(HERE, f"{name}.cu")
     texts = [file.read_bytes() for file in (source, *sorted(Path(HERE).glob("*.h")))]

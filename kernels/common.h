@@ -1,4 +1,5 @@
-/* What the kernels share: sortable keys, random numbers, and reductions over a warp, a block and a grid. */
+/* What sampling.cu (for conversations) and head.cu (the laboratory) share: sortable keys, random numbers, and
+   reductions over a warp, a block and a grid. */
 #pragma once
 #include <cstdint>
 #ifdef __CUDACC__
@@ -13,7 +14,7 @@ __device__ inline char* shared_memory() {
 
 using u64 = unsigned long long;
 
-// ---------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Sortable keys: argmax as an integer maximum.
 
 // Upper half: the float's bits, reordered so that unsigned integers sort like the floats, NaN above all.
@@ -32,7 +33,7 @@ __device__ inline bool is_finite(u64 key) {
     return key >= sort_key(-3.4028235e38f, -1) && key < sort_key(INFINITY, -1);
 }
 
-// ---------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Random numbers
 
 // 53 random bits from Philox4x32-10: a function of its four arguments, with no state.
@@ -46,7 +47,7 @@ __device__ inline u64 random_bits(int64_t seed, int64_t step, unsigned draw, uns
     return u64(a) << 21 | b >> 11;
 }
 
-// ---------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Reductions. Every thread gets the result.
 
 struct Sum {
@@ -77,7 +78,7 @@ template <class Op> __device__ inline u64 block_reduce(u64* partial, u64 x, Op o
     if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
     __syncthreads();
     x = warp_reduce(threadIdx.x % 32 < blockDim.x / 32 ? partial[threadIdx.x % 32] : 0, op);
-    __syncthreads(); // everyone has read `partial`: it may be overwritten
+    __syncthreads(); // all threads have read `partial`: it may be overwritten
     return x;
 }
 
@@ -93,8 +94,8 @@ struct Team {
 // All blocks of the grid wait for each other, and see what the others wrote before.
 __device__ inline void grid_sync() { cooperative_groups::this_grid().sync(); }
 
-// Each block, then all blocks of the team. Double buffering saves a second grid sync: whoever writes one half
-// has passed the sync of the other half, after everyone had read this one.
+// Each block, then all blocks of the team. Double buffering saves a second grid sync: a block writes one half
+// only after the sync of the other half, and by then all blocks have read this one.
 template <class Op> __device__ inline u64 team_reduce(Team& team, u64* shared, u64 x, Op op) {
     x = block_reduce(shared, x, op);
     if (team.size == 1) return x;
@@ -105,7 +106,7 @@ template <class Op> __device__ inline u64 team_reduce(Team& team, u64* shared, u
     return block_reduce(shared, threadIdx.x < team.size ? partial[threadIdx.x] : 0, op);
 }
 
-// ---------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Host
 
 // 0 if there is a GPU, and a driver that knows this version of CUDA; else CUDA's error number.

@@ -1,4 +1,5 @@
-/* The part of CUDA that the kernels use, on the CPU: to test them where there is no GPU.
+/* The part of CUDA that the kernels use, on the CPU: to test them where there is no GPU. Conversations on a
+   CPU do not need it: they use reference() in sampling.py.
 
    Each thread is a fiber, a function with its own stack, which runs until it waits for others. Fibers run in
    order, or in reverse order, and warps and blocks drift as far apart as the barriers let them. Where a
@@ -34,12 +35,12 @@ static dim3 threadIdx, blockIdx, blockDim, gridDim;
 extern "C" int backwards;
 int backwards = 0;
 
-// ---------------------------------------------------------------------------------------------------------
-// fibers
+// -----------------------------------------------------------------------------------------------------------
+// Fibers
 
 namespace cpu {
 
-const int STACK = 1 << 15;         // bytes of each fiber
+const int STACK = 1 << 15;      // bytes of each fiber
 const int MULTIPROCESSORS = 16; // of the GPU that this pretends to be; each holds one block
 
 struct Barrier {
@@ -163,7 +164,7 @@ inline unsigned long long shuffle(unsigned long long x, int from) {
 
 }
 
-// ---------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // CUDA's names
 
 inline char* shared_memory() { return (char*)cpu::blocks[cpu::self->block].memory.data(); }

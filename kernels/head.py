@@ -1,4 +1,5 @@
-"""The head's matrix product and the draw in one kernel, head.cu. An experiment: the model keeps them apart.
+"""The laboratory: the head's matrix product and the draw in one kernel, head.cu. Conversations do not use it:
+they compute the logits first, then call sample().
 
     x (B, D), weight (V, D) -> argmax of x weight^T / temperature + Gumbel noise -> tokens (B,)
 

@@ -3,17 +3,18 @@
      logits (B, V) -> weights (B, V), integers -> threshold -> target in [0, sum of weights) -> token (B,)
 
    v1  one thread per row: the algorithm and nothing else
-   v2  one block per row: warp reduce, inclusive scan, radix select; weights in global memory
+   v2  one block per row: warp reduce, inclusive scan, MSD radix select, histogram; weights in global memory
    v3  as many blocks per row as fit: weights in shared memory, grid sync, double buffering
 
-   (v4, in head.cu, computes the logits as well.) Each version can be read without the later ones.
+   Conversations use v3. The laboratory has v1 and v2, the steps toward it, and v4 in head.cu, which computes
+   the logits as well. Each version can be read without the later ones.
 
    Threads run in any order, so only integers are summed or compared: their sum does not depend on the order.
    Floating point is used only from a logit to its weight, one IEEE rounding at a time. __fmul_rn keeps the
    compiler from fusing a product with the sum that follows. The same file runs on the CPU, through cpu.h.
 
-   Bytes are counted for a row of V bfloat16 logits with both top-k and top-p. No version has been timed on a
-   GPU yet; bench.py does it. */
+   Bytes are counted for a row of V bfloat16 logits with both top-k and top-p. Microseconds: not measured on a
+   GPU yet; bench.py measures them. */
 #include "common.h"
 
 // Mirrored by class SampleArgs in sampling.py.
@@ -32,7 +33,7 @@ struct SampleArgs {
     int blocks_per_row;                  // v3: set by its launch
 };
 
-// ---------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // One entry
 
 __device__ inline float load_logit(const SampleArgs& a, int row, int64_t i) {
@@ -57,7 +58,7 @@ __device__ inline unsigned to_weight(const SampleArgs& a, float x, float top) {
     return u64(unsigned(p * 0x1p31f)) >> int(-whole);
 }
 
-// ---------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // One row
 
 // The sum of weights that top-p keeps. At least 1: the likeliest token always stays.
@@ -73,12 +74,12 @@ __device__ inline u64 random_target(const SampleArgs& a, int row, u64 total) {
     return target < total ? target : total - 1;
 }
 
-// ---------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // v1: one thread per row. It stores nothing and computes a weight again whenever it needs it.
 //
 // Reads the 2V bytes of logits 67 to 100 times: one pass for the maximum, 32 per threshold (one for each bit;
 // in top-p's an entry above the candidate is read twice), two for sums, one for the walk. Neighbouring
-// threads read different rows, so no read is coalesced.
+// threads read different rows, so no read is coalesced. Writes only the token's 8 bytes.
 
 // The largest t such that `need` weights are >= t (or, by mass, they sum to it). Bit by bit from the top.
 template <class F> __device__ inline unsigned bitwise_select(int V, F weight, u64 need, bool by_mass) {
@@ -126,13 +127,14 @@ __global__ void v1(SampleArgs a) {
     a.token[row] = token;
 }
 
-// ---------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // v2: one block per row. Each weight is computed once and stored, reads are coalesced, sums are block-wide
 // reductions, and MSD radix select finds a threshold in four passes, one for each 8-bit digit.
 //
-// Reads 2V bytes of logits once. Then it makes 14 to 16 passes over the 4V bytes of weights. For V = 2050
-// they fit in L1; for V = 152064 (608 KB) in L2, and up to 10 MB go through the one multiprocessor that has
-// the row. 33 block barriers.
+// Reads the 2V bytes of logits once, and the 4V bytes of weights 12 times: once for the maximum, once to turn
+// logits into weights, and five times per threshold. Writes the 4V bytes 2 to 4 times. For V = 2050 they fit
+// in L1; for V = 152064 (608 KB) in L2, and up to 10 MB go through the one multiprocessor that has the row.
+// 33 block barriers.
 
 const int BINS = 256; // of a histogram: the values of one digit
 
@@ -297,13 +299,14 @@ __global__ void __launch_bounds__(1024, 1) v2(SampleArgs a) {
     find_token(a, slice, s, own, random_target(a, row, total));
 }
 
-// ---------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // v3: a team of blocks per row. With one row, v2 leaves all multiprocessors but one idle, and that one reads
 // global memory in every pass. Here each block keeps a slice in shared memory, and the blocks meet where they
 // need the whole row: at each reduction and each histogram. A short row needs one block and no meeting.
 //
-// Reads 2V bytes of logits once and writes no weights to global memory. With several blocks per row there are
-// 11 grid syncs, and up to 2 KB of histogram that each block adds to global memory before eight of them.
+// Reads the 2V bytes of logits once and writes no weights to global memory. With several blocks per row there
+// are 11 grid syncs. Before eight of them each block adds up to 2 KB of histogram to global memory, and then
+// reads 2 KB back; before three, it writes 8 bytes, and then reads 8 from each block. The team clears 16 KB.
 
 const int MAX_SLICE = 11 * 1024; // entries: 44 KiB of weights, which every GPU has for a block
 const int DIGITS = 4;
@@ -375,7 +378,7 @@ __global__ void __launch_bounds__(THREADS) v3(SampleArgs a) {
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------
+// -----------------------------------------------------------------------------------------------------------
 // Host
 
 extern "C" int64_t scratch_bytes(int version, int B, int V) {

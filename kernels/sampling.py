@@ -7,14 +7,9 @@
       v draw                 the first token whose running sum of weights exceeds a random share of the total
     tokens (B,)
 
-probabilities() shows the same in floating point. There the result depends on the order of the sums, and a
-GPU adds in another order than a CPU. So whatever is summed or compared is made an integer first: then
-reference() and sampling.cu give the same token, bit for bit, on every machine. Rounding loses at most 2^-31
-of the likeliest token's probability for each other token, less than bfloat16 logits can tell apart. sample()
-uses the kernel for logits on a GPU, if nvcc is there to compile it, and reference() otherwise.
-
-The random numbers are Philox's: a function of a seed, a step and the number of the draw within the step, with
-no state. So a conversation gets the same tokens alone as in a batch.
+This is what conversations use. sample() runs the kernel in sampling.cu for logits on a GPU, if nvcc is there
+to compile it, and otherwise reference(). Both give the same token, bit for bit. Read probabilities() first:
+it is the same sampling in ordinary floating point.
 
 B rows, V vocabulary, n recent tokens.
 """
@@ -53,17 +48,17 @@ def sample(logits, s: Sampling, seed, step, draw=0, recent=None):
     return reference(logits, s, seed, step, draw, recent)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# In floating point, the usual way. It serves to read and to test; nothing else calls it.
+# ------------------------------------------------------------------------------------------------------------
+# Ordinary softmax sampling, in floating point. It explains and tests what follows; nothing else calls it.
 
 
 def probabilities(logits, s: Sampling, recent=None):
     """(B, V), for a temperature above 0. probabilities(logits, s).multinomial(1) draws tokens (B, 1)."""
     x = penalise(logits.float(), s.penalty, recent) / s.temperature
-    if 0 < s.top_k < x.shape[1]:
+    if 0 < s.top_k < x.shape[1]:  # all logits below the k-th largest are dropped
         x = x.masked_fill(x < x.topk(s.top_k).values[:, -1:], -math.inf)
     p = x.softmax(-1)
-    if s.top_p < 1:
+    if s.top_p < 1:  # the likeliest are kept, until they have probability top_p
         ranked = p.sort(descending=True).values
         last = (ranked.cumsum(-1) < s.top_p).sum(-1, keepdim=True)  # the last rank kept
         p = p * (p >= ranked.gather(1, last.clamp(max=x.shape[1] - 1)))
@@ -79,8 +74,16 @@ def penalise(x, penalty, recent):
     return torch.where(seen, torch.where(x > 0, x * (1 / penalty), x * penalty), x)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# In integers, with PyTorch's operations
+# ------------------------------------------------------------------------------------------------------------
+# The same in integers, with PyTorch's operations.
+#
+# Why integers: a floating-point sum depends on the order of its terms, and a GPU adds in another order than a
+# CPU. Then a token near an edge, of top-p or of the draw, differs from machine to machine. So whatever is
+# summed or compared becomes an integer first, and integer sums are the same in any order. Little
+# accuracy is lost: the error of a weight is less than 2^-22 of the likeliest token's weight.
+#
+# The random numbers are Philox's: a function of a seed, a step and the number of the draw within the step,
+# with no state. So a conversation gets the same tokens alone as in a batch.
 
 
 def reference(logits, s: Sampling, seed, step, draw=0, recent=None):
@@ -161,10 +164,10 @@ def philox(counter, key):
     return a, b, c, d
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The kernel
 
-VERSION = 3  # of sampling.cu, that sample() uses
+VERSION = 3  # the version in sampling.cu that sample() uses
 
 
 class SampleArgs(ctypes.Structure):

@@ -5,15 +5,18 @@ import functools
 import os
 import shutil
 import subprocess
+import sys
+import types
 
 import pytest
 import torch
 
-from kernels import build
+from kernels import bench, build
 from kernels.bench import VERSIONS, by_kernel, differing
 from kernels.build import library
 from kernels.head import head_kernel, head_reference
 from kernels.sampling import VERSION, Sampling, kernel, reference, sample
+from test_sampling import chi_square_sigmas
 
 needs_nvcc = pytest.mark.skipif(not os.path.exists(build.nvcc()), reason="no nvcc")
 needs_gpp = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
@@ -80,7 +83,7 @@ def test_many_rows(version, s, device):
 @pytest.mark.parametrize("s", [Sampling(), Sampling(1.0), Sampling(0.8, 2, 0.9), Sampling(1e-42),
                                Sampling(1.0, 3, 1e-42)])
 @pytest.mark.parametrize("V", [256, 12000])
-def test_what_is_not_a_distribution_is_no_token(version, s, V, device):
+def test_invalid_rows_give_no_token(version, s, V, device):
     inf, nan = torch.inf, torch.nan
     logits = torch.full((5, V), -inf)
     logits[0, 100:102], logits[1, V - 1], logits[3, 17], logits[4, V - 9] = nan, inf, -1e30, -nan
@@ -99,15 +102,6 @@ def test_a_row_without_a_token_among_others(version, dtype, device):
     assert sample(logits, s, ids, ids).tolist() == token.tolist()
 
 
-def distance(tokens, p):
-    """Pearson's chi-square of the counts of tokens (N,) against N p, in standard deviations from its mean."""
-    kept = p > 0
-    assert kept[tokens].all()
-    expected, freedom = len(tokens) * p[kept], kept.sum().item() - 1
-    x = ((tokens.bincount(minlength=len(p))[kept] - expected) ** 2 / expected).sum().item()
-    return abs(x - freedom) / (2 * freedom) ** 0.5
-
-
 @pytest.mark.parametrize("version", [None, 1, 3])
 @pytest.mark.parametrize("device", [CPU, GPU])
 def test_the_distribution(version, device):
@@ -124,11 +118,11 @@ def test_the_distribution(version, device):
     seed, x = torch.full_like(steps, 5), logits.float().to(device).expand(n, -1)
     draw = reference if version is None else functools.partial(by_kernel, version)
     tokens = draw(x, s, seed, steps).cpu()
-    assert distance(tokens, p) < 4
-    assert distance(tokens, (p > 0) / (p > 0).sum()) > 10  # another distribution is noticed
+    assert chi_square_sigmas(tokens, p) < 4
+    assert chi_square_sigmas(tokens, (p > 0) / (p > 0).sum()) > 10  # another distribution is noticed
 
 
-def test_it_is_an_operation_of_pytorch(device):
+def test_pytorch_operator(device):
     logits = torch.randn(3, 256, generator=torch.Generator().manual_seed(0)).to(device)
     ids, recent = torch.arange(3, device=device), torch.zeros(3, 2, dtype=torch.long, device=device)
     torch.library.opcheck(kernel, (logits, ids, ids, recent, 1, 0.8, 50, 0.9, 1.2))
@@ -138,7 +132,7 @@ def test_it_is_an_operation_of_pytorch(device):
     assert compiled(logits).equal(sample(logits * 2, Sampling(0.8), ids, ids) + 1)
 
 
-def test_scratch_memory_only_where_it_is_used(device):
+def test_scratch_is_allocated_only_where_it_is_used(device):
     scratch_bytes = library("sampling", device).scratch_bytes
     assert [scratch_bytes(version, 64, 2050) for version in VERSIONS] == [0, 4 * 64 * 2050, 0]
     assert scratch_bytes(3, 1, 152064) > 0
@@ -162,7 +156,7 @@ def test_in_a_cuda_graph(version, V, device):
         assert tokens.equal(reference(logits, s, seed, torch.full_like(step, i)))
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # head.cu (v4): the head's matrix product and the draw
 
 
@@ -188,16 +182,44 @@ def test_the_distribution_of_a_head(f, device):
     steps = torch.arange(n, device=device)
     x, weight, seed = x.to(device).expand(n, -1).contiguous(), weight.to(device), torch.full_like(steps, 5)
     tokens = f(x, weight, 1.3, seed, steps).cpu()
-    assert distance(tokens, p) < 4
-    assert distance(tokens, p.softmax(-1)) > 10  # another distribution is noticed
+    assert chi_square_sigmas(tokens, p) < 4
+    assert chi_square_sigmas(tokens, p.softmax(-1)) > 10  # another distribution is noticed
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# bench.py
+
+
+def test_the_bench_needs_no_installed_package():
+    code = f"""if True:
+        import importlib.util, runpy, sys
+        sys.path = [p for p in sys.path if not importlib.machinery.PathFinder.find_spec("kernels", [p])]
+        sys.meta_path = [f for f in sys.meta_path if "editable" not in getattr(f, "__module__", "")]
+        for name in ("tiktoken", "soundfile", "tqdm", "pytest", "flashinfer"):
+            sys.modules[name] = None
+        assert not importlib.util.find_spec("kernels")
+        print(runpy.run_path({bench.__file__!r})["VERSIONS"])"""
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{VERSIONS}\n"
+
+
+def test_flashinfer_reads_no_generator_while_captured(monkeypatch):
+    calls = []
+    module = types.ModuleType("flashinfer.sampling")
+    module.top_k_top_p_sampling_from_logits = lambda *args, **options: calls.append(options)
+    monkeypatch.setitem(sys.modules, "flashinfer", types.ModuleType("flashinfer"))
+    monkeypatch.setitem(sys.modules, "flashinfer.sampling", module)
+    bench.candidates(torch.randn(2, 9), Sampling(0.8, 5, 0.9))["FlashInfer"]()
+    assert calls == [{"seed": 0, "offset": 0}]
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Building
 
 
 @needs_gpp
-def test_what_is_built_is_kept(tmp_path, monkeypatch):
+def test_builds_are_cached(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     command = ["g++", *build.CPU, "-O0"]
     path = build.build("sampling", command)
@@ -209,7 +231,7 @@ def test_what_is_built_is_kept(tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "nanoflm") == [os.path.basename(path)]
 
 
-def test_without_a_compiler_the_reference_does_it(tmp_path, monkeypatch):
+def test_without_a_compiler_the_reference_is_used(tmp_path, monkeypatch):
     logits, ids, s = torch.randn(3, 256), torch.arange(3), Sampling(1.0, 9)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", "")

@@ -1,14 +1,26 @@
 """One token from logits: what the parameters mean, in small cases with known answers."""
+import dataclasses
+
 import pytest
 import torch
 
-from kernels.sampling import MASK, Sampling, kept_weights, penalise, philox, probabilities, sample, weights
+from kernels.sampling import (MASK, Sampling, kept_weights, penalise, philox, probabilities, reference,
+                              sample, weights)
 
 
 def draws(logits, s, seed=0):
     """One token from each row (N, V), the rows being the steps of one conversation."""
     n = len(logits)
     return sample(logits, s, torch.full((n,), seed), torch.arange(n))
+
+
+def chi_square_sigmas(tokens, p):
+    """Pearson's chi-square of the counts of tokens (N,) against N p, in standard deviations from its mean."""
+    kept = p > 0
+    assert kept[tokens].all()
+    expected, freedom = len(tokens) * p[kept], kept.sum().item() - 1
+    x = ((tokens.bincount(minlength=len(p))[kept] - expected) ** 2 / expected).sum().item()
+    return abs(x - freedom) / (2 * freedom) ** 0.5
 
 
 @pytest.mark.parametrize("counter, key, right", [
@@ -62,6 +74,20 @@ def test_integers_keep_the_tokens_and_probabilities_of_ordinary_sampling(s):
     assert (w.gather(1, drawn) > 0).all()
 
 
+@pytest.mark.parametrize("s", [Sampling(1.0), Sampling(0.7, top_k=20), Sampling(1.3, top_p=0.9),
+                               Sampling(0.9, top_k=30, top_p=0.8, penalty=1.3)])
+def test_draws_follow_the_distribution_of_ordinary_sampling(s):
+    n, g = 40000, torch.Generator().manual_seed(0)
+    logits, recent = torch.randn(1, 40, generator=g) * 1.5, torch.randint(-1, 40, (1, 12), generator=g)
+    p = probabilities(logits, s, recent)[0].double()
+    seed, step = torch.full((n,), 7), torch.arange(n)
+    drawn = reference(logits.expand(n, -1), s, seed, step, recent=recent.expand(n, -1))
+    ordinary = p.multinomial(n, replacement=True, generator=g)
+    assert chi_square_sigmas(drawn, p) < 4 and chi_square_sigmas(ordinary, p) < 4
+    other = dataclasses.replace(s, temperature=s.temperature * 1.1)  # a wrong distribution is noticed
+    assert chi_square_sigmas(drawn, probabilities(logits, other, recent)[0].double()) > 4
+
+
 def test_repetition_penalty_looks_at_the_window_only():
     def one(logits, recent):
         zero = torch.zeros(1, dtype=torch.long)
@@ -73,7 +99,7 @@ def test_repetition_penalty_looks_at_the_window_only():
 
 
 @pytest.mark.parametrize("s", [Sampling(), Sampling(1.0), Sampling(0.8, 2, 0.9)])
-def test_what_is_not_a_distribution_is_no_token(s):
+def test_invalid_rows_give_no_token(s):
     inf, nan = float("inf"), float("nan")
     logits = torch.tensor([[0.0, nan], [0.0, inf], [-inf, -inf], [-inf, 0.0]])
     assert draws(logits, s).tolist() == [-1, -1, -1, 1]
@@ -89,6 +115,6 @@ def test_a_row_draws_the_same_among_others():
 
 @pytest.mark.parametrize("fields", [dict(temperature=-1), dict(temperature=float("nan")), dict(top_k=-1),
                                     dict(top_p=0), dict(top_p=1.1), dict(penalty=0)])
-def test_parameters_that_mean_nothing_are_an_error(fields):
+def test_meaningless_parameters_are_an_error(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         Sampling(**fields)
