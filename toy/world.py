@@ -1,14 +1,16 @@
 """The toy world: the smallest task that needs everything a spoken chatbot needs. A user asks, the model
 answers:
 
-    repeat cat red moon          -> cat red moon            hear anything, say anything
+    repeat cat down house        -> cat down house          hear anything, say anything
     what comes after six         -> seven                   know something
-    opposite of big              -> small
+    opposite of left             -> right
     count from three to seven    -> three four ... seven    a long answer
-    chant cat red moon           -> five times those        a longer one, good to interrupt
+    chant cat down house         -> five times those        a longer one, good to interrupt
 
 or tells a story, clause by clause: the model gives backchannels in between, and warns at once if something is
 on fire. All of this is in English, in Mandarin (从 三 数到 七), or in both.
+
+The 30 English words are in Speech Commands, recordings of single words by 2,600 people (corpora/words.py).
 
 Held out, never trained on: a fifth of all word triples and of all number pairs, and two of the user voices.
 Besides the dialogues there are sentences (words in any order, said by a user or the model), as lines of one
@@ -18,8 +20,14 @@ import hashlib
 import random
 from dataclasses import dataclass
 
-# Voice variants of espeak-ng, without f2, f3 and f5, whose breath noise differs.
-VARIANTS = "m1 m2 m3 m4 m5 m6 m7 f1 f4 Andy Annie steph linda belinda".split()
+# Voice variants of espeak-ng: all of it that sounds like a person, klatt to klatt6 by another method.
+VARIANTS = """m1 m2 m3 m4 m5 m6 m7 m8 f1 f2 f3 f4 f5 klatt klatt2 klatt3 klatt4 klatt5 klatt6 Alex Alicia Andrea Andy
+    Annie AnxiousAndy Gene Gene2 Jacky Lee Marco Mario Michael Mike Reed adam anika announcer antonio aunty
+    belinda benjamin boris caleb david ed edward edward2 grandma grandpa gustave ian iven iven2 iven3 john
+    kaukovalta linda marcelo max michel miguel mike2 norbert pablo paul pedro quincy rob robert sandro shelby
+    steph steph2 steph3 travis victor zac""".split()
+NEW_VARIANTS = ("f1", "m7")  # heard only in tests
+FLITE = ("flite:kal", "flite:kal16", "flite:rms")  # rms is cut from a man's recordings
 KIND_PROPORTIONS = {"repeat": 0.38, "count": 0.3, "next": 0.08, "opposite": 0.08, "chant": 0.1, "story": 0.06}
 CHANT_REPEATS = 5  # an answer of six seconds
 
@@ -28,7 +36,8 @@ class Language:
     """What is said in one language, with a space between any two words, and the voices of espeak-ng that say
     it."""
 
-    def __init__(self, numbers, opposites, others, requests, story, accents, model_voice, new_voices):
+    def __init__(self, numbers, opposites, others, requests, story, accents, model_voice, new_voices,
+                 other_voices=()):
         self.numbers = numbers.split()
         self.opposites = dict(pair.split("/") for pair in opposites.split())
         self.opposites |= {b: a for a, b in self.opposites.items()}
@@ -38,11 +47,13 @@ class Language:
         self.story = story
         self.accents, self.model_voice = accents.split(), model_voice
         self.new_voices = new_voices.split()  # heard only in tests
+        self.other_voices = other_voices  # of other synthesisers than espeak-ng, if they are installed
 
     def user_voices(self, n, seed):
-        """n voices: accents with variants, shuffled, without the model's voice and the new ones."""
-        voices = [f"{a}+{v}" for a in self.accents for v in VARIANTS]
-        voices = [v for v in voices if v not in [self.model_voice, *self.new_voices]]
+        """n voices of espeak-ng: accents with variants, shuffled, without the model's voice and the
+        variants of the new ones."""
+        voices = [f"{a}+{v}" for v in VARIANTS if v not in NEW_VARIANTS for a in self.accents]
+        voices.remove(self.model_voice)
         random.Random(seed).shuffle(voices)
         return voices[:n]
 
@@ -64,25 +75,25 @@ class Story:
 
 
 LANGUAGES = {
-    "en": Language("one two three four five six seven eight nine ten eleven twelve",
-                   "big/small hot/cold left/right day/night up/down",
-                   "red green cat fish sun moon tree apple",
+    "en": Language("zero one two three four five six seven eight nine",
+                   "left/right up/down on/off yes/no stop/go forward/backward",
+                   "cat dog bird tree house bed happy wow",
                    ["repeat {}", "count from {} to {}", "what comes after {}", "opposite of {}", "chant {}"],
-                   Story("listen", "the {} is {}", "cat fish sun moon tree apple",
-                         "big small hot cold red green", "the {} is on fire", "the end", "nice story",
+                   Story("listen", "the {} is {}", "cat dog bird tree house bed",
+                         "happy big small hot cold red", "the {} is on fire", "the end", "nice story",
                          "watch out there is a fire", "mhm", ("mhm", "yeah", "okay")),
-                   "en-us en-gb-x-rp gmw/en en-gb-scotland en-us-nyc en-gb-x-gbcwmd", "en-us+m3",
-                   "en-us+f1 en-gb-x-rp+m7"),
-    "zh": Language("一 二 三 四 五 六 七 八 九 十 十一 十二",
-                   "大/小 热/冷 左/右 白天/黑夜 上/下", "红 绿 猫 鱼 太阳 月亮 树 苹果",
+                   "en-us en-gb-x-rp gmw/en en-gb-scotland en-us-nyc en-gb-x-gbcwmd en-gb-x-gbclan en-029",
+                   "en-us+m3", "en-us+f1 en-gb-x-rp+m7", FLITE),
+    "zh": Language("零 一 二 三 四 五 六 七 八 九",
+                   "大/小 热/冷 左/右 白天/黑夜 上/下", "红 绿 猫 狗 鱼 鸟 太阳 月亮 树 苹果",
                    ["重复 {}", "从 {} 数到 {}", "{} 后面 是 什么", "{} 的 反义词", "反复 说 {}"],
                    Story("听 我 说", "{} 很 {}", "猫 鱼 太阳 月亮 树 苹果", "大 小 热 冷 红 绿",
                          "{} 着火 了", "讲 完 了", "好 故事", "小心 那里 着火 了 快 走", "嗯", ("嗯", "对", "好")),
                    "cmn", "cmn+m3", "cmn+f1 cmn+m7"),
 }
 
-RING = random.Random(13).sample(range(12), 12)
-# 12 of 66 number pairs: each number is in two of them, and no distance is held out altogether.
+RING = random.Random(13).sample(range(10), 10)
+# 10 of 45 number pairs: each number is in two of them.
 HELD_OUT_PAIRS = {frozenset(pair) for pair in zip(RING, RING[1:] + RING[:1])}
 
 

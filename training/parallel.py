@@ -14,6 +14,7 @@ happens.
 import os
 import re
 import shutil
+import time
 
 import torch
 import torch.distributed as dist  # its parts are imported where they are used: they take a second to load
@@ -37,6 +38,9 @@ def begin(device):
 
 def end():
     if is_distributed():
+        # A thread of gloo may still hold the last collective's tensors. To let go of them it needs Python's
+        # lock; if it asked while Python is exiting, the process would abort.
+        time.sleep(0.2)
         dist.destroy_process_group()
 
 
