@@ -499,16 +499,16 @@ class Mimi(nn.Module):
         state = self.init_state(len(codes))
         return torch.cat([self.decode_step(c, state) for c in codes.split(chunk, -1)], -1)
 
-    def forward(self, wav, n_codebooks):
-        """One training pass: wav (B, 1, 1920*T) -> its reconstruction, the quantised semantic part (B, C, T),
-        the commitment loss, and the assignments for `update_codebooks`. n_codebooks (B,): how many each item
-        uses (quantiser dropout)."""
-        state = self.init_state(len(wav))
-        x = self.encoder(wav, state["encoder"])
+    def forward(self, wav, n_codebooks, decoded):
+        """One training pass: wav (B, 1, 1920*T) -> the reconstruction of its `decoded` rows (a mask), the
+        quantised semantic part (B, C, T), the commitment loss, and the assignments for `update_codebooks`.
+        n_codebooks (B,): how many each item uses (quantiser dropout)."""
+        x = self.encoder(wav, self.encoder.init_state(len(wav)))
         with torch.autocast(x.device.type, enabled=False):
             semantic, loss1, assigned1 = self.semantic(x, n_codebooks)
             acoustic, loss2, assigned2 = self.acoustic(x, n_codebooks - 1)
-        y = self.decoder(semantic + acoustic, state["decoder"])
+        latent = (semantic + acoustic)[decoded]
+        y = self.decoder(latent, self.decoder.init_state(len(latent))) if len(latent) else wav[:0]
         return y, semantic, loss1 + loss2, assigned1 + assigned2
 
     def update_codebooks(self, assigned):

@@ -32,8 +32,10 @@ from tqdm import tqdm
 from corpora.dialogues import speak_dialogues
 from corpora.mix import mix
 from corpora.readers import CORPORA, collect
+from corpora.words import make_words
 from files.atomic import check_folder, copy, move_folder, read_json, replace_when_done, write_text
 from files.audio import SAMPLE_RATE, read_audio
+from files.augment import Version
 from files.device import check_device
 from files.encoded import ENCODED, SHARD, VERSION, sha256, write_index
 from files.manifest import clip_key, read_manifest, seconds_of, spoken_parts
@@ -72,40 +74,58 @@ class Shard:
         device = next(self.codec.parameters()).device
         return self.codec.encode(wavs[:, None].to(device)).mT.cpu().numpy()
 
-    def encode_clips(self, lines, copies):
-        """Encode every clip of these lines once, those of a user to train with `copies` times. A user's clips
-        begin anywhere in a frame and have another gain each time."""
-        rng, versions = random.Random(self.number), {}  # clip -> [(samples by which it begins late, gain)]
+    def encode_clips(self, lines, copies, augment):
+        """Encode every clip of these lines. One of a user to train with is encoded `copies` times, and begins
+        anywhere in a frame and has another gain each time; each copy but the first is, with probability
+        `augment`, from another throat, microphone and room (files/augment.py). One of the model is encoded
+        as it is, and then as a user's microphone may hear it from the loudspeaker."""
+        rng, versions = random.Random(self.number), {}  # clip -> [Version]
         for d in lines:
             for part in spoken_parts(d):
-                user = part.get("role") == "user"
-                versions.setdefault(clip_key(part), [
-                    (rng.randrange(FRAME) * user, 10 ** (rng.uniform(-6, 6) / 20) if user else 1.0)
-                    for _ in range(copies if user and d["split"] == "train" else 1)])
+                clip, user = clip_key(part), part.get("role") == "user"
+                if clip in versions:
+                    continue
+                versions[clip] = [Version.draw(rng, FRAME) if user else Version()]
+                if d["split"] == "train" and user:
+                    same = "interjections" in d  # they are at certain seconds: the speed must stay
+                    versions[clip] += [Version.draw(rng, FRAME, rng.random() < augment, same)
+                                       for _ in range(copies - 1)]
+                elif augment and part.get("role") == "model":
+                    versions[clip].append(Version.echo(rng))
         self.places = {clip: [None] * len(versions[clip]) for clip in versions}
         jobs = [(seconds_of(*clip), clip, i) for clip in versions for i in range(len(versions[clip]))]
         jobs.sort(key=lambda job: (job[0], str(job)))  # an end may be None
         while jobs:  # the longest first, as many at a time as memory holds
             n = max(1, min(32, int(160 / min(10, jobs[-1][0]))))
             batch, jobs = jobs[-n:], jobs[:-n]
-            self.encode_batch([(clip, i, *versions[clip][i]) for _, clip, i in batch])
+            self.encode_batch([(clip, i, versions[clip][i]) for _, clip, i in batch])
 
     def encode_batch(self, batch):
-        """batch: [(clip, number of the copy, samples that it begins late, gain)]"""
-        wavs = [F.pad(read_audio(path, start=start, end=end) * gain, (LEAD * FRAME + late, 0))
-                for (path, start, end), _, late, gain in batch]
-        T = max(-(-len(x) // FRAME) for x in wavs) + TAIL
-        codes = self.encode_audio(torch.stack([F.pad(x, (0, T * FRAME - len(x))) for x in wavs]))
-        for (clip, i, late, _), x, c in zip(batch, wavs, codes):
-            speech = -(-len(x) // FRAME) - LEAD
-            self.places[clip][i] = {**self.add(c[LEAD:LEAD + speech + TAIL]), "speech": speech, "late": late}
+        """batch: [(clip, number of the copy, Version)]"""
+        wavs = []
+        for (path, start, end), _, version in batch:
+            wavs.append(version.throat_of(read_audio(path, start=start, end=end)))
+        ends = [version.late + len(x) for x, (*_, version) in zip(wavs, batch)]  # of the speech, in samples
+        T = max(-(-end // FRAME) for end in ends) + LEAD + TAIL
+        wavs = [version.record(F.pad(x, (LEAD * FRAME + version.late, (TAIL + T) * FRAME)))[:T * FRAME]
+                for x, (*_, version) in zip(wavs, batch)]
+        codes = self.encode_audio(torch.stack(wavs))
+        for (clip, i, version), end, c in zip(batch, ends, codes):
+            speech = -(-end // FRAME)
+            place = self.add(c[LEAD:LEAD + speech + TAIL])
+            self.places[clip][i] = {**place, "speech": speech, "late": version.late}
+
+    def places_of(self, turn):
+        places = self.places[clip_key(turn)]
+        if turn.get("role") != "model":
+            return {"copies": places}
+        return {"copies": places[:1], "echoes": places[1:]}
 
     def encode_line(self, d):
         """A line of a manifest as training reads it."""
         line = {k: d[k] for k in ("id", "kind", "split", "annotated", "lang") if k in d}
         if "turns" in d:
-            part = lambda t: {"text": t["text"], **tokens_of(t, self.tokenizer),
-                              "copies": self.places[clip_key(t)]}
+            part = lambda t: {"text": t["text"], **tokens_of(t, self.tokenizer), **self.places_of(t)}
             line["turns"] = [{"role": t["role"], **part(t)} for t in d["turns"]]
             if "interjections" in d:
                 line["interjections"] = [{"at": t["at"], **part(t)} for t in d["interjections"]]
@@ -134,22 +154,23 @@ def tokens_of(turn, tokenizer):
     return out
 
 
-def start_encoder(manifest, work, copies, skip_broken, device, threads=None):
+def start_encoder(manifest, work, copies, augment, skip_broken, device, threads=None):
     global ENCODER  # what this process needs for each shard
     if threads:
         torch.set_num_threads(threads)
     codec, tokenizer = os.path.join(work, "codec.pt"), os.path.join(work, "tokenizer.json")
-    ENCODER = manifest, work, copies, skip_broken, Mimi.load(codec, device), load_tokenizer(tokenizer)
+    ENCODER = (manifest, work, copies, augment, skip_broken, Mimi.load(codec, device),
+               load_tokenizer(tokenizer))
 
 
 def encode_shard(task):
     """task: (number, where its lines begin). The .jsonl is written last, so if it is there both are whole."""
     number, begin = task
-    manifest, work, copies, skip_broken, codec, tokenizer = ENCODER
+    manifest, work, copies, augment, skip_broken, codec, tokenizer = ENCODER
     with contextlib.redirect_stderr(io.StringIO()):  # the broken lines have been reported by now
         lines = list(read_manifest(manifest, skip_broken, begin, SHARD))
     shard = Shard(number, codec, tokenizer)
-    shard.encode_clips(lines, copies)
+    shard.encode_clips(lines, copies, augment)
     encoded = [shard.encode_line(d) for d in lines]
     path = os.path.join(work, f"{number:05}")
     with replace_when_done(path + ".npy") as temporary, open(temporary, "wb") as f:
@@ -164,7 +185,7 @@ def encode_shard(task):
 # a manifest: all of its shards
 
 
-def encode(data, codec, tokenizer, vocab_size, copies, skip_broken, processes, device):
+def encode(data, codec, tokenizer, vocab_size, copies, augment, skip_broken, processes, device):
     """data/manifest.jsonl and its audio -> data/encoded. If it is killed, the next run with the same settings
     continues."""
     begun, manifest = time.monotonic(), os.path.join(data, "manifest.jsonl")
@@ -176,7 +197,7 @@ def encode(data, codec, tokenizer, vocab_size, copies, skip_broken, processes, d
             "tokenizer_sha256": hashlib.sha256(tokenizer.encode()).hexdigest(),
             "codebook_size": mimi.config.codebook_size, "codebooks": mimi.config.codebooks,
             "silence": mimi.encode(torch.zeros(1, 1, 32 * FRAME, device=device))[0].T.tolist(),
-            "copies": copies, "shards": shard_offsets(manifest)}
+            "copies": copies, "augment": augment, "shards": shard_offsets(manifest)}
     path = os.path.join(work, "meta.json")
     if not os.path.isfile(path) or read_json(path) != meta:  # not from a run with these settings
         shutil.rmtree(work, ignore_errors=True)
@@ -184,7 +205,7 @@ def encode(data, codec, tokenizer, vocab_size, copies, skip_broken, processes, d
         write_text(os.path.join(work, "tokenizer.json"), tokenizer)
         write_text(path, json.dumps(meta))
     encode_shards(meta["shards"], processes or (os.cpu_count() if device == "cpu" else 1),
-                  (manifest, work, copies, skip_broken, device))
+                  (manifest, work, copies, augment, skip_broken, device))
     frames = write_index(work, len(meta["shards"]))
     move_folder(work, out)
     hours, took = frames * FRAME / SAMPLE_RATE / 3600, (time.monotonic() - begun) / 3600
@@ -255,6 +276,15 @@ COMMANDS = (
         ("--sentences", 4000, "user sentences to train on; of the model, a fourth as many"),
         ("--tests", 240, "held-out dialogues of known voices, and as many of new voices"),
         ("--voices", 24, "user voices to train on"), SEED, TTS)),
+    ("words", make_words, "recordings of single words -> the toy world in people's voices",
+     "SpeechCommands --out data/people", (
+        ("source", ..., "folder with the recordings, in the layout of Speech Commands or of the "
+                        "free-spoken-digit-dataset"), OUT,
+        ("--lang", "en", "language of the words"),
+        ("--items", 4000, "dialogues to train on"),
+        ("--sentences", 4000, "user sentences to train on; of the model, a fourth as many"),
+        ("--tests", 120, "held-out dialogues of known speakers, and as many of those held out"),
+        ("--hold-out", "", "speakers that are never trained on, with commas"), SEED, TTS)),
     ("speak", speak_dialogues, "written dialogues -> spoken ones", "dialogues.jsonl --out data/mine", (
         ("source", ..., "the .jsonl of the dialogues"), OUT, ("--voices", 24, "user voices"), SEED, TTS)),
     ("librispeech", functools.partial(collect, "librispeech"), "LibriSpeech -> a manifest",
@@ -276,6 +306,8 @@ COMMANDS = (
                                "with tokenizer.json or with vocab.json and merges.txt"),
         ("--vocab-size", 512, "of a tokeniser that is learned"),
         ("--copies", 1, "of each user turn, at other places in a frame and with another gain"),
+        ("--augment", 0.0, "share of these copies, after the first, that come from another throat, "
+                           "microphone and room"),
         ("--processes", 0, "0: one for each core, or one on a GPU"),
         ("--skip-broken", False, "skip the broken lines of the manifest"),
         ("--device", "cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu"))),

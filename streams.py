@@ -75,6 +75,7 @@ class Utterance:
     speech: int  # how many of the n frames are speech; those of the fading tail follow
     starts: list = None  # the frame at which each token is spoken; only the word-aligned layout needs it
     interjections: tuple = ()  # what the model says meanwhile: ((frame, Utterance), ...)
+    echo: np.ndarray = None  # (n, K): of the model's, what comes back from the loudspeaker (section 3.2)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -202,7 +203,9 @@ def dialogue(turns, gaps, v, monologue, barge_in=None, backchannels=None):
         if i and barge_in[i - 1] is not None:  # cut off the rest of the last answer
             cut = start + REACTION
             grid[TEXT, cut:] = v.wait
-            grid[SPEAK, cut:] = np.reshape(v.silence[-1], (-1, 1))
+            grid[SPEAK, cut:] = grid[LISTEN, cut:] = np.reshape(v.silence[-1], (-1, 1))
+        if model.echo is not None:
+            put(grid, LISTEN, audio, model.echo)
         put(grid, LISTEN, start, user.codes)
         for frame, said in user.interjections:
             put(grid, TEXT, start + frame - TEXT_LEAD, said.tokens)

@@ -65,6 +65,7 @@ class Stage:
     frame_dropout: float = 0.0  # share of heard frames, and of rows of heard acoustic codes, that is masked
     depth: tuple = (1.0, 1.0)  # shares of frames of speech, of silence that the depth transformer learns from
     sources: tuple = (1.0, 1.0)  # weights of recordings transcribed by a machine, by a person
+    augment: float = 0.0  # codec: share of users' clips that it hears through another throat and microphone
 
     @property
     def recompute(self):
@@ -89,7 +90,7 @@ FADE_2 = {"asr_response_tts": (0.7, -0.7), "asr": (0.2, 0.2), **FINE_2}
 TOY = {"wait": 0.3, "frame_dropout": 0.15, "depth": (0.4, 0.1)}
 STAGES = {
     "codec": (
-        Stage("codec", 4400, 4, 3e-3, 0),
+        Stage("codec", 2200, 16, 3e-3, 0),
     ),
     "tiny": (
         Stage("language", 700, 8, 1.5e-3, 1.5e-3, 128, LANGUAGE, wait=1.0),
@@ -115,6 +116,8 @@ STAGES = {
 STAGES["0.5b"] = STAGES["7b"]
 WARMUP = 100  # steps at the start of a run
 
+NOISE, LEAKAGE = 0.5, 0.3  # shares of dialogues in a noisy room, of answers that leak from the loudspeaker
+
 ALPHA_1, ALPHA_2, BETA = 1.0, 0.5, 1.0  # Eq. 3: semantic, acoustic, monologue; gamma is in the stage
 
 
@@ -136,11 +139,12 @@ class Conversations:
         # recorded: stereo. "seen" is the held-out split: requests that were never trained on, in voices that
         # were.
         self.heard, self.said, self.dialogues = {}, {}, {}
-        self.free, self.recorded, self.backchannels = {}, {}, {}
+        self.free, self.recorded, self.backchannels, self.noise = {}, {}, {}, {}
         for split in ("train", "seen"):
-            mine, backchannel = index["split"] == split.encode(), index["kind"] == b"backchannel"
-            self.backchannels[split] = np.flatnonzero(mine & backchannel)
-            mine &= ~backchannel
+            mine = index["split"] == split.encode()
+            for kind, lines in ((b"backchannel", self.backchannels), (b"noise", self.noise)):
+                lines[split] = np.flatnonzero(mine & (index["kind"] == kind))
+                mine &= index["kind"] != kind
             self.recorded[split] = np.flatnonzero(mine & index["sentences"])
             self.free[split] = np.flatnonzero(mine & (index["turns"] > 1))
             mine &= ~index["interjections"]  # in fine-tuning 1 the model only speaks when the user has ended
@@ -169,7 +173,9 @@ class Conversations:
         copy = rng.choice(turn["copies"])
         frame = lambda seconds: -(-(round(seconds * SAMPLE_RATE) + copy["late"]) // FRAME)
         said = [(frame(t["at"]), self.utterance(t, rng)) for t in turn.get("interjections", ())]
-        return Utterance(turn["tokens"], self.codes(copy), copy["speech"], turn.get("starts"), said)
+        echoes = turn.get("echoes") if rng.random() < LEAKAGE else None
+        echo = self.codes(rng.choice(echoes)) if echoes else None
+        return Utterance(turn["tokens"], self.codes(copy), copy["speech"], turn.get("starts"), said, echo)
 
     def codes(self, place):
         """(n, K) codes."""
@@ -202,7 +208,16 @@ class Conversations:
             grid = self.free_conversation(turns, gaps, split, rng)
         else:
             grid = getattr(streams, layout)(turns, gaps, v)
+        if len(self.noise[split]) and rng.random() < NOISE:
+            self.add_noise(grid, split, rng)
         return grid[:, rng.randrange(max(1, grid.shape[1] - stage.frames)):]  # if too long, from anywhere
+
+    def add_noise(self, grid, split, rng):
+        """Replace silence between what a user says by noise (section 3.2)."""
+        line = self.line(rng.choice(self.noise[split]))
+        codes = self.codes(rng.choice(line["turns"][0]["copies"]))
+        silent = (grid[LISTEN] == np.reshape(self.vocab.silence[-1], (-1, 1))).all(0)
+        grid[LISTEN][:, silent] = np.resize(codes, (silent.sum(), K)).T
 
     def free_conversation(self, turns, gaps, split, rng):
         """The user interrupts an answer with probability 0.7 (section 3.2.2), or gives a backchannel."""

@@ -15,7 +15,7 @@ def speak_dialogues(source, out, voices, seed, tts):
     ...]}, perhaps with "lang" -> the same with audio, in the folder `out`. The user keeps one voice
     throughout a dialogue."""
     out, work = check_folder(out, SPOKEN)
-    get_synthesiser(tts)  # raises an error if it is not there
+    synthesiser = get_synthesiser(tts)
     rng, lines, jobs = random.Random(seed), [], []
     with open(source, encoding="utf-8") as f:
         for number, line in enumerate(f, 1):
@@ -28,7 +28,7 @@ def speak_dialogues(source, out, voices, seed, tts):
                         raise ValueError("user and model take turns, the user first, and each says something")
                     t["voice"] = user if t["role"] == "user" else language.model_voice
                     t["audio"] = f"turns/{number:06d}-{i}.flac"
-                    jobs.append((os.path.join(work, t["audio"]), [t["text"]], [], t["voice"], 165, 50))
+                    jobs.append((os.path.join(work, t["audio"]), [t["text"]], [], t["voice"]))
                 if not d["turns"] or len(d["turns"]) % 2:
                     raise ValueError("it needs turns, and the last one is the model's")
                 lines.append(d)
@@ -38,7 +38,7 @@ def speak_dialogues(source, out, voices, seed, tts):
         raise ValueError(f"{source}: holds no dialogue")
     shutil.rmtree(work, ignore_errors=True)
     os.makedirs(os.path.join(work, "turns"))
-    seconds = sum(ends[-1] for ends in speak_all(jobs, "turns", tts))
+    seconds = sum(ends[-1] for ends in speak_all(jobs, "turns", synthesiser))
     write_manifest(lines, work, out)
     print(f"Wrote {len(lines)} dialogues, {seconds / 3600:.2f} hours of audio, to {out}/manifest.jsonl; "
           f"next: python prepare.py encode --data {out}")

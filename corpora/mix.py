@@ -3,7 +3,6 @@
     python prepare.py mix --data data/toy --out data/mixed
 """
 import glob
-import math
 import os
 import random
 import shutil
@@ -14,39 +13,15 @@ from tqdm import tqdm
 
 from files.atomic import check_folder
 from files.audio import SAMPLE_RATE, read_audio, write_audio
+from files.augment import decibels, make_noise
 from files.manifest import SPOKEN, clip_key, read_manifest, write_manifest
 from mimi import FRAME
 from streams import REACTION, TEXT_LEAD
 
 
-def decibels(x):
-    """Level of samples x (N,): their root mean square in dB (footnote 9)."""
-    return 20 * math.log10(x.square().mean().sqrt().item() + 1e-6)
-
-
 def change_gain(x, rng):
     """Louder or softer by -24 to +20 dB, but never below -40 dB."""
     return x * 10 ** (max(rng.uniform(-24, 20), -40 - decibels(x)) / 20)
-
-
-def make_noise(n, files, rng):
-    """n samples of noise, segment after segment, each scaled to -70 to -40 dB or, with probability 0.3,
-    silent. From files, or else generated: white to brown."""
-    out = []
-    while sum(map(len, out)) < n:
-        length = int(rng.uniform(0.5, 3.0) * SAMPLE_RATE)
-        if files:
-            x = read_audio(rng.choice(files))
-            begin = rng.randrange(max(1, len(x) - length))
-            x = x[begin:begin + length]
-        else:
-            n_bins, generator = length // 2 + 1, torch.Generator().manual_seed(rng.getrandbits(60))
-            spectrum = torch.view_as_complex(torch.randn(n_bins, 2, generator=generator))
-            hertz = torch.arange(n_bins) / length * SAMPLE_RATE
-            x = torch.fft.irfft(spectrum * (hertz + 50) ** -rng.uniform(0.0, 1.0), length)
-        silent = rng.random() < 0.3
-        out.append(x * 0 if silent else x * 10 ** ((rng.uniform(-70, -40) - decibels(x)) / 20))
-    return torch.cat(out)[:n]
 
 
 def leak(listen, speak, rng):

@@ -85,7 +85,7 @@ class RecogniserTask:
         self.fingerprint, self.holds = self.clips.fingerprint, self.clips.holds
 
     def batch(self, stage, progress, split, rng, rows=None):
-        wav, letters = self.clips.batch(stage, progress, split, rng)
+        wav, letters, _ = self.clips.batch(stage, progress, split, rng)
         return wav, letters, [rng.getrandbits(60) if split == "train" else None for _ in letters]
 
     def tokens(self, batch):

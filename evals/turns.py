@@ -98,7 +98,7 @@ class ScenarioMaker:
 
     def item(self, scenario, voice, parts, pauses=(), **facts):
         """The parts, spoken with pauses between them, and when each one ends: (Item, [seconds, ...])."""
-        audio, ends = toy.voices.speak(self.synthesiser, parts, pauses, voice, 165, 50)
+        audio, ends = toy.voices.speak(self.synthesiser, parts, pauses, voice)
         audio = torch.cat([silence(LEAD), torch.from_numpy(audio), silence(TAIL)])
         ends = [LEAD + end for end in ends]
         self.count[scenario] += 1

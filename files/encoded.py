@@ -161,7 +161,7 @@ def places(line):
     """Of all codes of a line."""
     if "turns" not in line:
         return [line["listen"], line["speak"]]
-    return [place for part in spoken_parts(line) for place in part["copies"]]
+    return [place for part in spoken_parts(line) for place in [*part["copies"], *part.get("echoes", ())]]
 
 
 def sha256(path):

@@ -59,7 +59,7 @@ def world(tmp_path_factory):
         for p in codec.parameters():
             p.mul_(1.5)
     save_checkpoint(str(folder / "codec.pt"), "codec", CODEC, model=codec.state_dict())
-    prepare.encode(toy, str(folder / "codec.pt"), "bpe", 300, 2, False, 1, "cpu")
+    prepare.encode(toy, str(folder / "codec.pt"), "bpe", 300, 2, 0.0, False, 1, "cpu")
     task = train.ModelTask(FLM, os.path.join(toy, "encoded"), "cpu")
     stage = train.Stage("once", 2, 2, 1e-3, 0, 48, {"response_tts": (1, 1)})
     train.train(task, [stage], str(folder / "flm"))
@@ -67,7 +67,7 @@ def world(tmp_path_factory):
 
 
 def encode(folder, world, processes=1, name="bpe", **kwargs):
-    prepare.encode(str(folder), str(world / "codec.pt"), name, 300, 1, False, processes, "cpu", **kwargs)
+    prepare.encode(str(folder), str(world / "codec.pt"), name, 300, 1, 0.0, False, processes, "cpu", **kwargs)
     return {f.name: f.read_bytes() for f in (folder / "encoded").iterdir()}
 
 

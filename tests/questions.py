@@ -132,7 +132,7 @@ def make_data(processes):
     if not os.path.exists(DATA):
         toy_script.make_toy(DATA, "en", items=4000, tests=240, sentences=2000, voices=6, seed=2, tts=None)
     if not encoded:
-        prepare.encode(DATA, CODEC, "bpe", 512, 1, False, processes, "cpu")
+        prepare.encode(DATA, CODEC, "bpe", 512, 1, 0.0, False, processes, "cpu")
     get_recogniser(None, DATA, "out/questions/recogniser", 1.5, "cpu")
 
 

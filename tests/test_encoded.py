@@ -21,7 +21,7 @@ def test_an_encoded_folder_may_be_moved(world, tmp_path):
     (tmp_path / "checkout/out").mkdir(parents=True)
     shutil.copy(world / "codec.pt", tmp_path / "checkout/out/codec.pt")
     folder = small_world(world, tmp_path / "checkout", 4)
-    prepare.encode(str(folder), str(tmp_path / "checkout/out/codec.pt"), "bpe", 300, 1, False, 1, "cpu")
+    prepare.encode(str(folder), str(tmp_path / "checkout/out/codec.pt"), "bpe", 300, 1, 0.0, False, 1, "cpu")
     assert str(tmp_path) not in (folder / "encoded/meta.json").read_text()
     (tmp_path / "checkout").rename(tmp_path / "elsewhere")
     data = read_encoded(str(tmp_path / "elsewhere/toy/encoded"))

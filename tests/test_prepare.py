@@ -283,7 +283,7 @@ def test_training_refuses_codes_of_another_codec_or_tokeniser(world, tmp_path):
     codec = tmp_path / "codec.pt"
     shutil.copy(world / "codec.pt", codec)
     folder = small_world(world, tmp_path)
-    prepare.encode(str(folder), str(codec), "bpe", 300, 1, False, 1, "cpu")
+    prepare.encode(str(folder), str(codec), "bpe", 300, 1, 0.0, False, 1, "cpu")
     where = str(folder / "encoded")
     assert len(read_encoded(where + "," + where)) == 20
     with pytest.raises(ValueError, match="another tokenizer than .*toy/encoded"):

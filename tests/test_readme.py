@@ -174,7 +174,7 @@ def test_the_changes_shown_can_be_made(world, tmp_path):
         import dataclasses, json, mimi, model, prepare, toy.codec, train
         codec = toy.codec.CodecTask(mimi.CONFIGS["tiny"], "world", "cpu")
         train.train(codec, [train.Stage("codec", 1, 1, 1e-3, 0)], "codec")
-        prepare.encode("world", "codec/checkpoint.pt", "bpe", 300, 1, False, 1, "cpu")
+        prepare.encode("world", "codec/checkpoint.pt", "bpe", 300, 1, 0.0, False, 1, "cpu")
         task = train.ModelTask(model.CONFIGS["tiny"], "world/encoded", "cpu")
         stage = next(s for s in train.STAGES["tiny"] if s.name == "fine-tuning 1")
         train.train(task, [dataclasses.replace(stage, steps=3)], "tiny")

@@ -6,11 +6,13 @@
 CodecTask has the methods of train.py's ModelTask, so one loop trains both.
 """
 import os
+import random
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from files.augment import Microphone, change_throat, draw_ratio
 from files.audio import SAMPLE_RATE, read_audio
 from files.checkpoint import load_weights
 from files.manifest import read_manifest, seconds_of, clip_key
@@ -18,16 +20,17 @@ from mimi import FRAME, Mimi, mel_filters
 
 
 class Clips:
-    """The clips of a manifest, up to six seconds each, with the text that is said in each of them; and the
+    """The clips of manifests, up to six seconds each, with the text that is said in each of them; and the
     letters, in any script, of that text."""
 
     def __init__(self, data):
-        self.clips = {"train": set(), "seen": set()}  # (key of the clip, its text)
-        for d in read_manifest(os.path.join(data, "manifest.jsonl")):
-            if d["split"] in self.clips:
-                self.clips[d["split"]] |= {(clip_key(t), t["text"]) for t in d.get("turns", ())}
-        self.letters = "".join(sorted({c for _, text in self.clips["train"] for c in text.lower()}))
-        keys = {key for clips in self.clips.values() for key, _ in clips}
+        """data: folders with manifests, with commas"""
+        self.clips = {"train": set(), "seen": set()}  # (key of the clip, its text, who speaks)
+        for d in (d for folder in data.split(",") for d in read_manifest(os.path.join(folder, "manifest.jsonl"))):
+            if d["split"] in self.clips and d.get("kind") != "noise":
+                self.clips[d["split"]] |= {(clip_key(t), t["text"], t["role"]) for t in d.get("turns", ())}
+        self.letters = "".join(sorted({c for _, text, _ in self.clips["train"] for c in text.lower()}))
+        keys = {key for clips in self.clips.values() for key, *_ in clips}
         self.frames = {key: round(seconds_of(*key) * SAMPLE_RATE) for key in keys}
         self.clips = {split: sorted((c for c in clips if self.frames[c[0]] <= 6 * SAMPLE_RATE), key=str)
                       for split, clips in self.clips.items()}
@@ -40,24 +43,34 @@ class Clips:
         return bool(self.clips[split])
 
     def batch(self, stage, progress, split, rng, rows=None):
-        """B clips of about the same length, each starting anywhere within a frame: waveforms (B, 1, 1920*T)
-        and the letters of each. B is smaller if there are fewer clips."""
-        clips = self.clips[split]
+        """B clips of about the same length, each starting anywhere within a frame: waveforms (B, 1, 1920*T),
+        the letters of each, and for the share stage.augment of users' clips, which are also of other
+        throats, a seed of a microphone. B is smaller if there are fewer clips."""
+        clips, wavs, letters, microphones = self.clips[split], [], [], []
         pool = rng.sample(clips, min(len(clips), 8 * stage.batch))
         pool.sort(key=lambda clip: self.frames[clip[0]])
         start = rng.randrange(max(1, len(pool) - stage.batch + 1))
-        pool = pool[start:start + stage.batch]
-        leads = [rng.randrange(2 * FRAME) for _ in pool]
-        T = max(-(-(lead + self.frames[key]) // FRAME) for lead, (key, _) in zip(leads, pool)) + 1
-        wav = torch.zeros(len(pool), 1, T * FRAME)
-        for row, lead, (key, _) in zip(wav, leads, pool):
-            if key not in self.audio:
-                path, start, end = key
-                self.audio[key] = (read_audio(path, start=start, end=end) * 32767).short()
-            x = self.audio[key].float() / 32767
-            row[0, lead:lead + len(x)] = x * 10 ** (rng.uniform(-6, 6) / 20)
         number = {letter: i for i, letter in enumerate(self.letters, 1)}  # 0 is CTC's blank
-        return wav, [[number[c] for c in text.lower() if c in number] for _, text in pool]
+        for key, text, role in pool[start:start + stage.batch]:
+            augment = split == "train" and role != "model" and rng.random() < stage.augment
+            x = self.read(key) * 10 ** (rng.uniform(-6, 6) / 20)
+            wavs.append(F.pad(change_throat(x, draw_ratio(rng)) if augment else x, (rng.randrange(2 * FRAME), 0)))
+            letters.append([number[c] for c in text.lower() if c in number])
+            microphones.append(rng.getrandbits(60) if augment else None)
+        N = (max(map(len, wavs)) // FRAME + 2) * FRAME
+        return torch.stack([F.pad(x, (0, N - len(x))) for x in wavs])[:, None], letters, microphones
+
+    def read(self, key):
+        if key not in self.audio:
+            path, start, end = key
+            self.audio[key] = (read_audio(path, start=start, end=end) * 32767).short()
+        return self.audio[key].float() / 32767
+
+
+def heard(wav, microphones):
+    """Clips (B, 1, N) as these microphones record them: a seed for each clip, or None for as it is."""
+    return torch.stack([x if seed is None else Microphone(random.Random(seed))(x[0])[None]
+                        for x, seed in zip(wav, microphones)])
 
 
 class CodecTask:
@@ -76,33 +89,38 @@ class CodecTask:
         self.fingerprint, self.holds = self.clips.fingerprint, self.clips.holds
 
     def batch(self, stage, progress, split, rng, rows=None):
-        """Waveforms and letters; in training also how many codebooks each clip uses (quantiser dropout), and
-        which two spectra compare the whole batch."""
-        wav, letters = self.clips.batch(stage, progress, split, rng)
-        training, K = split == "train", self.config.codebooks
-        depth = torch.tensor([rng.randint(1, K) if training and rng.random() < 0.4 else K for _ in wav])
+        """Waveforms, letters, microphones; in training also how many codebooks each clip uses (quantiser
+        dropout), and which two spectra compare the whole batch. Every fourth clip is decoded: to hear takes
+        more examples than to speak, and decoding takes most of the time."""
+        clips = self.clips.batch(stage, progress, split, rng)
+        training, K, B = split == "train", self.config.codebooks, len(clips[0])
+        depth = torch.tensor([rng.randint(1, K) if training and rng.random() < 0.4 else K for _ in range(B)])
+        decoded = torch.arange(B) % (4 if training else 1) == 0
         spectra = rng.sample(range(len(self.spectra)), 2) if training else range(len(self.spectra))
-        return wav, letters, depth, [list(spectra)] * len(wav)
+        return *clips, depth, decoded, [list(spectra)] * B
 
     def tokens(self, batch):
         return batch[0].numel() // FRAME * self.config.codebooks
 
     def totals(self, batch):
-        return torch.tensor([len(batch[0])])
+        return torch.tensor([len(batch[0]), batch[4].sum()])
 
     def loss(self, stage, micro, totals):
         """(loss, its parts, which vectors chose which codes). Summed over the micro-batches, the loss and its
-        parts are means over the whole batch."""
-        wav, letters, depth, spectra = micro
-        wav = wav.to(self.device)
-        y, semantic, commitment, chosen = self.model(wav, depth.to(self.device))
+        parts are means over the whole batch. The codec hears clips through microphones and rooms, but what
+        it decodes is compared with the clips themselves."""
+        wav, letters, microphones, depth, decoded, spectra = micro
+        y, semantic, commitment, chosen = self.model(heard(wav, microphones).to(self.device),
+                                                     depth.to(self.device), decoded.to(self.device))
         logits = self.letters(semantic.mT).float().unflatten(-1, (4, -1)).flatten(1, 2)  # (B, 4*T, letters)
-        parts = {
-            "spectrum": sum(self.spectra[i](y, wav) for i in spectra[0]) / len(spectra[0]),
-            "wave": (y - wav).abs().mean(),
-            "commitment": commitment,
-            "letters": letters_loss(logits, letters)}
-        parts = {name: value * len(wav) / totals[0] for name, value in parts.items()}
+        rows, wav = len(wav) / totals[0], wav[decoded].to(self.device)
+        parts = {"commitment": commitment * rows, "letters": letters_loss(logits, letters) * rows}
+        if len(wav):
+            share = len(wav) / totals[1]
+            parts["spectrum"] = share * sum(self.spectra[i](y, wav) for i in spectra[0]) / len(spectra[0])
+            parts["wave"] = share * (y - wav).abs().mean()
+        else:
+            parts["spectrum"] = parts["wave"] = commitment.new_zeros(())
         loss = parts["spectrum"] + parts["wave"] + 0.25 * parts["commitment"] + 0.5 * parts["letters"]
         return loss, parts, chosen
 

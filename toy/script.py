@@ -13,11 +13,14 @@ import numpy as np
 
 from files.atomic import check_folder
 from files.audio import SAMPLE_RATE, read_audio, write_audio
+from files.augment import make_noise
 from files.manifest import SPOKEN, spoken_parts, write_manifest
 from mimi import FRAME
-from toy.voices import get_synthesiser, speak_all
+from toy.voices import Style, get_synthesiser, is_installed, speak_all
 from toy.world import (HELD_OUT_PAIRS, KIND_PROPORTIONS, LANGUAGES, cut_in_two, make_request, make_sentence,
                        make_story)
+
+MODEL_STYLE = Style(170)
 
 
 def on_frames(words, gap=0.04):
@@ -46,23 +49,28 @@ def interject(story, ends, hazard):
 
 
 class Script:
-    """Who says what: the lines of a manifest, before anything is spoken."""
+    """Who says what: the lines of a manifest, before anything is spoken.
 
-    def __init__(self, codes, voices, seed):
-        self.rng = random.Random(seed)
-        self.known_voices = {c: LANGUAGES[c].user_voices(voices // len(codes), seed) for c in codes}
+    users: {language: {split: groups of voices}}; each group is heard as often as any other. known: {voice:
+    the words that it can say}, for recordings of words; other voices say all."""
+
+    def __init__(self, users, seed, known=None, proportions=KIND_PROPORTIONS):
+        self.rng, self.users, self.known = random.Random(seed), users, known or {}
+        self.proportions = proportions
         self.lines = []
-        self.user_turns = []  # (turn, its parts, the pauses between them)
+        self.user_turns = []  # (turn, its parts, the pauses between them, split)
         self.stories = []  # (line, number of the clause that is a hazard, or None)
 
-    def add(self, code, kind, split, request=None, answer=None, pauses=()):
+    def pick_voice(self, code, split):
+        return self.rng.choice(self.rng.choice(self.users[code][split]))
+
+    def add(self, code, kind, split, voice, request=None, answer=None, pauses=()):
         """Add a line and return it. request: the parts of the user's turn; answer: the model's turn."""
-        voices = LANGUAGES[code].new_voices if split == "new" else self.known_voices[code]
-        voice, turns = self.rng.choice(voices), []
+        turns = []
         if request:
             audio = f"user/{len(self.lines):06d}.flac"
             turns.append({"role": "user", "voice": voice, "text": " ".join(request), "audio": audio})
-            self.user_turns.append((turns[0], request, pauses))
+            self.user_turns.append((turns[0], request, pauses, split))
         if answer:
             turns.append(model_turn(answer))
         self.lines.append({"id": len(self.lines), "kind": kind, "lang": code, "split": split, "turns": turns})
@@ -72,49 +80,72 @@ class Script:
         """n user sentences, a fourth as many of the model, and a few user backchannels."""
         lang = LANGUAGES[code]
         for _ in range(n):
-            self.add(code, "heard", split, [make_sentence(lang, lang.words + lang.function_words, self.rng)])
+            voice = self.pick_voice(code, split)
+            words = [*self.known.get(voice, lang.words), *lang.function_words]
+            self.add(code, "heard", split, voice, [make_sentence(lang, words, self.rng)])
         for _ in range(n // 4):
-            self.add(code, "said", split, answer=make_sentence(lang, lang.words, self.rng))
+            self.add(code, "said", split, None, answer=make_sentence(lang, lang.words, self.rng))
         for _ in range(-(-n // 50)):
-            self.add(code, "backchannel", split, [self.rng.choice(lang.story.user_backchannels)])
+            backchannel = self.rng.choice(lang.story.user_backchannels)
+            self.add(code, "backchannel", split, self.pick_voice(code, split), [backchannel])
 
     def add_dialogues(self, code, split, n):
         lang, rng = LANGUAGES[code], self.rng
-        for kind in rng.choices(list(KIND_PROPORTIONS), KIND_PROPORTIONS.values(), k=n):
+        for kind in rng.choices(list(self.proportions), self.proportions.values(), k=n):
+            voice = self.pick_voice(code, split)
             if kind == "story":
                 clauses = rng.choice([2, 3, 3, 4, 4, 5, 11])
                 hazard = rng.randrange(clauses - 1) if rng.random() < 0.5 else None
                 parts = make_story(lang, clauses, hazard, rng)
-                line = self.add(code, kind, split, parts, lang.story.reply, [0.4] * (len(parts) - 1))
+                line = self.add(code, kind, split, voice, parts, lang.story.reply, [0.4] * (len(parts) - 1))
                 self.stories.append((line, hazard))
                 continue
-            request, answer = make_request(lang, kind, split != "train", rng)
+            request, answer = make_request(lang, kind, split != "train", rng, self.known.get(voice, ()))
             if rng.random() < 0.25:  # with a pause for thought
-                self.add(code, kind, split, cut_in_two(request, rng), answer, [rng.uniform(0.4, 1.6)])
+                self.add(code, kind, split, voice, cut_in_two(request, rng), answer, [rng.uniform(0.4, 1.6)])
             else:
-                self.add(code, kind, split, [request], answer)
+                self.add(code, kind, split, voice, [request], answer)
 
-    def speak_users(self, work, tts):
+    def add_noise(self, n):
+        """n stretches of noise, for what a microphone hears between sentences."""
+        for i in range(n):
+            turn = {"role": "user", "voice": None, "text": "", "audio": f"user/noise-{i:03d}.flac"}
+            self.lines.append({"id": len(self.lines), "kind": "noise", "split": "train", "turns": [turn]})
+
+    def write_noise(self, work):
+        """{audio file: seconds}"""
+        for d in (d for d in self.lines if d["kind"] == "noise"):
+            path = os.path.join(work, d["turns"][0]["audio"])
+            write_audio(path, make_noise(8 * SAMPLE_RATE, None, self.rng), flush=False)
+        return {d["turns"][0]["audio"]: 8.0 for d in self.lines if d["kind"] == "noise"}
+
+    def pick_style(self, split):
+        """Training hears slow and fast, deep and high, flat and lively voices; tests, the usual ones."""
+        randint = self.rng.randint
+        if split == "train":
+            return Style(randint(120, 210), randint(10, 90), randint(20, 90))
+        return Style(randint(140, 190), randint(35, 65))
+
+    def speak_users(self, work, synthesiser):
         """Speak all user turns: {audio file: seconds}. Add the model's interjections, whose times are known
         now."""
-        speed_and_pitch = lambda: (self.rng.randint(140, 190), self.rng.randint(35, 65))
-        jobs = [(os.path.join(work, t["audio"]), parts, pauses, t["voice"], *speed_and_pitch())
-                for t, parts, pauses in self.user_turns]
-        spoken = speak_all(jobs, "sentences, requests, stories", tts)
-        ends = {t["audio"]: e for (t, _, _), e in zip(self.user_turns, spoken)}
+        jobs = [(os.path.join(work, t["audio"]), parts, pauses, t["voice"], self.pick_style(split))
+                for t, parts, pauses, split in self.user_turns]
+        spoken = speak_all(jobs, "sentences, requests, stories", synthesiser)
+        ends = {t["audio"]: e for (t, *_), e in zip(self.user_turns, spoken)}
         for line, hazard in self.stories:
             story, audio = LANGUAGES[line["lang"]].story, line["turns"][0]["audio"]
             line["interjections"] = interject(story, ends[audio], hazard)
         return {audio: e[-1] for audio, e in ends.items()}
 
-    def speak_model(self, work, tts):
+    def speak_model(self, work, synthesiser):
         """Speak all model turns: {audio file: seconds}. Each word is spoken once, and then put together on
         frames."""
         turns = [(d["lang"], t) for d in self.lines for t in spoken_parts(d) if t["role"] == "model"]
         words = sorted({(code, w) for code, t in turns for w in t["text"].split()})
         paths = [os.path.join(work, f"words/{code}-{w}.flac") for code, w in words]
-        jobs = [(path, [w], [], LANGUAGES[c].model_voice, 170, 50) for path, (c, w) in zip(paths, words)]
-        speak_all(jobs, "words", tts)
+        jobs = [(path, [w], [], LANGUAGES[c].model_voice, MODEL_STYLE) for path, (c, w) in zip(paths, words)]
+        speak_all(jobs, "words", synthesiser)
         words = {key: read_audio(path).numpy() for key, path in zip(words, paths)}
         shutil.rmtree(os.path.join(work, "words"))
         seconds = {}
@@ -126,32 +157,44 @@ class Script:
         return seconds
 
 
+    def speak(self, out, work, users, model):
+        """Speak everything into the folder `work`, which then becomes `out`. users, model: synthesisers.
+        Returns the hours of audio."""
+        shutil.rmtree(work, ignore_errors=True)
+        for folder in ("user", "model", "words"):
+            os.makedirs(os.path.join(work, folder))
+        seconds = self.speak_users(work, users) | self.speak_model(work, model) | self.write_noise(work)
+        write_manifest(self.lines, work, out)
+        show_table(self.lines, seconds)
+        return sum(seconds.values()) / 3600
+
+
 def make_toy(out, lang, items, tests, sentences, voices, seed, tts):
     """Speak the toy world into the folder `out`: user/*.flac, model/*.flac, manifest.jsonl."""
     out, work = check_folder(out, SPOKEN)
-    get_synthesiser(tts)  # raises an error if it is not there
-    codes = lang.split(",")  # such as en, zh
+    synthesiser, codes = get_synthesiser(tts), lang.split(",")  # such as en, zh
     unknown = " and no ".join(sorted(set(codes) - {*LANGUAGES}))
     if unknown:
         raise ValueError(f"--lang {lang}: there is no {unknown}; languages are {', '.join(LANGUAGES)}")
-    script = Script(codes, voices, seed)
+    users = {}
+    for code in codes:
+        some = LANGUAGES[code].user_voices(voices // len(codes), seed)
+        others = [] if tts else list(filter(is_installed, LANGUAGES[code].other_voices))
+        groups = [some, some, some, others or some]
+        users[code] = {"train": groups, "seen": groups, "new": [LANGUAGES[code].new_voices]}
+    script = Script(users, seed)
     for i, code in enumerate(codes):
         part = lambda n: n * (i + 1) // len(codes) - n * i // len(codes)
         script.add_sentences(code, "train", part(sentences))
         script.add_sentences(code, "seen", part(sentences) // 40)
         for split, n in (("train", items), ("seen", tests), ("new", tests)):
             script.add_dialogues(code, split, part(n))
-    shutil.rmtree(work, ignore_errors=True)
-    for folder in ("user", "model", "words"):
-        os.makedirs(os.path.join(work, folder))
-    seconds = script.speak_users(work, tts) | script.speak_model(work, tts)
-    write_manifest(script.lines, work, out)
-    show_table(script.lines, seconds)
-    n = len(LANGUAGES[codes[-1]].words)
+    script.add_noise(items // 100)
+    hours = script.speak(out, work, synthesiser, synthesiser)
+    n, pairs = len(LANGUAGES[codes[-1]].words), len(LANGUAGES[codes[-1]].numbers) * 9 // 2
     voices = ", ".join(v for c in codes for v in LANGUAGES[c].new_voices)
     print(f"Held out: a fifth of the {n}*{n - 1}*{n - 2} word triples, "
-          f"{len(HELD_OUT_PAIRS)} of 66 number pairs, the voices {voices}.")
-    hours = sum(seconds.values()) / 3600
+          f"{len(HELD_OUT_PAIRS)} of {pairs} number pairs, the voices {voices}.")
     print(f"Wrote {len(script.lines)} lines, {hours:.2f} hours of audio, to {out}/manifest.jsonl")
 
 

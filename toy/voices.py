@@ -1,14 +1,18 @@
-"""Speech synthesis: espeak-ng, or any other command.
+"""Speech synthesis: espeak-ng and, where it is installed, flite; or any other command.
 
-    text, voice, speed, pitch --synthesiser--> samples --trim, normalise--> 24 kHz, -23 dB
+    text, voice, style --synthesiser--> samples --trim, normalise--> 24 kHz, -23 dB
+
+A voice is one of espeak-ng's, or flite:NAME.
 """
 import _ctypes
 import ctypes
 import multiprocessing
 import os
 import shlex
+import shutil
 import subprocess
 import tempfile
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +21,17 @@ from tqdm import tqdm
 from files.audio import SAMPLE_RATE, read_audio, resample, write_audio
 
 
+class Style(NamedTuple):
+    """How something is said, in espeak-ng's units."""
+    speed: int = 165  # words a minute
+    pitch: int = 50  # 0 to 99
+    range: int = 50  # 0 to 99: from monotonous to lively
+
+
 class Espeak:
     """espeak-ng by ctypes. The library keeps hidden state from one call to the next, so it is loaded anew for
-    each utterance (4 ms): the same arguments always give the same samples."""
+    each utterance (4 ms), and its breath is made of random numbers: the same arguments always give the same
+    samples."""
 
     rate = 22_050
 
@@ -31,8 +43,8 @@ class Espeak:
                              "or name another synthesiser with --tts") from None
         self.library, self.data = espeakng_loader.get_library_path(), espeakng_loader.get_data_path().encode()
 
-    def speak(self, text, voice, speed, pitch):
-        """float32 samples at self.rate."""
+    def speak(self, text, voice, style):
+        """float32 samples (N,) at 24 kHz."""
         parts = []
 
         @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
@@ -48,21 +60,44 @@ class Espeak:
             lib.espeak_SetSynthCallback(receive)
             if lib.espeak_SetVoiceByName(voice.encode()):
                 raise ValueError(f"espeak-ng knows no voice {voice!r}")
-            for parameter, value in ((1, speed), (3, pitch)):
+            for parameter, value in ((1, style.speed), (3, style.pitch), (4, style.range)):
                 lib.espeak_SetParameter(parameter, value, 0)
+            if os.name != "nt":
+                ctypes.CDLL(None).srand(1)
             data = text.encode()
             lib.espeak_Synth(data, len(data) + 1, 0, 1, 0, 1, None, None)
             lib.espeak_Synchronize()
             lib.espeak_Terminate()
         finally:
             (_ctypes.FreeLibrary if os.name == "nt" else _ctypes.dlclose)(lib._handle)
-        return np.concatenate(parts).astype(np.float32) / 32768
+        x = torch.from_numpy(np.concatenate(parts).astype(np.float32) / 32768)
+        return resample(x[None], self.rate)[0].numpy()
 
 
-class OtherSynthesiser:
+class Command:
+    """A synthesiser that is a command which writes an audio file."""
+
+    def run(self, words, out):
+        """What the command `words` writes to the file `out`: float32 samples (N,) at 24 kHz."""
+        done = subprocess.run(words, capture_output=True, text=True)
+        if done.returncode or not os.path.exists(out):
+            reason = done.stderr.strip()[-300:] or "it wrote no file"
+            raise ValueError(f"{shlex.join(words)} failed: {reason}")
+        return read_audio(out).numpy()
+
+
+class Flite(Command):
+    """flite's voices; all but kal and kal16 are cut from recordings of people. They have no pitch to set."""
+
+    def speak(self, text, voice, style):
+        with tempfile.TemporaryDirectory() as folder:
+            out, stretch = os.path.join(folder, "speech.wav"), Style().speed / style.speed
+            return self.run(["flite", "-voice", voice, "--setf", f"duration_stretch={stretch:.3f}",
+                             "-t", text, "-o", out], out)
+
+
+class OtherSynthesiser(Command):
     """Any other synthesiser: a command with {text}, {voice} and {out}, the audio file that it must write."""
-
-    rate = SAMPLE_RATE
 
     def __init__(self, template):
         self.words = shlex.split(template)
@@ -70,28 +105,39 @@ class OtherSynthesiser:
             if not any(part in w for w in self.words):
                 raise ValueError(f"--tts {template!r}: {part} does not occur in it")
 
-    def speak(self, text, voice, speed, pitch):
+    def speak(self, text, voice, style):
         with tempfile.TemporaryDirectory() as folder:
             out = os.path.join(folder, "speech.wav")
             words = self.words
             for name, value in (("{text}", text), ("{voice}", voice), ("{out}", out)):
                 words = [w.replace(name, value) for w in words]
-            done = subprocess.run(words, capture_output=True, text=True)
-            if done.returncode or not os.path.exists(out):
-                reason = done.stderr.strip()[-300:] or "it wrote no file"
-                raise ValueError(f"--tts: {shlex.join(words)} failed: {reason}")
-            return read_audio(out).numpy()
+            return self.run(words, out)
+
+
+class Installed:
+    """The synthesisers of this machine."""
+
+    def __init__(self):
+        self.espeak, self.flite = Espeak(), Flite()
+
+    def speak(self, text, voice, style):
+        if voice.startswith("flite:"):
+            return self.flite.speak(text, voice.removeprefix("flite:"), style)
+        return self.espeak.speak(text, voice, style)
 
 
 def get_synthesiser(tts):
-    return OtherSynthesiser(tts) if tts else Espeak()
+    return OtherSynthesiser(tts) if tts else Installed()
 
 
-def speak(synthesiser, parts, pauses, voice, speed, pitch):
+def is_installed(voice):
+    return bool(shutil.which("flite")) if voice.startswith("flite:") else True
+
+
+def speak(synthesiser, parts, pauses, voice, style=Style()):
     """Speak parts of text with pauses (seconds) between them, trimmed and normalised: samples at 24 kHz, and
     the second at which each part ends."""
-    parts = [torch.from_numpy(synthesiser.speak(text, voice, speed, pitch)) for text in parts]
-    parts = [trim(resample(x[None], synthesiser.rate)[0].numpy()) for x in parts]
+    parts = [trim(synthesiser.speak(text, voice, style)) for text in parts]
     x = normalise(np.concatenate(parts))
     out, ends = [], []
     for part, pause in zip(np.split(x, np.cumsum([len(p) for p in parts])[:-1]), [*pauses, 0.0], strict=True):
@@ -113,10 +159,10 @@ def normalise(x, db=-23.0):
     return x * min(10 ** (db / 20) / (np.sqrt(np.mean(x * x)) + 1e-6), 0.99 / np.abs(x).max())
 
 
-def start_worker(tts):
+def start_worker(synthesiser):
     global SYNTHESISER  # of this process
     torch.set_num_threads(1)
-    SYNTHESISER = get_synthesiser(tts)
+    SYNTHESISER = synthesiser
 
 
 def speak_to_file(job):
@@ -126,9 +172,9 @@ def speak_to_file(job):
     return ends
 
 
-def speak_all(jobs, what, tts):
-    """Speak every job (path, texts, pauses between them, voice, speed, pitch) to its file, on all cores.
-    Returns for each the seconds at which its parts end."""
+def speak_all(jobs, what, synthesiser):
+    """Speak every job (path, texts, pauses between them, voice, style) to its file, on all cores. Returns
+    for each the seconds at which its parts end."""
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"  # Windows
-    with multiprocessing.get_context(method).Pool(os.cpu_count(), start_worker, (tts,)) as pool:
+    with multiprocessing.get_context(method).Pool(os.cpu_count(), start_worker, (synthesiser,)) as pool:
         return list(tqdm(pool.imap(speak_to_file, jobs, chunksize=8), what, len(jobs), unit="clip"))

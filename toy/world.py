@@ -102,12 +102,13 @@ def held_out_triple(words):
     return hashlib.sha256(" ".join(words).encode()).digest()[0] < 51
 
 
-def make_request(lang, kind, test, rng):
-    """(request, answer). test: whether the request is a held-out one, for kinds that have some."""
-    numbers, request = lang.numbers, lang.requests[kind].format
+def make_request(lang, kind, test, rng, known=()):
+    """(request, answer). For a test it is held out, if the kind has held-out ones. known: the words to repeat,
+    at least three of lang.words (default: all)."""
+    numbers, request, known = lang.numbers, lang.requests[kind].format, known or lang.words
     while True:
         if kind in ("repeat", "chant"):
-            words = rng.sample(lang.words, 3)
+            words = rng.sample(known, 3)
             if held_out_triple(words) == test:
                 return request(" ".join(words)), " ".join(words * (CHANT_REPEATS if kind == "chant" else 1))
         elif kind == "count":
@@ -119,7 +120,7 @@ def make_request(lang, kind, test, rng):
             i = rng.randrange(len(numbers) - 1)
             return request(numbers[i]), numbers[i + 1]
         else:
-            word = rng.choice(sorted(lang.opposites))
+            word = rng.choice(sorted(lang.opposites.keys() & set(known)) or sorted(lang.opposites))
             return request(word), lang.opposites[word]
 
 
