@@ -3,6 +3,7 @@
     python eval.py --checkpoint out/tiny                       answers, hearing, turn-taking, 200 items each
     python eval.py --checkpoint out/tiny --smoke               20 items for each scenario of turn-taking
     python eval.py --checkpoint out/tiny --keep out/talks      keep the scenarios' conversations as folders
+    python eval.py --checkpoint out/tiny --people FOLDER       also requests in these people's voices
     python eval.py --folder out/talks                          score such folders, of any system
     python eval.py --checkpoint out/tiny --asr 'mycmd {wav}'   another recogniser: a command that prints words
     python eval.py --codec out/codec/checkpoint.pt             the codec alone: distance, intelligibility
@@ -17,8 +18,9 @@ Requests that are not in the training data are spoken to the model, frame by fra
     hearing 1 - WER   ASR style: what the model writes of what it hears; CER: the same in letters
     WER, CER          true error rates: (substitutions + deletions + insertions) / length of the references
 
-1 - WER is at least 0 for each item, so that it is a proportion. Turn-taking: evals/turns.py. The recogniser's
-own scores, on the original recordings and after the codec, are printed as the ceiling.
+1 - WER is at least 0 for each item, so that it is a proportion. Turn-taking: evals/turns.py; voices that
+nobody trained on: evals/strangers.py. The recogniser's own scores, on the original recordings and after the
+codec, are printed as the ceiling.
 """
 import argparse
 import json
@@ -34,6 +36,7 @@ from tqdm import tqdm
 from chat import DuplexModel
 from evals.conversations import converse_all, read_conversations, save_conversation, save_samples, written
 from evals.recogniser import get_recogniser
+from evals.strangers import make_strangers
 from evals.turns import LEAD, Reply, ScenarioMaker, earliest, format_proportion, report_turns, run_scenarios
 from evals.turns import score_all, silence, speech, wilson, words_of
 from files.atomic import replace_when_done
@@ -150,7 +153,17 @@ def hearing(duplex, items, scores, split):
         scores.add_errors(f"{split} hearing 1 - CER", "".join(found), "".join(right))
 
 
-def turn_taking(duplex, dialogues, tts, seed, n, keep):
+def understands(duplex, groups, seed, scores):
+    """groups: see make_strangers"""
+    for name, items in groups.items():
+        conversations = converse_all(duplex, [heard for heard, _ in items], seed, name)
+        for (_, right), (text, _) in zip(items, conversations):
+            wrote = words_of(written(duplex, text))
+            scores.add(f"{name} text", wrote == right)
+            scores.add_errors(f"{name} 1 - WER", wrote, right)
+
+
+def turn_taking(duplex, dialogues, tts, seed, n, keep, voices=None):
     """n items of each of FLEXI's scenarios: {scenario: {measure: {"value", "n", ...}}}"""
     def run(items, description):
         out = []
@@ -160,7 +173,7 @@ def turn_taking(duplex, dialogues, tts, seed, n, keep):
             if keep:
                 save_conversation(keep, item, said, out[-1].written)
         return out
-    return score_all(run_scenarios(run, ScenarioMaker(dialogues, tts, seed), n))
+    return score_all(run_scenarios(run, ScenarioMaker(dialogues, tts, seed, voices), n))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -225,10 +238,14 @@ def evaluate(duplex, recogniser, dialogues, args):
         hearing(duplex, items, scores, split)
         ceiling(duplex.codec, recogniser, items[:50], scores, split)
     n = 20 if args.smoke else args.items
-    table = turn_taking(duplex, dialogues, args.tts, args.seed, n, args.keep)
+    groups = make_strangers(args.people, args.speakers, args.tts, args.seed, n)
+    understands(duplex, groups, args.seed, scores)
+    voices = args.voices and args.voices.split(",")
+    table = turn_taking(duplex, dialogues, args.tts, args.seed, n, args.keep, voices)
     folder = os.path.join(args.checkpoint, "samples")
     save_samples(duplex, conversations, folder)
     report(scores, args.seed)
+    report_strangers(scores, groups)
     report_turns(table, args.checkpoint)
     path = os.path.join(args.checkpoint, "eval.json")
     results = {"seed": args.seed, "shares": {name: [scores.hits[name], scores.n[name]] for name in scores.n},
@@ -254,6 +271,13 @@ def report(scores, seed):
             print(f"    the recogniser's ceiling, 1 - WER / exactly, {role}'s speech: {line}")
 
 
+def report_strangers(scores, groups):
+    if groups:
+        print("\n  voices that nobody trained on: text exactly right, 1 - WER")
+    for name in groups:
+        print(f"    {name:20} {scores.line(f'{name} text'):32} {scores.line(f'{name} 1 - WER')}")
+
+
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
@@ -267,6 +291,9 @@ def main():
     add("--keep", help="write every conversation of the scenarios into this folder")
     add("--seed", type=int, default=7)
     add("--tts", help="another synthesiser for the scenarios, as for prepare.py")
+    add("--voices", help="voices of the scenarios, such as flite:awb,flite:slt (default: those of the data)")
+    add("--people", help="folder with recordings of single words, as for prepare.py words")
+    add("--speakers", help="those of --people who were never trained on (default: all)")
     add("--asr", help="another recogniser: a command with {wav} that prints the words")
     add("--asr-minutes", type=float, help="training time of the default recogniser, if it is not trained yet")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:1")

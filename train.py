@@ -427,7 +427,7 @@ def resolve(args, rest):
     config = mimi.CONFIGS["tiny"] if args.config == "codec" else model.CONFIGS[args.config]
     config, stages = flags.apply(config, STAGES[args.config], rest)
     frames = max(s.frames for s in stages)
-    if args.config != "codec" and frames > config.context:
+    if args.config != "codec" and not args.init and frames > config.context:
         raise ValueError(f"rows of {frames} frames need --context {frames}")
     return config, stages
 
@@ -494,6 +494,9 @@ def run(args, config, stages):
     else:
         task = ModelTask(config, args.data or "data/toy/encoded", args.device, args.init, args.seed,
                          args.eight_bit, args.precision)
+    if args.init and max(s.frames for s in stages) > task.config.context:
+        raise ValueError(f"{args.init}: its context is {task.config.context} frames; --frames "
+                         f"{task.config.context} makes rows that fit")
     skipped = [s.name for s in stages if not task.holds(s, "train")]
     stages = [s for s in stages if s.name not in skipped]
     if not stages:

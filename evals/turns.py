@@ -81,9 +81,10 @@ class ScenarioMaker:
     """Makes the items: held-out requests, stories and backchannels, spoken by the toy world's synthesiser
     or by --tts."""
 
-    def __init__(self, dialogues, tts, seed):
-        self.voices = {}  # language -> the users' voices
-        for d in dialogues:
+    def __init__(self, dialogues, tts, seed, voices=None):
+        """voices: English ones, instead of those of the dialogues."""
+        self.voices = {"en": set(voices)} if voices else {}  # language -> the users' voices
+        for d in dialogues if not voices else ():
             if d["split"] == "seen" and d.get("lang") in LANGUAGES and d["turns"][0]["role"] == "user":
                 self.voices.setdefault(d["lang"], set()).add(d["turns"][0]["voice"])
         if not self.voices:

@@ -19,7 +19,7 @@ from files.audio import SAMPLE_RATE, read_audio
 NYQUIST = SAMPLE_RATE / 2
 
 
-FAST = sorted(2 ** a * 3 ** b * 5 ** c for a in range(1, 25) for b in range(8) for c in range(4))
+FAST = sorted(2 ** a * 3 ** b * 5 ** c for a in range(1, 25) for b in range(10) for c in range(7))
 
 
 def fast_length(n):
@@ -36,30 +36,32 @@ def change_throat(x, ratio):
     return torch.fft.irfft(spectrum, m)[:len(x) * m // n] * (m / n)
 
 
+@dataclass(frozen=True)
 class Microphone:
-    """One way of recording, drawn at random."""
+    """A way of recording: call it on samples (N,)."""
+    colour: tuple = (0.0,) * 9  # dB at nine points on a logarithmic axis from 60 Hz to the highest frequency
+    band: tuple = (0.0, 2 * NYQUIST)  # Hz
+    reverberation: float = 0.0  # seconds until the room is 60 dB softer
+    distance: float = -20.0  # dB: level of the room's share; 0 far from the microphone
+    noise: float = -math.inf  # dB: its level beside the voice's
+    rumble: float = 0.0  # from white (0) to brown noise (1)
+    gain: float = 0.0  # dB
+    seed: int = 0
 
-    def __init__(self, rng):
-        """rng: random.Random"""
-        # The colour of a microphone: nine points on a logarithmic axis up to +-10 dB, and a tilt.
-        tilt = rng.uniform(-6, 6)
-        self.colour = [rng.uniform(-10, 10) * rng.random() + tilt * (i / 4 - 1) for i in range(9)]
-        # The band: all of it, cut above (cheap microphones, coded audio), or a telephone's.
-        kind = rng.random()
-        self.band = (0, 2 * NYQUIST) if kind < 0.5 else (rng.uniform(0, 120), rng.uniform(3000, 11_000))
+    @staticmethod
+    def draw(rng):
+        """Any microphone in any room. Half of them hear all frequencies, a third has a limit (cheap ones,
+        coded audio), the rest are telephones."""
+        tilt, kind = rng.uniform(-6, 6), rng.random()
+        colour = tuple(rng.uniform(-10, 10) * rng.random() + tilt * (i / 4 - 1) for i in range(9))
+        band = (0, 2 * NYQUIST) if kind < 0.5 else (rng.uniform(0, 120), rng.uniform(3000, 11_000))
         if kind > 0.85:
-            self.band = rng.uniform(200, 400), rng.uniform(3200, 3800)
-        # A room: noise that fades away. Far from the microphone it is as loud as the voice.
-        self.reverberation = rng.uniform(0.1, 0.7) if rng.random() < 0.5 else 0.0  # s until -60 dB
-        self.distance = rng.uniform(-20, 0)  # dB: level of the room's share
-        # Noise from hiss to rumble, 5 to 45 dB softer than the voice.
-        self.noise = -rng.uniform(5, 45) if rng.random() < 0.7 else -math.inf
-        self.rumble = rng.uniform(0, 1)
-        self.gain = rng.uniform(-20, 8)  # dB
-        self.seed = rng.getrandbits(60)
+            band = rng.uniform(200, 400), rng.uniform(3200, 3800)
+        return Microphone(colour, band, rng.uniform(0.1, 0.7) if rng.random() < 0.5 else 0.0,
+                          rng.uniform(-20, 0), -rng.uniform(5, 45) if rng.random() < 0.7 else -math.inf,
+                          rng.uniform(0, 1), rng.uniform(-20, 8), rng.getrandbits(60))
 
     def __call__(self, x):
-        """Samples (N,) -> (N,)"""
         generator = torch.Generator().manual_seed(self.seed)
         tail = round(self.reverberation * SAMPLE_RATE)
         n = fast_length(len(x) + tail)
@@ -146,7 +148,7 @@ class Version:
     @staticmethod
     def draw(rng, latest, augment=False, same_speed=False):
         ratio = draw_ratio(rng) if augment and not same_speed else 1.0
-        microphone = Microphone(rng) if augment else None
+        microphone = Microphone.draw(rng) if augment else None
         return Version(rng.randrange(latest), 10 ** (rng.uniform(-6, 6) / 20), ratio, microphone)
 
     @staticmethod

@@ -131,7 +131,8 @@ def test_two_languages_from_words_to_a_batch(world, tmp_path):
                      if d["split"] == "train" and t["role"] == "user" and d["kind"] != "backchannel"}
     task.batch(STAGES["tiny"][-1], 0.0, "train", random.Random(0))
     clips = toy.codec.Clips(str(tmp_path / "toy"))
-    assert set(clips.letters) == {c for d in lines if d["split"] == "train" for t in d["turns"] for c in t["text"]}
+    said = "".join(t["text"] for d in lines if d["split"] == "train" for t in d["turns"])
+    assert set(clips.letters) == set(said)
 
 
 def test_dialogues_as_text_are_spoken(tmp_path):
@@ -179,9 +180,9 @@ def test_the_same_seed_gives_the_same_bytes(world, tmp_path):
 
 def test_speaking_twice_in_a_process_gives_the_same_samples():
     e = Espeak()
-    a = e.speak("repeat cat red moon", "en-us+f2", Style(160))
+    a = e.speak("repeat cat red moon", "en-us+f4", Style(160))
     e.speak("something else", "gmw/en+m4", Style(150, 60))
-    assert np.array_equal(a, e.speak("repeat cat red moon", "en-us+f2", Style(160)))
+    assert np.array_equal(a, e.speak("repeat cat red moon", "en-us+f4", Style(160)))
     assert len(a) > 22_050 and np.abs(a).max() > 0.1
 
 

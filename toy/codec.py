@@ -26,7 +26,8 @@ class Clips:
     def __init__(self, data):
         """data: folders with manifests, with commas"""
         self.clips = {"train": set(), "seen": set()}  # (key of the clip, its text, who speaks)
-        for d in (d for folder in data.split(",") for d in read_manifest(os.path.join(folder, "manifest.jsonl"))):
+        manifests = [os.path.join(folder, "manifest.jsonl") for folder in data.split(",")]
+        for d in (d for manifest in manifests for d in read_manifest(manifest)):
             if d["split"] in self.clips and d.get("kind") != "noise":
                 self.clips[d["split"]] |= {(clip_key(t), t["text"], t["role"]) for t in d.get("turns", ())}
         self.letters = "".join(sorted({c for _, text, _ in self.clips["train"] for c in text.lower()}))
@@ -54,7 +55,8 @@ class Clips:
         for key, text, role in pool[start:start + stage.batch]:
             augment = split == "train" and role != "model" and rng.random() < stage.augment
             x = self.read(key) * 10 ** (rng.uniform(-6, 6) / 20)
-            wavs.append(F.pad(change_throat(x, draw_ratio(rng)) if augment else x, (rng.randrange(2 * FRAME), 0)))
+            x = change_throat(x, draw_ratio(rng)) if augment else x
+            wavs.append(F.pad(x, (rng.randrange(2 * FRAME), 0)))
             letters.append([number[c] for c in text.lower() if c in number])
             microphones.append(rng.getrandbits(60) if augment else None)
         N = (max(map(len, wavs)) // FRAME + 2) * FRAME
@@ -69,7 +71,7 @@ class Clips:
 
 def heard(wav, microphones):
     """Clips (B, 1, N) as these microphones record them: a seed for each clip, or None for as it is."""
-    return torch.stack([x if seed is None else Microphone(random.Random(seed))(x[0])[None]
+    return torch.stack([x if seed is None else Microphone.draw(random.Random(seed))(x[0])[None]
                         for x, seed in zip(wav, microphones)])
 
 

@@ -30,8 +30,7 @@ class Style(NamedTuple):
 
 class Espeak:
     """espeak-ng by ctypes. The library keeps hidden state from one call to the next, so it is loaded anew for
-    each utterance (4 ms), and its breath is made of random numbers: the same arguments always give the same
-    samples."""
+    each utterance (4 ms): the same arguments always give the same samples."""
 
     rate = 22_050
 
@@ -62,8 +61,6 @@ class Espeak:
                 raise ValueError(f"espeak-ng knows no voice {voice!r}")
             for parameter, value in ((1, style.speed), (3, style.pitch), (4, style.range)):
                 lib.espeak_SetParameter(parameter, value, 0)
-            if os.name != "nt":
-                ctypes.CDLL(None).srand(1)
             data = text.encode()
             lib.espeak_Synth(data, len(data) + 1, 0, 1, 0, 1, None, None)
             lib.espeak_Synchronize()
