@@ -60,6 +60,7 @@ class FLMConfig:
 
 CONFIGS = {
     "tiny": FLMConfig(4, 192, 4, 2, 512, 2, 64, 2, vocab_size=512, empty=256, context=256, rope_base=1e4),
+    "mini": FLMConfig(5, 192, 4, 2, 512, 2, 64, 2, vocab_size=512, empty=256, context=256, rope_base=1e4),
     "small": FLMConfig(12, 768, 12, 4, 2304, 4, 512, 8, vocab_size=512, empty=256, context=256,
                        rope_base=1e4),
     # Qwen2.5's sizes, with the depth transformer of the FLM-Audio release

@@ -99,6 +99,13 @@ STAGES = {
         Stage("fine-tuning 1", 1000, 8, 1.5e-3, 1.5e-3, 128, FINE_1, **TOY),
         Stage("fine-tuning 2", 2200, 4, 1.5e-3, 0, 256, FADE_2, **TOY),  # long rows: stories
     ),
+    "mini": (  # the weights of `make talk`: more voices, so more to hear, and longer
+        Stage("language", 400, 8, 1.5e-3, 1.5e-3, 128, LANGUAGE, wait=1.0),
+        Stage("post-training 1", 1100, 16, 1.5e-3, 1.5e-3, 128, POST_TINY, **TOY),
+        Stage("post-training 2", 200, 16, 1.5e-3, 1.5e-3, 128, POST_TINY, **TOY),
+        Stage("fine-tuning 1", 1000, 16, 1.5e-3, 1.5e-3, 128, FINE_1, **TOY),
+        Stage("fine-tuning 2", 2300, 8, 1.5e-3, 0, 256, FADE_2, **TOY),
+    ),
     "small": (  # one GPU
         Stage("language", 300, 32, 6e-4, 6e-4, 256, LANGUAGE, wait=1.0),
         Stage("post-training 1", 600, 32, 6e-4, 6e-4, 256, POST_TINY, **TOY),

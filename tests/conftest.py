@@ -14,9 +14,11 @@ import torch
 import model
 import prepare
 import train
+from files.audio import SAMPLE_RATE
 from files.checkpoint import save_checkpoint
 from mimi import Mimi, MimiConfig
 from toy.script import make_toy
+from toy.voices import Espeak, Style
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CODEC = MimiConfig("spectral", 24, (240, 4), 1, dim=32, encoder_layers=0, decoder_layers=1, heads=4, mlp=64,
@@ -74,3 +76,12 @@ def encode(folder, world, processes=1, name="bpe", **kwargs):
 def noise(path, seconds, rate, channels=1):
     path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, np.random.default_rng(0).normal(size=(int(seconds * rate), channels)) * 0.1, rate)
+
+
+def record(path, word, voice, rate=16_000, noise=0.001):
+    """A word in a second of faint noise, as people record it."""
+    x = Espeak().speak(word, voice, Style())[::SAMPLE_RATE // rate]
+    wav = np.random.default_rng(0).normal(size=max(rate, len(x) + rate // 2)) * noise
+    wav[rate // 4:rate // 4 + len(x)] += x
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    soundfile.write(path, wav, rate)

@@ -1,6 +1,7 @@
 """The measures, on systems whose behaviour is known, and eval.py as a whole on an untrained model."""
 import json
 import math
+import shutil
 import sys
 import types
 
@@ -8,15 +9,17 @@ import pytest
 import torch
 
 from evals import turns
-from conftest import run
+from conftest import record, run
 from chat import DuplexModel
-from eval import Proportions, answers, edit_distance, hearing
+from eval import Proportions, answers, edit_distance, hearing, understands
 from files.audio import SAMPLE_RATE, read_audio
 from files.manifest import read_manifest
 from mimi import FRAME, Mimi
 from evals.recogniser import RecogniserConfig, RecogniserTask
+from toy.world import LANGUAGES
 from train import Stage, train
 from evals.conversations import read_conversations
+from evals.strangers import MICROPHONES, make_strangers
 from evals.turns import score_all, speech, wilson
 
 
@@ -131,6 +134,60 @@ def test_the_whole_on_an_untrained_model(world, tmp_path, monkeypatch):
     assert result["turns"]["turn-taking"]["TOR"]["n"] == result["turns"]["model interrupt"]["TOR"]["n"] == 2
     assert result["turns"] == json.loads(json.dumps(score_all(read_conversations(str(tmp_path / "talks")))))
     assert out.count("user: ") >= 2 and list((world / "flm/samples").glob("*.wav"))
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("people")
+    for name, voice in (("anna", "en-us+f4"), ("bert", "gmw/en+m2"), ("carl", "en-us+m1")):
+        for i, word in enumerate(LANGUAGES["en"].numbers[:2 if name == "carl" else 10]):
+            record(str(folder / f"recordings/{i}_{name}_0.wav"), word, voice, 8000)
+    return folder
+
+
+def test_strangers_are_heard_through_microphones(people):
+    groups = make_strangers(str(people), "anna,bert", None, 7, 4)
+    flite = {"flite:awb", "flite:slt"} if shutil.which("flite") else set()
+    assert set(groups) == flite | {"anna", "bert"} | {f"all, {name}" for name in MICROPHONES}
+    for name, items in groups.items():
+        assert len(items) == 4
+        for heard, answer in items:
+            assert torch.isfinite(heard).all() and answer
+            assert all(word in LANGUAGES["en"].words for word in answer)
+    for heard, _ in groups["all, noise, 10 dB"]:
+        spoken = heard[SAMPLE_RATE:].split(SAMPLE_RATE // 2)[0].square().mean()  # the first half second of it
+        before = heard[:SAMPLE_RATE // 2].square().mean()
+        assert -20 < 10 * math.log10(before / spoken) < -3
+    again = make_strangers(str(people), "anna,bert", None, 7, 4)
+    assert all(torch.equal(x, y) for name in groups for (x, _), (y, _) in zip(groups[name], again[name]))
+
+
+def test_understanding_strangers_is_scored(people):
+    """By a stand-in that always writes the answer to the first request."""
+    groups = {"anna": make_strangers(str(people), "anna", None, 7, 3)["anna"]}
+    words = groups["anna"][0][1]
+
+    def converse(heard, seed, each):
+        text = torch.zeros(len(heard), 60, dtype=torch.long)
+        text[:, 20:20 + len(words)] = torch.arange(1, len(words) + 1)
+        return text, heard
+    agent = types.SimpleNamespace(
+        device=torch.device("cpu"), converse=converse, vocab=types.SimpleNamespace(wait=0),
+        tokenizer=types.SimpleNamespace(decode_single_token_bytes=lambda t: f" {words[t - 1]}".encode()))
+    scores = Proportions()
+    understands(agent, groups, 7, scores)
+    right = sum(answer == words for _, answer in groups["anna"])
+    assert (scores.hits["anna text"], scores.n["anna text"]) == (right, 3) and right >= 1
+    assert scores.n["anna 1 - WER"] == sum(len(answer) for _, answer in groups["anna"])
+
+
+def test_nobody_of_that_name(world, people):
+    for speakers, folder, message in (
+            ("eve", people, "nobody called eve"), ("carl", people, "nobody called carl"),
+            ("", world, "holds no recording of a word")):
+        code, _, err = run("eval.py", "--checkpoint", world / "flm", "--data", world / "toy", "--items", 1,
+                           "--asr", "echo {wav}", "--people", folder, "--speakers", speakers)
+        assert code == 1 and message in err.splitlines()[-1]
 
 
 def test_the_codec_alone(world, tmp_path):

@@ -15,14 +15,14 @@ safetensors = pytest.importorskip("safetensors.torch", reason="the extra 'weight
 @pytest.fixture(scope="module")
 def packed(world, tmp_path_factory):
     path = tmp_path_factory.mktemp("packed") / "talk.safetensors"
-    code, out, err = run("published.packed", world / "flm", path, "--note", "made by a test")
+    code, out, err = run("live.packed", world / "flm", path, "--note", "made by a test")
     assert code == 0, err
     assert f"Wrote {path}" in out
     return path
 
 
 def test_a_folder_comes_back_to_half_precision(packed, world, tmp_path):
-    code, out, err = run("published.packed", packed, tmp_path / "talk/")
+    code, out, err = run("live.packed", packed, tmp_path / "talk/")
     assert code == 0, err
     old, new = (load_checkpoint(str(folder / "checkpoint.pt"), "flm")
                 for folder in (world / "flm", tmp_path / "talk"))
@@ -37,17 +37,17 @@ def test_a_folder_comes_back_to_half_precision(packed, world, tmp_path):
 
 
 def test_what_is_in_it_and_how_large_it_is(packed, world):
-    code, out, _ = run("published.packed", packed)
+    code, out, _ = run("live.packed", packed)
     assert code == 0 and "made by a test" in out
     assert packed.stat().st_size < 0.4 * sum((world / "flm" / name).stat().st_size
                                              for name in ("checkpoint.pt", "codec.pt"))
 
 
 def test_fine_tuning_goes_on_from_it(packed, world, tmp_path):
-    assert run("published.packed", packed, tmp_path / "talk")[0] == 0
+    assert run("live.packed", packed, tmp_path / "talk")[0] == 0
     shutil.copytree(world / "toy", tmp_path / "toy", ignore=shutil.ignore_patterns("encoded"))
-    code, out, err = run("prepare.py", "encode", "--data", tmp_path / "toy", "--codec", tmp_path / "talk/codec.pt",
-                         "--tokenizer", tmp_path / "talk", "--processes", 1)
+    code, out, err = run("prepare.py", "encode", "--data", tmp_path / "toy", "--processes", 1, "--codec",
+                         tmp_path / "talk/codec.pt", "--tokenizer", tmp_path / "talk")
     assert code == 0, err
     code, out, err = run("train.py", "--data", tmp_path / "toy/encoded", "--init", tmp_path / "talk", "--out",
                          tmp_path / "more", "--steps", 5, "--batch", 2, "--frames", 96, "--device", "cpu")
@@ -56,7 +56,7 @@ def test_fine_tuning_goes_on_from_it(packed, world, tmp_path):
 
 
 @pytest.mark.parametrize("what, message", [
-    ("foreign", "is not what `python -m published.packed` writes"), ("cut", "not a safetensors file, or cut off"),
+    ("foreign", "is not what `python -m live.packed` writes"), ("cut", "not a safetensors file, or cut off"),
     ("config", "FLMConfig has unknown or missing keys"), ("tokenizer", "tokenizer.json"),
     ("tensor", "belongs to neither"), ("there", "is there already"), ("missing", "no such file")])
 def test_damaged_files_are_one_clear_error(packed, tmp_path, what, message):
@@ -78,6 +78,6 @@ def test_damaged_files_are_one_clear_error(packed, tmp_path, what, message):
         path.write_bytes(path.read_bytes()[:-100])
     elif what == "missing":
         path.unlink()
-    code, _, err = run("published.packed", path, target)
+    code, _, err = run("live.packed", path, target)
     assert code == 1 and message in err and "Traceback" not in err
     assert not (target / "checkpoint.pt").exists()

@@ -104,6 +104,17 @@ def test_a_users_backchannel_changes_nothing_but_the_listen_rows():
           listen=[1, 20, 21, 22, 9, 0, 0, 0, 50, 51, 0])
 
 
+def test_an_echo_is_heard_while_the_model_speaks_and_not_after_it_is_cut_off():
+    echo = np.full((5, K), 60)
+    heard = dataclasses.replace(MODEL, echo=echo)
+    plain, grid = (response_tts([(USER, model)], [2], V) for model in (MODEL, heard))
+    assert (plain[:LISTEN.start] == grid[:LISTEN.start]).all()
+    assert grid[LISTEN][0].tolist() == [1, 0, 20, 21, 22, 9, 0] + [60] * 5
+    long = dataclasses.replace(said([5] * 12, 30, 14), echo=np.full((14, K), 60))
+    grid = free_response_tts([(USER, long), (said([8], 20, 2), MODEL)], [0, 0], [3, None], [None, None], V)
+    assert grid[LISTEN][0].tolist() == [20, 21, 22, 9, 0] + [60] * 3 + [20, 21] + [60] * 4 + [0] * 3
+
+
 def test_what_the_model_says_while_the_user_speaks():
     """Its text comes two frames before its audio, as always; the answer is unchanged."""
     long = dataclasses.replace(said([8], 20, 7), interjections=((3, said([9], 50, 2)),))

@@ -208,7 +208,7 @@ def test_any_synthesiser(tmp_path):
     d = json.loads(open(tmp_path / "toy/manifest.jsonl").readline())
     assert d["kind"] == "heard" and len(d["turns"]) == 1
     assert len(read_audio(str(tmp_path / "toy" / d["turns"][0]["audio"]))) > 24 * len(d["turns"][0]["text"])
-    assert "Wrote 14 lines" in out.splitlines()[-1]
+    assert "Wrote 15 lines" in out.splitlines()[-1]
 
 
 @pytest.mark.parametrize("tts, message", [("say {text}", "{out}"), ("false {text} {out}", "failed")])

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 import model
+import prepare
 import streams
 import train
 import toy.codec
@@ -235,6 +237,38 @@ def test_interruptions_come_with_probability_0_7(world):
     finally:
         streams.free_response_tts = original
     assert abs(sum(b is not None for b in calls) / len(calls) - 0.7) < 0.04
+
+
+def test_a_noisy_room_changes_only_silence_between_what_is_heard(world, monkeypatch):
+    task = train.ModelTask(FLM, str(world / "toy/encoded"), "cpu")
+    data, v, changed = task.data, task.vocab, 0
+    long = dataclasses.replace(STAGES["tiny"][-1], frames=10_000)
+    assert len(data.noise["train"]) and not {*data.noise["train"]} & {line for part in data.heard["train"]
+                                                                      for line, _ in part.tolist()}
+    for seed in range(20):
+        grids = []
+        for share in (0.0, 1.0):
+            monkeypatch.setattr(train, "NOISE", share)
+            rng = random.Random(seed)
+            grids.append(data.grid("response_tts", long, "train", rng))
+        quiet, noisy = grids
+        different = (quiet != noisy).any(0)
+        assert (quiet[:LISTEN.start] == noisy[:LISTEN.start]).all()
+        assert (quiet[LISTEN][:, different] == np.reshape(v.silence[-1], (-1, 1))).all()
+        changed += different.sum()
+    assert changed > 100
+
+
+def test_answers_leak_into_what_is_heard(world, tmp_path, monkeypatch):
+    shutil.copytree(world / "toy", tmp_path / "toy", ignore=shutil.ignore_patterns("encoded"))
+    prepare.encode(str(tmp_path / "toy"), str(world / "codec.pt"), "bpe", 300, 2, 1.0, False, 1, "cpu")
+    data = train.ModelTask(FLM, str(tmp_path / "toy/encoded"), "cpu").data
+    for share in (0.0, 1.0):
+        monkeypatch.setattr(train, "LEAKAGE", share)
+        turns = data.dialogue(int(data.dialogues["train"][0]))
+        user, model = (data.utterance(turn, random.Random(0)) for turn in turns[0])
+        assert user.echo is None and (model.echo is not None) == bool(share)
+    assert 0.1 * 12.5 <= len(model.echo) - len(model.codes) + 1 <= 0.6 * 12.5 + 1
 
 
 def test_stories_and_backchannels_reach_the_batches(world):

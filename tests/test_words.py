@@ -1,6 +1,5 @@
 """Recordings of single words -> sentences and requests."""
 import json
-import os
 import shutil
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 import soundfile
 
 import corpora.words
-from conftest import run
+from conftest import record, run
 from corpora.words import People, find_words, read_word
 from files.audio import SAMPLE_RATE, read_audio
 from files.manifest import read_manifest
@@ -16,15 +15,6 @@ from toy.voices import Espeak, Style
 from toy.world import LANGUAGES
 
 DIGITS = LANGUAGES["en"].numbers
-
-
-def record(path, word, voice, rate=16_000, noise=0.001):
-    """A word in a second of faint noise, as people record it."""
-    x = Espeak().speak(word, voice, Style())[::SAMPLE_RATE // rate]
-    wav = np.random.default_rng(0).normal(size=max(rate, len(x) + rate // 2)) * noise
-    wav[rate // 4:rate // 4 + len(x)] += x
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    soundfile.write(path, wav, rate)
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +48,8 @@ def test_words_become_requests_of_one_voice(people, tmp_path):
     assert code == 0, err
     assert "1 speakers to train on, 1 held out; 1 left out" in text and f"to {out}/manifest.jsonl" in text
     lines = list(read_manifest(str(out / "manifest.jsonl")))
-    voices = {split: {t["voice"] for d in lines if d["split"] == split for t in d["turns"] if t["role"] == "user"}
-              for split in ("train", "seen", "new")}
+    users = [(d["split"], t["voice"]) for d in lines for t in d["turns"] if t["role"] == "user"]
+    voices = {split: {voice for s, voice in users if s == split} for split in ("train", "seen", "new")}
     assert voices == {"train": {"0aa1"}, "seen": {"0aa1"}, "new": {"0bb2"}}
     repeats = [d["turns"][1]["text"].split() for d in lines if d["kind"] == "repeat"]
     known = set(find_words(str(people), LANGUAGES["en"])["0aa1"])
@@ -117,7 +107,9 @@ def test_requests_go_through_encode_and_training(people, world, tmp_path):
     import train
     from conftest import FLM
     out = tmp_path / "data"
-    assert run("prepare.py", "words", people, "--out", out, "--items", 8, "--sentences", 8, "--tests", 2)[0] == 0
+    code, _, err = run("prepare.py", "words", people, "--out", out, "--items", 8, "--sentences", 8,
+                       "--tests", 2)
+    assert code == 0, err
     code, _, err = run("prepare.py", "encode", "--data", out, "--codec", world / "codec.pt", "--tokenizer",
                        world / "toy/encoded", "--copies", 3, "--augment", 1.0, "--processes", 1)
     assert code == 0, err

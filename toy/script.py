@@ -189,7 +189,7 @@ def make_toy(out, lang, items, tests, sentences, voices, seed, tts):
         script.add_sentences(code, "seen", part(sentences) // 40)
         for split, n in (("train", items), ("seen", tests), ("new", tests)):
             script.add_dialogues(code, split, part(n))
-    script.add_noise(items // 100)
+    script.add_noise(max(1, items // 100))
     hours = script.speak(out, work, synthesiser, synthesiser)
     n, pairs = len(LANGUAGES[codes[-1]].words), len(LANGUAGES[codes[-1]].numbers) * 9 // 2
     voices = ", ".join(v for c in codes for v in LANGUAGES[c].new_voices)

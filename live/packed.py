@@ -1,9 +1,9 @@
 """A model, its codec and its tokeniser in one small file, to be kept in a repository: half precision, without
 the optimiser.
 
-    python -m published.packed out/tiny talk.safetensors --note "trained by ..."    pack a folder
-    python -m published.packed talk.safetensors out/talk                            and make a folder of it
-    python -m published.packed talk.safetensors                                     what is in it
+    python -m live.packed out/tiny talk.safetensors --note "trained by ..."    pack a folder
+    python -m live.packed talk.safetensors out/talk                            and make a folder of it
+    python -m live.packed talk.safetensors                                     what is in it
 
 The folder is what train.py writes: chat.py talks with it, train.py --init goes on from it.
 """
@@ -52,7 +52,7 @@ def read_facts(path):
     try:
         facts = {name: json.loads((file.metadata() or {})[name]) for name in FACTS}
     except (KeyError, ValueError) as e:
-        raise ValueError(f"{path}: is not what `python -m published.packed` writes ({e!r})") from None
+        raise ValueError(f"{path}: is not what `python -m live.packed` writes ({e!r})") from None
     return file, facts
 
 
