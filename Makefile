@@ -1,6 +1,8 @@
-# make demo   from nothing to a talking model: environment, toy world, codec, four stages, three conversations, scores
+# make talk   a page to talk to a small model, whose weights are in this repository
+# make demo   from nothing to a talking model: environment, toy world, codec, stages, three conversations, scores
 # make test   environment and test suite
 # make slow   the checks that take minutes, against the reference packages too
+# make weights DIGITS=free-spoken-digit-dataset   how the weights of `make talk` were made: two hours on two cores
 PYTHON ?= python3
 MINUTES ?= 20
 PY = .venv/bin/python
@@ -8,12 +10,26 @@ PY = .venv/bin/python
 BEGUN := $(shell date +%s)
 left = $$(awk "BEGIN { left = $(MINUTES) - ($$(date +%s) - $(BEGUN)) / 60; m = left * $(1) - $(2); print (m > 0.5 ? m : 0.5) }")
 
+talk: .venv/ready
+	test -d out/talk || $(PY) -m live.packed weights/talk.safetensors out/talk
+	$(PY) chat.py --checkpoint out/talk --web --open
+
 demo: .venv/ready
 	test -f data/toy/manifest.jsonl || $(PY) prepare.py toy --items $$((200 * $(MINUTES))) --sentences $$((75 * $(MINUTES))) --voices $$((8 + $(MINUTES) * 2 / 5))
 	$(PY) train.py --config codec --minutes $(call left,0.25,0) --resume
 	test data/toy/encoded/meta.json -nt out/codec/checkpoint.pt || $(PY) prepare.py encode
 	$(PY) train.py --config tiny --minutes $(call left,1,5.5) --resume
 	$(PY) eval.py --checkpoint out/tiny --smoke --asr-minutes 1.5
+
+weights: .venv/ready
+	test -d "$(DIGITS)" || { echo "DIGITS=FOLDER names the free-spoken-digit-dataset"; exit 1; }
+	test -d data/wide || $(PY) prepare.py toy --out data/wide --items 10000 --sentences 8000 --voices 600
+	test -d data/people || $(PY) prepare.py words $(DIGITS) --out data/people --hold-out george,lucas
+	$(PY) train.py --config codec --data data/wide,data/people --augment 0.75 --minutes 27 --out out/wide --resume
+	$(PY) prepare.py encode --data data/wide --codec out/wide/checkpoint.pt --copies 3 --augment 0.75
+	$(PY) prepare.py encode --data data/people --codec out/wide/checkpoint.pt --tokenizer data/wide/encoded --copies 4 --augment 0.75
+	$(PY) train.py --config mini --data data/wide/encoded,data/people/encoded --minutes 52 --resume
+	$(PY) -m live.packed out/mini weights/talk.safetensors --note "make weights DIGITS=free-spoken-digit-dataset"
 
 test: .venv/ready
 	$(PY) -m pytest -q
@@ -28,4 +44,4 @@ slow: .venv/ready
 	.venv/bin/pip install -q --disable-pip-version-check -e '.[toy,weights,plot,web]'
 	touch $@
 
-.PHONY: demo test slow
+.PHONY: talk demo test slow weights

@@ -188,6 +188,7 @@ def build_parser():
     add("--output", default="reply.wav", help="audio file for what the model says")
     add("--stereo", action="store_true", help="write both voices: left the user, right the model")
     add("--picture", help="draw the conversation into this file (.png, .svg)")
+    add("--open", action="store_true", help="open the page of --web in a browser")
     add("--host", default="127.0.0.1", help="address for --web; any but this machine's own requires a token")
     add("--port", type=int, default=8000)
     add("--token", help="that the page's address must carry; random if --host requires one")
@@ -215,7 +216,7 @@ def main():
         duplex = DuplexModel.load(args.checkpoint, device, text, audio)
         if args.web:
             from live.web import serve  # needs an extra
-            serve(duplex, args.host, args.port, args.sessions, args.token)
+            serve(duplex, args.host, args.port, args.sessions, args.token, args.open, args.checkpoint)
         elif args.mic:
             from live.microphone import talk_to_microphone  # needs an extra
             talk_to_microphone(duplex, args.seed)

@@ -16,7 +16,7 @@ from files.atomic import check_folder
 from files.audio import SAMPLE_RATE, read_audio
 from files.manifest import SPOKEN
 from toy.script import Script
-from toy.voices import Style, get_synthesiser, is_installed, normalise, trim
+from toy.voices import Style, get_synthesiser, is_installed, normalise, trim, trim_noisy
 from toy.world import LANGUAGES
 
 LAYOUTS = (re.compile(r"(?P<word>[a-z]+)/(?P<speaker>\w+)_nohash_\d+\.wav"),  # Speech Commands
@@ -64,17 +64,12 @@ class People:
         return np.concatenate(out)
 
 
-def read_word(path, window=SAMPLE_RATE // 100, floor=-28.0, margin=0.04):
-    """A recording of a word, without what is softer by 28 dB than its loudest hundredth of a second at both
-    ends (noise, breath), fades of `margin` seconds around it."""
-    x = read_audio(path).numpy()
-    power = np.square(np.pad(x, (0, -len(x) % window))).reshape(-1, window).mean(1)
-    if not power.max():
+def read_word(path, margin=0.04):
+    """A recording of a word without silence and noise at both ends, but with fades of `margin` seconds."""
+    x = trim_noisy(read_audio(path).numpy(), margin=margin).copy()
+    if not len(x):
         raise ValueError(f"{path}: is silent")
-    loud = np.flatnonzero(power > power.max() * 10 ** (floor / 10))
-    n = round(margin * SAMPLE_RATE)
-    x = x[max(0, loud[0] * window - n):loud[-1] * window + window + n].copy()
-    n = min(n, len(x) // 2)
+    n = min(round(margin * SAMPLE_RATE), len(x) // 2)
     fade = np.linspace(0, 1, n, dtype=np.float32)
     x[:n] *= fade
     x[len(x) - n:] *= fade[::-1]

@@ -1,11 +1,13 @@
 """The web page and its server: each WebSocket is one session of the engine, 80 ms at a time both ways.
 
-    browser                                             server GET /
-    -->  web.html, the only file there is GET /talk, a WebSocket                         -->  a session of
-    the engine, or closed because all are in use binary: number of the frame, 1920 samples      -->  the
-    session's queue --. text:   {"type": "restart"}                    -->                        | tick, in
-    a thread of its own binary: number of the frame heard, 1920 said   <--  ----------------------' text:
-    {"type": "text", "time": 1.2, "text": " seven"}, {"type": "begin"}
+    browser                                             server
+    GET /                                          -->  web.html, the only file there is
+    GET /talk, a WebSocket                         -->  a session of the engine, or closed: all are in use
+    binary: number of the frame, 1920 samples      -->  the session's queue --.
+    text:   {"type": "restart"}                    -->                        | tick, in a thread of its own
+    binary: number of the frame heard, 1920 said   <--  ----------------------'
+    text:   {"type": "text", "time": 1.2, "text": " seven"}, {"type": "begin"}
+    POST /lesson...                                -->  lessons.py: teach it your voice
 
 A number is 4 bytes, a sample 2, little-endian. Missing frames are concealed, so the reply keeps the clock
 of what is heard. A client that breaks a rule or a limit is disconnected; the reason is in the close message
@@ -19,6 +21,7 @@ import secrets
 import sys
 import threading
 import time
+import webbrowser
 from collections import deque
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -27,6 +30,7 @@ import numpy as np
 
 from live.engine import QUEUE, Engine
 from live.jitter import conceal
+from live.lessons import Lessons, Refused
 from live.transcript import Transcript
 from mimi import FRAME
 from streams import FRAME_RATE
@@ -134,7 +138,9 @@ def log_to_stderr(line):
 class Server:
     """Serves until cancelled. The engine ticks in a thread of its own, the rest runs in the event loop's."""
 
-    def __init__(self, duplex, limits=Limits(), token=None, log=log_to_stderr):
+    def __init__(self, duplex, limits=Limits(), token=None, log=log_to_stderr, checkpoint=None):
+        """checkpoint: its folder, if the model can be taught."""
+        self.lessons = Lessons(checkpoint, duplex, self.use) if checkpoint else None
         self.duplex, self.limits, self.token, self.log = duplex, limits, token, log
         self.engine, self.clients = Engine(duplex, limits.sessions), {}
         self.frames_waiting, self.stopping = threading.Event(), threading.Event()
@@ -157,12 +163,13 @@ class Server:
             self.loop.call_soon_threadsafe(self.engine_failed.set_exception, e)
             raise
 
-    def warm_up(self):
-        """The first frame is slow, so it is computed before there is a client."""
-        session = self.engine.join()
-        session.hear(np.zeros(FRAME))
-        self.engine.tick()
-        self.engine.leave(session)
+    async def use(self, duplex):
+        """Go on with another model; conversations with this one end."""
+        engine = Engine(duplex, self.limits.sessions)
+        await asyncio.to_thread(warm_up, engine)
+        self.duplex, self.engine = duplex, engine
+        for client in self.clients.values():
+            client.out.put_nowait(Ended(WSCloseCode.SERVICE_RESTART, "another model takes over; press Talk"))
 
     def deliver(self, results):
         for session, said in results.items():
@@ -195,11 +202,20 @@ class Server:
         if self.token is not None and not hmac.compare_digest(token, self.token.encode()):
             raise http.HTTPForbidden(text="the address needs its token: ?token=...")
         origin = request.headers.get("Origin", "")
-        if request.path == "/talk" and urlsplit(origin).netloc != request.host:
+        if request.path != "/" and urlsplit(origin).netloc != request.host:
             raise http.HTTPForbidden(text=f"wrong origin {origin[:60]!r}")
 
     async def send_page(self, request):
         return http.Response(body=self.page, content_type="text/html", charset="utf-8", headers=HEADERS)
+
+    async def teach(self, request):
+        try:
+            if not self.lessons:
+                return http.json_response({"refused": "this model cannot be taught here"}, headers=HEADERS)
+            return http.json_response(await self.lessons.answer(request), headers=HEADERS)
+        except (Refused, OSError) as e:
+            self.log(f"{request.remote} {request.path[:60]!r}: {e}")
+            return http.json_response({"refused": str(e)}, status=409, headers=HEADERS)
 
     async def talk(self, request):
         ws = http.WebSocketResponse(max_msg_size=MESSAGE_BYTES + 1, heartbeat=10, autoping=False,
@@ -261,7 +277,9 @@ class Server:
             raise Ended(WSCloseCode.POLICY_VIOLATION, "not a message of the page's")
         client.count_messages(RESTART)
         self.clients.pop(client.session)
-        self.start_session(client, self.engine.reset(client.session))
+        session = self.engine.reset(client.session)
+        if session:  # otherwise another model has taken over
+            self.start_session(client, session)
 
     async def write(self, ws, client):
         while True:
@@ -299,12 +317,13 @@ class Server:
     async def start(self, host, port):
         """Starts to listen. Returns the port, which the system chooses if `port` is 0."""
         app = http.Application(middlewares=[self.authorise], client_max_size=1024)
-        app.add_routes([http.get("/", self.send_page), http.get("/talk", self.talk)])
+        app.add_routes([http.get("/", self.send_page), http.get("/talk", self.talk),
+                        http.post("/lesson", self.teach), http.post("/lesson/{what}", self.teach)])
         self.loop, self.engine_failed = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
         self.runner = http.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=3)
         await self.runner.setup()
         self.listening = await self.loop.create_server(self.connect, host, port)
-        self.warm_up()
+        warm_up(self.engine)
         self.thread = threading.Thread(target=self.run_engine, daemon=True)
         self.thread.start()
         return self.listening.sockets[0].getsockname()[1]
@@ -314,10 +333,20 @@ class Server:
         self.listening.close()
         for client in list(self.clients.values()):
             client.out.put_nowait(Ended(WSCloseCode.GOING_AWAY, "the server ends"))
+        if self.lessons:
+            await self.lessons.stop()
         await self.runner.cleanup()
         self.stopping.set()
         self.frames_waiting.set()
         await asyncio.to_thread(self.thread.join)
+
+
+def warm_up(engine):
+    """The first frame is slow, so it is computed before there is a client."""
+    session = engine.join()
+    session.hear(np.zeros(FRAME))
+    engine.tick()
+    engine.leave(session)
 
 
 async def first_to_fail(*work):
@@ -343,23 +372,26 @@ def hostname(host):
         return None
 
 
-def serve(duplex, host, port, sessions, token):
+def serve(duplex, host, port, sessions, token, open_page=False, checkpoint=None):
     """Until Ctrl-C. OSError if the port is in use, ValueError for a bad port or number of sessions."""
     if sessions < 1 or not 0 <= port < 2 ** 16:
         raise ValueError("--sessions is at least 1, --port below 65536")
     if host not in LOOPBACK:
         token = token or secrets.token_urlsafe(12)
     try:
-        asyncio.run(run(Server(duplex, Limits(sessions=sessions), token), host, port))
+        asyncio.run(run(Server(duplex, Limits(sessions=sessions), token, checkpoint=checkpoint), host, port,
+                        open_page))
     except KeyboardInterrupt:
         print("\nEnded.")
 
 
-async def run(server, host, port):
+async def run(server, host, port, open_page):
     port = await server.start(host, port)
     where = f"[{host}]" if ":" in host else host
     query = f"?token={server.token}" if server.token else ""
     print(f"Talk to it at http://{where}:{port}/{query} (Ctrl-C ends)", flush=True)
+    if open_page:
+        webbrowser.open(f"http://{where}:{port}/{query}")
     try:
         await server.engine_failed
     finally:

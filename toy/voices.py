@@ -151,6 +151,15 @@ def trim(x, floor=0.01):
     return x[loud[0]:loud[-1] + 1]
 
 
+def trim_noisy(x, floor=-28.0, margin=0.04):
+    """The same for a recording with noise: without what is softer by 28 dB than its loudest hundredth of a
+    second, but with `margin` seconds of it. Empty if all of it is silent."""
+    window, n = SAMPLE_RATE // 100, round(margin * SAMPLE_RATE)
+    power = np.square(np.pad(x, (0, -len(x) % window))).reshape(-1, window).mean(1)
+    loud = np.flatnonzero(power > power.max(initial=0) * 10 ** (floor / 10))
+    return x[max(0, loud[0] * window - n):(loud[-1] + 1) * window + n] if len(loud) else x[:0]
+
+
 def normalise(x, db=-23.0):
     """To this level (root mean square), without clipping."""
     return x * min(10 ** (db / 20) / (np.sqrt(np.mean(x * x)) + 1e-6), 0.99 / np.abs(x).max())

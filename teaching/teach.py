@@ -1,0 +1,163 @@
+"""Teach a model your voice: read some forty prompts aloud, then it is fine-tuned for five minutes on this
+machine. Nothing leaves the machine, and the model that was there stays as it was.
+
+    python -m teaching.teach --checkpoint out/talk --mic                   record in the terminal, then learn
+    python -m teaching.teach --checkpoint out/talk --recordings my-voice   learn from recordings
+    python -m teaching.teach --recordings my-voice --show                  only write the prompts to be read
+
+    recordings, augmented  --.
+                             +-- the model's own codec --> fine-tuning 2 of train.py --> out/taught
+    a small toy world      --'
+
+Half of what it learns from is what it knew: it would forget it otherwise. Every eighth recording is held out,
+to say how well the voice was understood before and after.
+"""
+import argparse
+import dataclasses
+import os
+import shutil
+import sys
+
+import torch
+
+import prepare
+from chat import DuplexModel
+from evals.conversations import converse_all, written
+from evals.turns import LEAD, silence, words_of
+from files.atomic import check_folder, move_folder
+from files.audio import read_audio
+from files.checkpoint import from_fields, load_checkpoint
+from files.device import check_device
+from files.manifest import SPOKEN, read_manifest
+from live.recordings import find_recordings, make_prompts, read_recordings, write_prompts
+from model import FLMConfig
+from toy.script import Script, make_toy
+from toy.voices import get_synthesiser
+from train import TOY, ModelTask, Stage, train
+from training.run import Stopped
+
+FOLDER = r"(checkpoint|codec)\.pt|tokenizer\.json|log\.jsonl|lock|data"  # the names in what is written
+OLD = {"items": 900, "sentences": 500, "tests": 40, "voices": 600}  # of what it knew
+LISTEN_ON = 6.0  # seconds after a request
+
+
+def stages_of(frames):
+    layouts = {"asr": (0.4, 0.2), "response_tts": (0.3, 0.3), "free_response_tts": (0.5, 0.5)}
+    return [Stage("teaching", 1000, 8, 5e-4, 0, frames, layouts, **TOY)]
+
+
+class Recordings:
+    """A synthesiser whose voice is a person, who has recorded all that it is asked to say."""
+
+    def __init__(self, recordings):
+        self.said = {prompt.text: x for prompt, x in recordings}
+
+    def speak(self, text, voice, style):
+        return self.said[text]
+
+
+def make_lesson(recordings, out, synthesiser, seed, lines):
+    """The recordings as dialogues, about `lines` of them: each occurs several times."""
+    out, work = check_folder(out, SPOKEN)
+    script = Script({}, seed)
+    for i, (prompt, _) in enumerate(recordings):
+        script.add("en", prompt.kind, "seen" if i % 8 == 7 else "train", "user", [prompt.text], prompt.answer)
+    script.lines *= max(1, lines // len(recordings))
+    script.speak(out, work, Recordings(recordings), synthesiser)
+
+
+def encode(data, checkpoint, copies, device):
+    codec = os.path.join(checkpoint, "codec.pt")
+    prepare.encode(data, codec, checkpoint, None, copies, 0.75, False, 0, device)
+
+
+def understood(checkpoint, requests, seed, device):
+    """How many of the requests [(audio (N,), answer), ...] a model answers word for word."""
+    duplex = DuplexModel.load(checkpoint, device)
+    heard = [torch.cat([silence(LEAD), x, silence(LISTEN_ON)]) for x, _ in requests]
+    texts = [text for text, _ in converse_all(duplex, heard, seed, "listening")]
+    wrote = [words_of(written(duplex, text)) for text in texts]
+    return sum(words == answer.split() for words, (_, answer) in zip(wrote, requests))
+
+
+def teach(checkpoint, folder, out, minutes=5.0, steps=None, old=OLD, seed=1, device="cpu"):
+    """Fine-tune the model of a folder on the recordings of another; write it to the folder `out`. Returns
+    {"voice" and "before": (answered before, after, of how many)}."""
+    out, work = check_folder(out, FOLDER)
+    recordings, bad = read_recordings(folder, make_prompts())
+    for path, problem in bad:
+        print(f"{path} is left out: {problem}")
+    config = load_checkpoint(os.path.join(checkpoint, "checkpoint.pt"), "flm", mmap=True)["config"]
+    config, synthesiser = from_fields(FLMConfig, config, checkpoint), get_synthesiser(None)
+    shutil.rmtree(work, ignore_errors=True)
+    data = os.path.join(work, "data")
+    print("What it knew, spoken and encoded again:", flush=True)
+    make_toy(os.path.join(data, "old"), "en", **old, seed=seed, tts=None)
+    encode(os.path.join(data, "old"), checkpoint, 2, device)
+    print("Your recordings:", flush=True)
+    make_lesson(recordings, os.path.join(data, "new"), synthesiser, seed, old["items"])
+    encode(os.path.join(data, "new"), checkpoint, 24, device)
+
+    requests = {"your voice": [], "others": []}
+    for prompt, x in recordings[7::8]:
+        requests["your voice"].append((torch.from_numpy(x), prompt.answer))
+    for d in read_manifest(os.path.join(data, "old/manifest.jsonl")):
+        if d["split"] == "new" and d["kind"] in ("repeat", "count", "next", "opposite"):
+            requests["others"].append((read_audio(d["turns"][0]["path"]), d["turns"][1]["text"]))
+    before = {who: understood(checkpoint, some, seed, device) for who, some in requests.items()}
+    task = ModelTask(config, f"{data}/old/encoded,{data}/new/encoded", device, checkpoint, seed)
+    stages = stages_of(min(128, config.context))
+    stages = [dataclasses.replace(s, steps=steps or s.steps) for s in stages]
+    train(task, stages, work, None if steps else minutes, seed=seed)
+    after = {who: understood(work, some, seed, device) for who, some in requests.items()}
+    shutil.rmtree(data)
+    move_folder(work, out)
+    for who, some in requests.items():
+        print(f"{who}: {before[who]} of {len(some)} held-out requests answered word for word before, "
+              f"{after[who]} after")
+    print(f"Wrote {out}; next: python chat.py --checkpoint {out} --web")
+    return {who: (before[who], after[who], len(some)) for who, some in requests.items()}
+
+
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("--checkpoint", default="out/talk", help="folder of the model to be taught")
+    add("--recordings", default="out/voice", help="folder with 01.wav, 02.wav, ...")
+    add("--mic", action="store_true", help="record the prompts that are missing in it first")
+    add("--show", action="store_true", help="only write the prompts into it")
+    add("--out", default="out/taught", help="folder to write")
+    add("--minutes", type=float, default=5.0, help="of fine-tuning")
+    add("--steps", type=int, help="instead of --minutes")
+    add("--seed", type=int, default=1)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:1")
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    try:
+        prompts = make_prompts()
+        if args.show or args.mic:
+            os.makedirs(args.recordings, exist_ok=True)
+            write_prompts(args.recordings, prompts)
+        if args.show:
+            n = len(find_recordings(args.recordings))
+            print(f"Wrote {args.recordings}/prompts.txt ({len(prompts)} prompts, {n} recorded so far); "
+                  f"record them as {args.recordings}/01.wav, 02.wav, ...")
+            return
+        check_device(args.device)
+        check_folder(args.out, FOLDER)
+        if args.mic:
+            from live.microphone import record_prompts  # needs an extra
+            record_prompts(args.recordings, prompts)
+        teach(args.checkpoint, args.recordings, args.out, args.minutes, args.steps, seed=args.seed,
+              device=args.device)
+    except Stopped as e:
+        sys.exit(f"stopped; the recordings are in {args.recordings}, and the model is as it was")
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
