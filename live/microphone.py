@@ -1,5 +1,6 @@
 """A conversation through the microphone and the loudspeaker of this machine, in the terminal."""
 import collections
+import contextlib
 import threading
 
 import numpy as np
@@ -7,9 +8,13 @@ import numpy as np
 from files.audio import SAMPLE_RATE
 from live.engine import QUEUE, Engine
 from live.jitter import JitterBuffer
+from live.recordings import find_recordings, problem_with, save_recording
 from live.transcript import Transcript
 from mimi import FRAME
+from streams import FRAME_RATE
+from toy.voices import trim_noisy
 
+LOUD = 0.0056  # root mean square of a frame of speech: -45 dB
 SILENT = 5.0  # seconds without a call from the sound card, after which it counts as gone
 GONE = "the microphone or the loudspeaker has gone away; connect it and start again"
 
@@ -47,27 +52,69 @@ class SoundCard:
             self.playout.put(t, frame)
 
 
-def talk_to_microphone(duplex, seed):
-    """Until Ctrl-C. ValueError if there is no extra, no PortAudio or no device, or if the device goes
-    away."""
+@contextlib.contextmanager
+def open_sound_card(card):
+    """ValueError if there is no extra, no PortAudio or no device, or if the device goes away."""
     try:
         import sounddevice
     except ImportError:
         raise ValueError("--mic needs the extra 'mic': pip install '.[mic]'") from None
     except OSError:
         raise ValueError("--mic needs the library PortAudio, on Debian: apt install libportaudio2") from None
-    engine, card, opened = Engine(duplex, 1), SoundCard(), False
+    opened = False
     try:
         with sounddevice.Stream(SAMPLE_RATE, FRAME, channels=1, dtype="float32", callback=card.callback,
                                 finished_callback=card.finish):
             opened = True
-            print("Talk; Ctrl-C ends. Use headphones, or it hears itself.")
-            converse_live(engine, seed, card.hear, card.say)
+            yield
     except sounddevice.PortAudioError as e:
         raise ValueError(GONE if opened else f"no microphone or loudspeaker for 24 kHz: {e}; "
                          "`python -m sounddevice` lists the devices") from None
+
+
+def talk_to_microphone(duplex, seed):
+    """Until Ctrl-C. Raises as open_sound_card does."""
+    engine, card = Engine(duplex, 1), SoundCard()
+    try:
+        with open_sound_card(card):
+            print("Talk; Ctrl-C ends. Use headphones, or it hears itself.")
+            converse_live(engine, seed, card.hear, card.say)
     except KeyboardInterrupt:
         print()
+
+
+def record_prompts(folder, prompts):
+    """Record those prompts that are not in the folder yet. Raises as open_sound_card does."""
+    card = SoundCard()
+    with open_sound_card(card):
+        record_from(card.hear, folder, prompts)
+
+
+def record_from(hear, folder, prompts):
+    """hear() gives frames (1920,)."""
+    missing = [n for n in range(len(prompts)) if n not in find_recordings(folder)]
+    print(f"{len(missing)} prompts: read each aloud, then be silent for a second. Ctrl-C ends; what is recorded "
+          "stays.")
+    for n in missing:
+        problem = "begin"
+        while problem:
+            print(f"\n{n + 1:3} / {len(prompts)}   {prompts[n].text}")
+            x = record_until_silent(hear)
+            problem = problem_with(x, prompts[n])
+            if problem:
+                print(f"{problem} Once more.")
+        save_recording(folder, n, trim_noisy(x, margin=0.3))
+
+
+def record_until_silent(hear, pause=1.0, longest=12.0):
+    """Samples (N,) until someone has spoken and then been silent for `pause` seconds, but not for longer than
+    `longest`."""
+    frames, quiet, spoken = [], 0, 0
+    while len(frames) < longest * FRAME_RATE and not (spoken > 3 and quiet >= pause * FRAME_RATE):
+        frames.append(hear())
+        loud = np.square(frames[-1]).mean() > LOUD ** 2
+        spoken, quiet = spoken + loud, 0 if loud else quiet + 1
+    return np.concatenate(frames)
 
 
 def converse_live(engine, seed, hear, say):

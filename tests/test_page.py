@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from chat import DuplexModel
 from evals.conversations import written
 from files.audio import read_audio, write_audio
 from files.manifest import read_manifest
+from live.recordings import make_prompts
+from toy.voices import Espeak, speak
 from evals.turns import words_of
 
 pytest.importorskip("aiohttp", reason="needs the extra 'web'")
@@ -130,4 +133,67 @@ def test_a_server_that_ends_has_a_clear_message_and_the_next_one_answers(world, 
             async with serving(world, int(address[:-1].rsplit(":", 1)[1])):
                 await tab.value("$('talk').click()")
                 await tab.until("talk && record.said.length > 5 && record.said.length < 100")
+    asyncio.run(talk())
+
+
+def test_it_is_taught_a_voice_and_goes_on_with_either_model(world, tmp_path):
+    """With a fake microphone that repeats one sentence, and a training of a few steps."""
+    prompts = make_prompts()
+    speech = torch.from_numpy(speak(Espeak(), [prompts[0].text], [], "en-us+f1")[0])
+    second = torch.zeros(24_000)
+    write_audio(str(tmp_path / "user.wav"), torch.cat([second, speech, second, second]))
+    shutil.copytree(world / "flm", tmp_path / "flm")
+    flags = ("--steps", "3", "--device", "cpu")
+
+    async def talk():
+        server = web.Server(DuplexModel.load(str(tmp_path / "flm")), web.Limits(sessions=2),
+                            checkpoint=str(tmp_path / "flm"))
+        server.lessons.extra = flags
+        port = await server.start("127.0.0.1", 0)
+        try:
+            async with chromium(str(tmp_path / "profile"), tmp_path / "user.wav") as browser:
+                tab = await open_page(browser, f"http://127.0.0.1:{port}/")
+                await tab.until("!$('teach').hidden && !$('card').hidden")
+                await tab.value("$('teach').click()")
+                await tab.until("lesson && $('prompt').textContent === lesson.prompts[0]")
+                assert await tab.value("$('learn').disabled")
+                await tab.value("$('record').click()")
+                await tab.until("lesson.recorded.length >= 8", 120)
+                await tab.value("$('record').click()")
+                await tab.until("!recording && !$('learn').disabled")
+                await tab.value("$('learn').click()")
+                await tab.until("lesson.learning && !$('learning').hidden")
+                await tab.call("Page.reload")  # closed in the middle of it
+                await tab.until("typeof talk !== 'undefined' && !$('teach').hidden")
+                await tab.value("$('teach').click()")
+                await tab.until("lesson && lesson.has_new && !lesson.learning", 240)
+                assert await tab.value("lesson.which") == "new" and server.duplex is server.lessons.models["new"]
+                assert "learned your voice" in await tab.until("$('verdict').textContent")
+                await tab.value("$('swap').click()")
+                await tab.until("lesson.which === 'old'")
+                assert server.duplex is server.lessons.models["old"]
+                await tab.value("$('close').click()")
+                await tab.value("$('talk').click()")
+                await tab.until("record.said.length > 20")
+        finally:
+            await server.stop()
+    asyncio.run(talk())
+
+
+def test_a_lesson_without_a_microphone_or_a_server_has_a_clear_message(world, tmp_path):
+    async def talk():
+        server = web.Server(DuplexModel.load(str(world / "flm")), web.Limits(), checkpoint=str(world / "flm"))
+        port = await server.start("127.0.0.1", 0)
+        try:
+            async with chromium(str(tmp_path / "profile"), allowed=False) as browser:
+                tab = await open_page(browser, f"http://127.0.0.1:{port}/")
+                await tab.value("$('teach').click()")
+                await tab.until("lesson && $('lesson').open")
+                await tab.value("$('record').click()")
+                assert await tab.until("$('verdict').textContent.startsWith('The microphone was refused')")
+                await server.stop()
+                await tab.value("$('learn').disabled = false; $('learn').click()")
+                assert await tab.until("$('verdict').textContent === 'The connection to the server is lost.'")
+        finally:
+            await server.stop()
     asyncio.run(talk())

@@ -16,8 +16,10 @@ import torch
 from chat import DuplexModel
 from conftest import ROOT, run
 from files.audio import SAMPLE_RATE, read_audio
+from live.microphone import record_from
 from live.recordings import (find_recordings, make_prompts, problem_with, read_recordings, save_recording,
                              write_prompts)
+from mimi import FRAME
 from teaching import teach
 from toy.voices import Espeak, Style, trim_noisy
 from toy.world import HELD_OUT_PAIRS, LANGUAGES, held_out_triple
@@ -157,6 +159,27 @@ def test_ctrl_c_leaves_the_old_model_and_the_recordings(voice, world, tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "the model is as it was" in err.splitlines()[-1]
     assert not (tmp_path / "taught").exists() and len(find_recordings(str(voice))) == 16
+
+
+def test_prompts_are_recorded_in_the_terminal_until_they_are_good(tmp_path, capsys):
+    """The first attempt is too soft; one prompt is there already."""
+    prompts = make_prompts()[:3]
+    save_recording(str(tmp_path), 1, speak(prompts[1].text))
+    said = iter([noise(14 * SAMPLE_RATE), speak(prompts[0].text), speak(prompts[2].text)])
+    pending = np.zeros(0, np.float32)
+
+    def hear():
+        nonlocal pending
+        while len(pending) < FRAME:
+            pending = np.concatenate([pending, next(said, np.zeros(FRAME)).astype(np.float32)])
+        frame, pending = pending[:FRAME], pending[FRAME:]
+        return frame
+    record_from(hear, str(tmp_path), prompts)
+    out = capsys.readouterr().out
+    assert out.count(f"1 / 3   {prompts[0].text}") == 2 and "2 / 3" not in out and "too soft" in out
+    assert sorted(find_recordings(str(tmp_path))) == [0, 1, 2]
+    good, bad = read_recordings(str(tmp_path), prompts, least=3)
+    assert len(good) == 3 and not bad
 
 
 # ------------------------------------------------------------------------------------------------------------
