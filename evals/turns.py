@@ -115,6 +115,14 @@ class ScenarioMaker:
             request, answer = make_request(lang, kind, True, self.rng)
         return self.item(scenario, voice, [request], answer=answer)[0]
 
+    def interruption(self, scenario):
+        """A request of at least a second and a half: while a shorter one lasts, the system cannot be silent
+        for the second that counts as silence."""
+        item = self.request(scenario)
+        while item.end - LEAD < 1.5:
+            item = self.request(scenario)
+        return item
+
     def hesitation(self, scenario, low, high):
         lang, voice = self.pick_voice()
         request, answer = make_request(lang, self.rng.choice(["repeat", "count"]), True, self.rng)
@@ -177,7 +185,7 @@ def run_scenarios(run, maker, n):
     long = build("long answers", maker.request, "control", "chant")
     alone = run(long, "long answers")
     out += zip(long, alone)
-    for scenario, make in (("user interrupt", maker.request), ("user backchannel", maker.backchannel)):
+    for scenario, make in (("user interrupt", maker.interruption), ("user backchannel", maker.backchannel)):
         others = build(scenario, make, scenario)
         # a batch of the same size, so that nothing but the event differs
         items = [barge_in(*x) or x[0] for x in zip(long, alone, others)]

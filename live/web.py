@@ -45,6 +45,7 @@ PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "web.html")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MESSAGE_BYTES = 4 + 2 * FRAME  # of a binary message
 RATE, BURST = 1.2 * FRAME_RATE, 50  # token bucket: messages a second, and at once after a stall
+TOY_VOCAB = 2048  # text tokens at most of a model of the toy world
 RESTART = 10  # messages that one restart counts for
 MAX_UNSENT = 50  # messages that may wait for a client that reads too slowly
 HEADERS = {
@@ -139,8 +140,9 @@ class Server:
     """Serves until cancelled. The engine ticks in a thread of its own, the rest runs in the event loop's."""
 
     def __init__(self, duplex, limits=Limits(), token=None, log=log_to_stderr, checkpoint=None):
-        """checkpoint: its folder, if the model can be taught."""
-        self.lessons = Lessons(checkpoint, duplex, self.use) if checkpoint else None
+        """checkpoint: the model's folder; if it is one of the toy world, it can be taught a voice."""
+        teachable = checkpoint and duplex.vocab.text_size <= TOY_VOCAB
+        self.lessons = Lessons(checkpoint, duplex, self.use) if teachable else None
         self.duplex, self.limits, self.token, self.log = duplex, limits, token, log
         self.engine, self.clients = Engine(duplex, limits.sessions), {}
         self.frames_waiting, self.stopping = threading.Event(), threading.Event()
@@ -202,7 +204,7 @@ class Server:
         if self.token is not None and not hmac.compare_digest(token, self.token.encode()):
             raise http.HTTPForbidden(text="the address needs its token: ?token=...")
         origin = request.headers.get("Origin", "")
-        if request.path != "/" and urlsplit(origin).netloc != request.host:
+        if request.path.startswith(("/talk", "/lesson")) and urlsplit(origin).netloc != request.host:
             raise http.HTTPForbidden(text=f"wrong origin {origin[:60]!r}")
 
     async def send_page(self, request):

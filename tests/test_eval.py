@@ -87,7 +87,7 @@ class Agent:
             turn = self.answers[min(self.answers, key=lambda n: abs(n - (b + 1 - a)))]
             start = b + round(self.delay * SAMPLE_RATE)
             n = round(self.part * len(read_audio(turn["path"])))
-            y[start:start + n] = noise(n / SAMPLE_RATE, 0.1 + 0.001 * i)[:n]
+            y[start:start + n] = noise(n / SAMPLE_RATE, 0.1 + 0.001 * len(self.spoken))[:n]
             words = turn["text"].split()
             self.spoken[y.abs().max().item()] = words[:int(self.part * len(words))]
             for k, word in enumerate(words):

@@ -296,7 +296,15 @@ def test_a_codebook_learns_where_its_vectors_are():
 def test_training_passes_gradients_to_everything():
     torch.manual_seed(0)
     m = Mimi(SMALL["spectral"])
-    y, semantic, commitment, _ = m(noise(2, 6), torch.tensor([8, 3]))
+    y, semantic, commitment, _ = m(noise(2, 6), torch.tensor([8, 3]), torch.tensor([True, True]))
     (y.square().mean() + semantic.square().mean() + commitment).backward()
     missing = [n for n, p in m.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert missing == []
+
+
+def test_only_some_clips_of_a_batch_may_be_decoded():
+    m, wav, depth = Mimi(SMALL["spectral"]), noise(3, 6), torch.tensor([8, 8, 8])
+    whole, semantic, *_ = m(wav, depth, torch.tensor([True] * 3))
+    some, semantic2, *_ = m(wav, depth, torch.tensor([False, True, False]))
+    assert torch.allclose(some, whole[1:2], atol=1e-5) and torch.equal(semantic, semantic2)
+    assert m(wav, depth, torch.tensor([False] * 3))[0].shape == (0, 1, wav.shape[-1])

@@ -167,7 +167,8 @@ def test_it_is_taught_a_voice_and_goes_on_with_either_model(world, tmp_path):
                 await tab.until("typeof talk !== 'undefined' && !$('teach').hidden")
                 await tab.value("$('teach').click()")
                 await tab.until("lesson && lesson.has_new && !lesson.learning", 240)
-                assert await tab.value("lesson.which") == "new" and server.duplex is server.lessons.models["new"]
+                assert await tab.value("lesson.which") == "new"
+                assert server.duplex is server.lessons.models["new"]
                 assert "learned your voice" in await tab.until("$('verdict').textContent")
                 await tab.value("$('swap').click()")
                 await tab.until("lesson.which === 'old'")

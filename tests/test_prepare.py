@@ -17,7 +17,7 @@ import train
 from conftest import FLM, encode, loss_of, noise, run
 from files.audio import read_audio
 from files.encoded import read_encoded
-from files.manifest import check_line, read_manifest
+from files.manifest import check_line, read_manifest, spoken_parts
 from mimi import FRAME, Mimi
 from files.tokenizer import PATTERN, load_tokenizer, make_tokenizer, train_bpe
 from train import STAGES
@@ -27,8 +27,10 @@ def test_codes_are_those_of_a_live_stream(world):
     """A turn's stored codes are what the codec gives when the audio comes after silence, frame by frame."""
     codec = Mimi.load(str(world / "codec.pt"))
     codes = np.load(world / "toy/encoded/00000.npy")
-    for line in list(open(world / "toy/encoded/00000.jsonl"))[-6:]:
-        turn = json.loads(line)["turns"][1]  # the model's: begins on a frame
+    for line in list(open(world / "toy/encoded/00000.jsonl"))[-7:]:
+        turn = json.loads(line)["turns"][-1]  # the model's: begins on a frame
+        if turn["role"] == "user":
+            continue
         copy = turn["copies"][0]
         x = read_audio(str(world / "toy/model" / (turn["text"].replace(" ", "-") + ".flac")))
         state, heard = codec.init_state(1), []
@@ -110,7 +112,7 @@ def small_world(world, tmp_path, n=10):
     """Some lines of the toy world in another folder."""
     (tmp_path / "toy").mkdir(parents=True)
     lines = [json.loads(line) for line in list(open(world / "toy/manifest.jsonl"))[-n:]]
-    for t in (t for d in lines for t in d["turns"]):
+    for t in (t for d in lines for t in spoken_parts(d)):
         t["audio"] = str(world / "toy" / t["audio"])
     text = "".join(json.dumps(d | {"split": "train"}) + "\n" for d in lines)
     (tmp_path / "toy/manifest.jsonl").write_text(text)

