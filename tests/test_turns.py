@@ -161,12 +161,12 @@ def test_scenarios_as_they_are_built(dialogues):
         spans = speech(item.audio, bridge=0.35)
         assert spans[-1][1] == pytest.approx(item.end, abs=0.08)
         assert len(item.audio) / SAMPLE_RATE == pytest.approx(item.end + 10, abs=0.01)
-        assert spans[0][0] == pytest.approx(1, abs=0.04)
+        assert -0.04 <= spans[0][0] - 1 <= 0.3  # a word may begin softly, as "happy" does
         if item.pause:
             low, high = {"pause": (0.64, 0.89), "long pause": (1.5, 1.5)}[item.scenario]
             assert low <= round(item.pause[1] - item.pause[0], 6) <= high
             assert len(spans) == 2 and spans[0][1] == pytest.approx(item.pause[0], abs=0.08)
-            assert -0.04 <= spans[1][0] - item.pause[1] <= 0.3  # a word may begin softly, as "happy" does
+            assert -0.04 <= spans[1][0] - item.pause[1] <= 0.3
         if item.event:
             assert any(a == pytest.approx(item.event[0], abs=0.04) for a, _ in spans)
         if item.scenario == "user backchannel":
