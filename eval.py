@@ -6,6 +6,7 @@
     python eval.py --checkpoint out/tiny --people FOLDER       also requests in these people's voices
     python eval.py --folder out/talks                          score such folders, of any system
     python eval.py --checkpoint out/tiny --asr 'mycmd {wav}'   another recogniser: a command that prints words
+    python eval.py --checkpoint out/small --hear data/test     ASR style: WER on a test set of your own
     python eval.py --codec out/codec/checkpoint.pt             the codec alone: distance, intelligibility
 
 Requests that are not in the training data are spoken to the model, frame by frame:
@@ -35,6 +36,7 @@ from tqdm import tqdm
 
 from chat import DuplexModel
 from evals.conversations import converse_all, read_conversations, save_conversation, save_samples, written
+from evals.hearing import hear_test_set, hearing
 from evals.recogniser import get_recogniser
 from evals.strangers import make_strangers
 from evals.turns import LEAD, Reply, ScenarioMaker, earliest, format_proportion, report_turns, run_scenarios
@@ -44,11 +46,9 @@ from files.audio import SAMPLE_RATE, read_audio
 from files.device import check_device
 from files.manifest import read_manifest
 from mimi import FRAME, Mimi, log_spectral_distance, mel_filters
-from streams import DELAYED, LISTEN, ROWS, SPEAK, TEXT
 
 KINDS = ("repeat", "count", "next", "opposite")  # of requests; chants and stories have no single right answer
 LISTEN_ON = 2.5  # seconds that a recording goes on after the expected answer
-BEFORE, AFTER = 6, 40  # frames before and after a clip in `hearing`
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -124,33 +124,7 @@ def answers(duplex, recogniser, items, seed, scores, split):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# does it hear?
-
-
-@torch.inference_mode()
-def hearing(duplex, items, scores, split):
-    """ASR style: each clip into the listening rows, nothing in the speaking ones; the monologue is the
-    transcript."""
-    clips = [read_audio(d["turns"][0]["path"]) for d in items]
-    N = max(map(len, clips)) // FRAME * FRAME + (BEFORE + AFTER) * FRAME
-    wav = torch.stack([F.pad(x, (BEFORE * FRAME, N - BEFORE * FRAME - len(x))) for x in clips])
-    codes = duplex.codec.encode(wav[:, None].to(duplex.device))  # (B, K, T)
-    ends = torch.tensor([BEFORE - (-len(x) // FRAME) for x in clips], device=duplex.device)
-    empty, text, transcripts = duplex.vocab.empty, codes.new_full((len(items),), duplex.vocab.wait), []
-    cache, delayed = duplex.model.init_cache(len(items)), DELAYED.to(duplex.device)
-    last = silent = codes.new_full(codes.shape[:2], empty)
-    for t, frame in enumerate(codes.unbind(-1)):
-        # the clip alone, as in post-training
-        frame = frame.where(((t >= BEFORE) & (t < ends))[:, None], silent)
-        column = codes.new_empty(len(items), ROWS)
-        column[:, TEXT], column[:, SPEAK], column[:, LISTEN] = text, silent, torch.where(delayed, last, frame)
-        logits = duplex.model.text_logits(duplex.model.hidden_step(column, cache))
-        text, last = logits[:, :duplex.vocab.text_size].argmax(-1), frame
-        transcripts.append(text)
-    for d, tokens in zip(items, torch.stack(transcripts, 1).cpu()):
-        right, found = d["turns"][0]["text"].split(), words_of(written(duplex, tokens))
-        scores.add_errors(f"{split} hearing 1 - WER", found, right)
-        scores.add_errors(f"{split} hearing 1 - CER", "".join(found), "".join(right))
+# does it understand anybody, and when does it speak?
 
 
 def understands(duplex, groups, seed, scores):
@@ -235,7 +209,8 @@ def evaluate(duplex, recogniser, dialogues, args):
         items = [d for d in dialogues if d["split"] == split and d["kind"] in KINDS]
         items = rng.sample(items, min(args.items, len(items)))
         conversations += answers(duplex, recogniser, items, args.seed, scores, split)
-        hearing(duplex, items, scores, split)
+        users = [d["turns"][0] for d in items]
+        hearing(duplex, [(read_audio(t["path"]), t["text"]) for t in users], scores, split)
         ceiling(duplex.codec, recogniser, items[:50], scores, split)
     n = 20 if args.smoke else args.items
     groups = make_strangers(args.people, args.speakers, args.tts, args.seed, n)
@@ -253,6 +228,15 @@ def evaluate(duplex, recogniser, dialogues, args):
     with replace_when_done(path) as temporary, open(temporary, "w") as f:
         json.dump(results, f, indent=1)
     print(f"\nWrote {path} and {folder}/" + (f" and {args.keep}/" if args.keep else ""))
+
+
+def hear(duplex, args):
+    scores, out = Proportions(), os.path.join(args.checkpoint, "heard.jsonl")
+    n = hear_test_set(duplex, args.hear, args.split, scores, out)
+    print(f"\n{n} recordings of {args.hear}, 95% intervals in brackets")
+    for name in scores.n:
+        print(f"  {name:28} {scores.line(name)}")
+    print(f"Wrote {out}")
 
 
 MEASURES = ("spoken 1 - WER", "spoken exactly", "spoken 1 - WER, as written", "in time", "early", "kept on",
@@ -284,6 +268,8 @@ def main():
     add = parser.add_argument
     add("--checkpoint", default="out/tiny")
     add("--codec", help="measure this codec alone instead of a model")
+    add("--hear", help="measure only hearing, on the recordings of this folder's manifest")
+    add("--split", help="those of this split (default: all)")
     add("--folder", help="score the conversations of this folder: ours (--keep) or Full-Duplex-Bench's")
     add("--data", default="data/toy", help="folder with the manifest of the held-out items")
     add("--items", type=int, default=200, help="for each of seen voices, new voices, and each scenario")
@@ -303,6 +289,8 @@ def main():
         if args.folder:
             name = os.path.basename(os.path.normpath(args.folder))
             return report_turns(score_all(read_conversations(args.folder)), name)
+        if args.hear:
+            return hear(DuplexModel.load(args.checkpoint, device), args)
         recogniser = get_recogniser(args.asr, args.data, "out/recogniser", args.asr_minutes, args.device)
         dialogues = list(read_manifest(os.path.join(args.data, "manifest.jsonl")))
         if args.codec:
