@@ -275,7 +275,9 @@ COMMANDS = (
         ("--items", 8000, "dialogues to train on"),
         ("--sentences", 4000, "user sentences to train on; of the model, a fourth as many"),
         ("--tests", 240, "held-out dialogues of known voices, and as many of new voices"),
-        ("--voices", 24, "user voices to train on"), SEED, TTS)),
+        ("--voices", 24, "user voices of espeak-ng to train on"),
+        ("--others", "", "for a quarter of what users say, voices of other synthesisers, such as flite:rms,"
+                         "festival:kal_diphone,tts:Alex (default: flite's, if it is installed)"), SEED, TTS)),
     ("words", make_words, "recordings of single words -> the toy world in people's voices",
      "SpeechCommands --out data/people", (
         ("source", ..., "folder with the recordings, in the layout of Speech Commands or of the "

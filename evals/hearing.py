@@ -64,7 +64,7 @@ def hearing(duplex, clips, scores, label):
 
 
 def normalise(text):
-    """Words in lower case without punctuation, but with apostrophes; in scripts without spaces, characters."""
+    """Words in lower case, without punctuation but with apostrophes; in scripts without spaces, characters."""
     text = unicodedata.normalize("NFKC", text).lower().replace("\u2019", "'")
     text = "".join(c if c.isalnum() or c == "'" or unicodedata.category(c)[0] == "M" else " " for c in text)
     text = re.sub(NO_SPACES, lambda found: f" {found[0]} ", text)
@@ -78,7 +78,8 @@ def hear_test_set(duplex, data, split, scores, out):
              for t in d.get("turns", ()) if t.get("role") != "model" and normalise(t["text"])]
     turns = list({clip_key(t): t for t in turns}.values())
     if not turns:
-        raise ValueError(f"{data}: holds no recording with a text" + (f" of the split {split}" if split else ""))
+        where = f" of the split {split}" if split else ""
+        raise ValueError(f"{data}: holds no recording with a text{where}")
     longest = (duplex.model.config.context - BEFORE - AFTER) / 1.5 / FRAME_RATE
     fits = [t for t in turns if seconds_of(*clip_key(t)) <= longest]
     if len(fits) < len(turns):

@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import shutil
 import sys
 
 import numpy as np
@@ -16,7 +17,7 @@ from files.manifest import read_manifest
 from mimi import FRAME
 from files.tokenizer import load_tokenizer
 from toy.script import interject, make_toy, on_frames
-from toy.voices import Espeak, Style
+from toy.voices import Espeak, Several, Style
 from toy.world import (HELD_OUT_PAIRS, KIND_PROPORTIONS, LANGUAGES, held_out_triple, make_request,
                        make_sentence, make_story)
 from train import STAGES
@@ -209,6 +210,39 @@ def test_any_synthesiser(tmp_path):
     assert d["kind"] == "heard" and len(d["turns"]) == 1
     assert len(read_audio(str(tmp_path / "toy" / d["turns"][0]["audio"]))) > 24 * len(d["turns"][0]["text"])
     assert "Wrote 15 lines" in out.splitlines()[-1]
+
+
+def test_several_synthesisers_in_one_world(tmp_path):
+    """The manifest says who spoke; a quarter is spoken by the others."""
+    script = tmp_path / "tts.py"
+    script.write_text("import sys, numpy, soundfile\ntext, voice, out = sys.argv[1:]\n"
+                      "assert voice in ('Alex', 'Sam')\n"
+                      "soundfile.write(out, 0.3 * numpy.sin(numpy.arange(len(text) * 800) / 9), 16000)\n")
+    code, out, err = run("prepare.py", "toy", "--out", tmp_path / "toy", "--items", 40, "--tests", 2,
+                         "--sentences", 40, "--others", "tts:Alex,tts:Sam",
+                         "--tts", f"{sys.executable} {script} {{text}} {{voice}} {{out}}")
+    assert code == 0, err
+    lines = [json.loads(line) for line in open(tmp_path / "toy/manifest.jsonl")]
+    voices = [t["voice"] for d in lines for t in d["turns"] if t["role"] == "user" and t["voice"]]
+    others = [voice for voice in voices if voice.startswith("tts:")]
+    assert set(others) == {"tts:Alex", "tts:Sam"} and 0.1 < len(others) / len(voices) < 0.45
+
+
+@pytest.mark.parametrize("voice, message", [("flite:rms", "flite is not installed"),
+                                            ("nobody:x", "no synthesiser nobody"), ("tts:x", "known are")])
+def test_a_voice_that_is_not_there(tmp_path, monkeypatch, voice, message):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, _, err = run("prepare.py", "toy", "--out", tmp_path / "toy", "--items", 8, "--tests", 2,
+                       "--sentences", 8, "--others", voice)
+    assert code == 1 and message in err.splitlines()[-1] and not (tmp_path / "toy").exists()
+
+
+@pytest.mark.parametrize("program, voice", [("flite", "flite:kal"), ("text2wave", "festival:kal_diphone")])
+def test_installed_synthesisers(program, voice):
+    if not shutil.which(program):
+        pytest.skip(f"{program} is not installed")
+    slow, fast = (Several().speak("what comes after six", voice, Style(speed)) for speed in (120, 220))
+    assert len(slow) > 1.3 * len(fast) > 10_000 and np.abs(slow).max() > 0.05
 
 
 @pytest.mark.parametrize("tts, message", [("say {text}", "{out}"), ("false {text} {out}", "failed")])

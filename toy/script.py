@@ -169,18 +169,19 @@ class Script:
         return sum(seconds.values()) / 3600
 
 
-def make_toy(out, lang, items, tests, sentences, voices, seed, tts):
+def make_toy(out, lang, items, tests, sentences, voices, seed, tts, others=""):
     """Speak the toy world into the folder `out`: user/*.flac, model/*.flac, manifest.jsonl."""
     out, work = check_folder(out, SPOKEN)
-    synthesiser, codes = get_synthesiser(tts), lang.split(",")  # such as en, zh
+    others = [voice for voice in others.split(",") if voice]
+    synthesiser, codes = get_synthesiser(tts, others), lang.split(",")  # such as en, zh
     unknown = " and no ".join(sorted(set(codes) - {*LANGUAGES}))
     if unknown:
         raise ValueError(f"--lang {lang}: there is no {unknown}; languages are {', '.join(LANGUAGES)}")
     users = {}
     for code in codes:
         some = LANGUAGES[code].user_voices(voices // len(codes), seed)
-        others = [] if tts else list(filter(is_installed, LANGUAGES[code].other_voices))
-        groups = [some, some, some, others or some]
+        more = others or ([] if tts else list(filter(is_installed, LANGUAGES[code].other_voices)))
+        groups = [some, some, some, more or some]
         users[code] = {"train": groups, "seen": groups, "new": [LANGUAGES[code].new_voices]}
     script = Script(users, seed)
     for i, code in enumerate(codes):

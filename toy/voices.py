@@ -1,8 +1,8 @@
-"""Speech synthesis: espeak-ng and, where it is installed, flite; or any other command.
+"""Speech synthesis: espeak-ng and, where they are installed, flite and festival; or any other command.
 
     text, voice, style --synthesiser--> samples --trim, normalise--> 24 kHz, -23 dB
 
-A voice is one of espeak-ng's, or flite:NAME.
+A voice is one of espeak-ng's, flite:NAME, festival:NAME, or tts:NAME for the command of --tts.
 """
 import _ctypes
 import ctypes
@@ -111,24 +111,52 @@ class OtherSynthesiser(Command):
             return self.run(words, out)
 
 
-class Installed:
-    """The synthesisers of this machine."""
-
-    def __init__(self):
-        self.espeak, self.flite = Espeak(), Flite()
+class Festival(Command):
+    """festival's voices, such as kal_diphone. Slow: it starts anew for each utterance (1.5 s)."""
 
     def speak(self, text, voice, style):
-        if voice.startswith("flite:"):
-            return self.flite.speak(text, voice.removeprefix("flite:"), style)
-        return self.espeak.speak(text, voice, style)
+        with tempfile.TemporaryDirectory() as folder:
+            out, source = os.path.join(folder, "speech.wav"), os.path.join(folder, "text")
+            with open(source, "w", encoding="utf-8") as f:
+                f.write(text)
+            stretch = f"(Parameter.set 'Duration_Stretch {Style().speed / style.speed:.3f})"
+            return self.run(["text2wave", "-eval", f"(voice_{voice})", "-eval", stretch, source, "-o", out],
+                            out)
 
 
-def get_synthesiser(tts):
-    return OtherSynthesiser(tts) if tts else Installed()
+PROGRAMS = {"flite": "flite", "festival": "text2wave"}  # synthesiser -> its command
+
+
+class Several:
+    """Several synthesisers: the voice tells which one speaks."""
+
+    def __init__(self, tts=None):
+        self.espeak = Espeak()
+        self.others = {"flite": Flite(), "festival": Festival()}
+        if tts:
+            self.others["tts"] = OtherSynthesiser(tts)
+
+    def speak(self, text, voice, style):
+        name, colon, rest = voice.partition(":")
+        if not colon:
+            return self.espeak.speak(text, voice, style)
+        if name not in self.others:
+            raise ValueError(f"voice {voice}: there is no synthesiser {name}; known are "
+                             f"{', '.join(self.others)} (tts is the command of --tts)")
+        if name in PROGRAMS and not is_installed(voice):
+            raise ValueError(f"voice {voice}: {PROGRAMS[name]} is not installed")
+        return self.others[name].speak(text, rest, style)
+
+
+def get_synthesiser(tts, others=()):
+    """tts: a command that speaks everything or, if others are given, only the voices that begin with tts:"""
+    return OtherSynthesiser(tts) if tts and not others else Several(tts)
 
 
 def is_installed(voice):
-    return bool(shutil.which("flite")) if voice.startswith("flite:") else True
+    """Whether the program of a voice is on this machine."""
+    name = voice.partition(":")[0]
+    return bool(shutil.which(PROGRAMS[name])) if name in PROGRAMS else True
 
 
 def speak(synthesiser, parts, pauses, voice, style=Style()):
