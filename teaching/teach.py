@@ -144,8 +144,9 @@ def teach(checkpoint, folder, out, minutes=5.0, steps=None, old=OLD, seed=1, dev
 def summary(before, after):
     """One sentence, which the page shows too."""
     old, new, n = before.hits, after.hits, before.n
-    return (f"Of {n['exactly']} held-out requests in your voice, {old['exactly']} were answered exactly before, "
-            f"{new['exactly']} now; of {n['words']} words, {old['words']} and {new['words']} were right.")
+    return (f"Of {n['exactly']} held-out requests in your voice, {old['exactly']} were answered exactly "
+            f"before and {new['exactly']} after; of {n['words']} words, {old['words']} were right before and "
+            f"{new['words']} after.")
 
 
 def main():
