@@ -225,7 +225,7 @@ def test_a_recording_may_be_a_part_of_a_file(world, tmp_path):
 
 def test_annotated_recordings_are_used_more_in_post_training_2():
     a, b = STAGES["7b"][:2]
-    assert a.sources == (1, 1) and b.sources == (0.5, 5)
+    assert a.sources == (1, 0) and b.sources == (0.5, 5)
 
 
 WORDS = '{"audio": "x.wav", "text": "a b", '
@@ -296,7 +296,7 @@ def test_training_refuses_codes_of_another_codec_or_tokeniser(world, tmp_path):
     with pytest.raises(ValueError, match="another codec than .*codec.pt now is"):
         read_encoded(where)
     meta = json.loads((folder / "encoded/meta.json").read_text())
-    old = "is of version 2, not 3; run `python prepare.py encode` again"
+    old = f"is of version 2, not {prepare.VERSION}; run `python prepare.py encode` again"
     for changed, says in (({**meta, "version": 2}, old), ({"version": prepare.VERSION}, "KeyError"),
                           ([], "is not what")):
         (folder / "encoded/meta.json").write_text(json.dumps(changed))
