@@ -1,7 +1,7 @@
 """Text conversations as they are published -> dialogues that `prepare.py speak` can speak.
 
     ShareGPT     {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}, ...]}
-    OpenAI       {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]}
+    OpenAI       {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}, ...]}
     Alpaca       {"instruction": "...", "input": "...", "output": "..."}
     UltraChat    {"data": ["...", "...", ...]}, the user first
 
@@ -17,7 +17,8 @@ from files.atomic import check_folder, replace_when_done
 
 ROLES = {"human": "user", "user": "user", "prompter": "user", "gpt": "model", "assistant": "model",
          "chatgpt": "model", "bot": "model", "model": "model"}
-UNSPEAKABLE = re.compile(r"```|`[^`\n]*`|https?://|www\.|\||\\[a-zA-Z]+|\$[^$\n]+\$|<[a-z/][^>\n]*>|[{}\[\]=_~^]")
+UNSPEAKABLE = re.compile(r"```|`[^`\n]*`|https?://|www\.|\||\\[a-zA-Z]+|\$[^$\n]+\$|<[a-z/][^>\n]*>"
+                         r"|[{}\[\]=_~^]")
 MARKS = re.compile(r"^\s*(?:#+|[-*+•]|\d+[.)])\s+|\*\*?|__", re.MULTILINE)  # headings, lists, emphasis
 
 
