@@ -12,7 +12,6 @@ Shapes: B clips, N samples, T frames of 80 ms, K codebooks.
 import argparse
 import contextlib
 import ctypes
-import functools
 import hashlib
 import io
 import json
@@ -29,10 +28,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from corpora.dialogues import speak_dialogues
-from corpora.mix import mix
-from corpora.readers import CORPORA, collect
-from corpora.words import make_words
+from corpora.commands import CORPORA, SEED, TTS
 from files.atomic import check_folder, copy, move_folder, read_json, replace_when_done, write_text
 from files.audio import SAMPLE_RATE, read_audio
 from files.augment import Version
@@ -264,10 +260,9 @@ def peak_memory():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# the commands: name, function, what it does, example, flags (name, default or ... if it must be given, help)
+# the commands: name, function, what it does, example, flags (name, default or ... if it must be given, help).
+# corpora/commands.py has those that read what exists already.
 
-OUT, SEED = ("--out", ..., "folder to write"), ("--seed", 1, "of all random choices")
-TTS = ("--tts", None, "another synthesiser than espeak-ng: a command with {text}, {voice} and {out}")
 COMMANDS = (
     ("toy", make_toy, "speak the toy world", "--items 1000 --tts 'say -v {voice} -o {out} {text}'", (
         ("--out", "data/toy", "folder to write"),
@@ -278,29 +273,7 @@ COMMANDS = (
         ("--voices", 24, "user voices of espeak-ng to train on"),
         ("--others", "", "for a quarter of what users say, voices of other synthesisers, such as flite:rms,"
                          "festival:kal_diphone,tts:Alex (default: flite's, if it is installed)"), SEED, TTS)),
-    ("words", make_words, "recordings of single words -> the toy world in people's voices",
-     "SpeechCommands --out data/people", (
-        ("source", ..., "folder with the recordings, in the layout of Speech Commands or of the "
-                        "free-spoken-digit-dataset"), OUT,
-        ("--lang", "en", "language of the words"),
-        ("--items", 4000, "dialogues to train on"),
-        ("--sentences", 4000, "user sentences to train on; of the model, a fourth as many"),
-        ("--tests", 120, "held-out dialogues of known speakers, and as many of those held out"),
-        ("--hold-out", "", "speakers that are never trained on, with commas"), SEED, TTS)),
-    ("speak", speak_dialogues, "written dialogues -> spoken ones", "dialogues.jsonl --out data/mine", (
-        ("source", ..., "the .jsonl of the dialogues"), OUT, ("--voices", 24, "user voices"), SEED, TTS)),
-    ("librispeech", functools.partial(collect, "librispeech"), "LibriSpeech -> a manifest",
-     "LibriSpeech --out data/libri", (("source", ..., "folder with *.trans.txt somewhere below"), OUT)),
-    ("ljspeech", functools.partial(collect, "ljspeech"), "LJSpeech -> a manifest",
-     "LJSpeech-1.1 --out data/lj", (("source", ..., "folder with metadata.csv"), OUT)),
-    ("conversations", functools.partial(collect, "conversations"), "stereo conversations -> a manifest",
-     "talks.jsonl --out data/talks", (("source", ..., "the .jsonl in moshi-finetune's format"), OUT)),
-    ("mix", mix, "dialogues -> conversations with interruptions, noise, gain and leakage",
-     "--data data/toy --out data/mixed --noise ~/noise", (
-        ("--data", "data/toy", "folder with the manifest of the dialogues"),
-        ("--out", "data/mixed", "folder to write"),
-        ("--conversations", 2000, "how many"),
-        ("--noise", None, "folder with audio files of noise at any depth (default: generated)"), SEED)),
+    *CORPORA,
     ("encode", encode, "audio -> codes, text -> tokens", "--data data/libri --tokenizer data/toy/encoded", (
         ("--data", "data/toy", "folder with the manifest"),
         ("--codec", "out/codec/checkpoint.pt", "what train.py --config codec wrote, or Mimi as published"),
@@ -321,7 +294,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, function, help, example, flags in COMMANDS:
-        command = commands.add_parser(name, help=help, description=CORPORA.get(name, function).__doc__,
+        command = commands.add_parser(name, help=help, description=function.__doc__,
                                       epilog=f"example: python prepare.py {name} {example}")
         command.set_defaults(run=function)
         for flag, default, help in flags:

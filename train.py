@@ -45,6 +45,7 @@ from toy.codec import CodecTask
 from training import flags, parallel, plan
 from training.muon import make_optimizer
 from training.run import Run, Stopped, default_precision
+from training.survey import survey
 
 # ------------------------------------------------------------------------------------------------------------
 # the stages
@@ -114,7 +115,7 @@ STAGES = {
         Stage("fine-tuning 2", 1600, 32, 6e-4, 0, 256, FADE_2, **TOY),
     ),
     "7b": (
-        Stage("post-training 1", 100_000, 256, 2e-4, 1e-5, 8192, POST, micro_batch=1),
+        Stage("post-training 1", 100_000, 256, 2e-4, 1e-5, 8192, POST, sources=(1.0, 0.0), micro_batch=1),
         Stage("post-training 2", 30_000, 256, 1e-5, 8e-6, 8192, POST, sources=(0.5, 5.0), micro_batch=1),
         Stage("fine-tuning 1", 1_600, 256, 1e-5, 8e-6, 8192, FINE_1, micro_batch=1),
         Stage("fine-tuning 2", 4_700, 256, 8e-6, 7e-6, 8192, FINE_2, micro_batch=1),
@@ -123,6 +124,7 @@ STAGES = {
 STAGES["0.5b"] = STAGES["7b"]
 WARMUP = 100  # steps at the start of a run
 
+PAUSE = 14  # frames at most before a clip of post-training
 NOISE, LEAKAGE = 0.5, 0.3  # shares of dialogues in a noisy room, of answers that leak from the loudspeaker
 
 ALPHA_1, ALPHA_2, BETA = 1.0, 0.5, 1.0  # Eq. 3: semantic, acoustic, monologue; gamma is in the stage
@@ -163,12 +165,18 @@ class Conversations:
         self.fingerprint = f"{meta['codec_sha256'][:16]} {meta['tokenizer_sha256'][:16]} {len(index)} lines"
         self.used = None  # a list while ModelTask.clips_of asks which codes a batch reads
 
-    def sources(self, layout, split):
-        return {"tts": self.said, "asr": self.heard, "recorded": self.recorded, "response_tts": self.free,
-                "free_response_tts": self.free}.get(layout, self.dialogues)[split]
+    @functools.lru_cache
+    def sources(self, layout, split, frames):
+        """What a layout is made of: numbers of lines, or clips; of these only such as fit into a row of
+        `frames` with their transcripts."""
+        found = {"tts": self.said, "asr": self.heard, "recorded": self.recorded, "response_tts": self.free,
+                 "free_response_tts": self.free}.get(layout, self.dialogues)[split]
+        if layout not in ("tts", "asr"):
+            return found
+        return [some[self.encoded.index["frames"][some[:, 0]] <= frames - PAUSE] for some in found]
 
-    def holds(self, layout, split):
-        return any(map(np.size, self.sources(layout, split)))
+    def holds(self, layout, split, frames):
+        return any(map(np.size, self.sources(layout, split, frames)))
 
     def dialogue(self, number):
         """[(user, model), ...] of a line; what the model says during the user's first turn is in that."""
@@ -192,12 +200,13 @@ class Conversations:
 
     def grid(self, layout, stage, split, rng):
         """One sample of a layout, undelayed: (17, any number of frames)."""
-        v, sources = self.vocab, self.sources(layout, split)
+        v, sources = self.vocab, self.sources(layout, split, stage.frames)
         if layout in ("tts", "asr"):
-            weights = [len(source) * weight for source, weight in zip(sources, stage.sources)]
-            line, turn = rng.choice(rng.choices(sources, weights)[0])
+            sizes = [len(source) for source in sources]
+            weights = [size * weight for size, weight in zip(sizes, stage.sources)]
+            line, turn = rng.choice(rng.choices(sources, weights if any(weights) else sizes)[0])
             u = self.utterance(self.line(line)["turns"][turn], rng)
-            pause = blank(rng.randint(2, 12), v, v.empty)
+            pause = blank(rng.randint(2, PAUSE - streams.TEXT_LEAD), v, v.empty)
             return np.concatenate([pause, getattr(streams, layout)(u, v)], 1)
         if layout == "recorded":
             d = self.line(rng.choice(sources))
@@ -257,7 +266,7 @@ class Conversations:
         random numbers of its own, so that it does not depend on who makes the others. progress: how much
         of the stage is over, 0 to 1."""
         shares = {name: max(0, a + (b - a) * progress) for name, (a, b) in stage.layouts.items()
-                  if self.holds(name, split)}
+                  if self.holds(name, split, stage.frames)}
         if not any(shares.values()):
             raise ValueError(f"{stage.name}: the data holds nothing for {', '.join(stage.layouts)} ({split})")
         seeds = [rng.getrandbits(64) for _ in range(stage.batch)]
@@ -364,8 +373,10 @@ class ModelTask:
         self.files = {"tokenizer.json": meta["tokenizer"], "codec.pt": meta["codec"]}
 
     def holds(self, stage, split):
-        """Whether the data has something for a stage."""
-        return any(self.data.holds(name, split) for name in stage.layouts)
+        """Whether the data has something for a stage: for a quarter of its layouts at least."""
+        shares = {name: max(share) for name, share in stage.layouts.items()}
+        held = [share for name, share in shares.items() if self.data.holds(name, split, stage.frames)]
+        return sum(held) >= sum(shares.values()) / 4
 
     def tokens(self, batch):
         return batch[0].numel()
@@ -504,14 +515,9 @@ def run(args, config, stages):
     if args.init and max(s.frames for s in stages) > task.config.context:
         raise ValueError(f"{args.init}: its context is {task.config.context} frames; --frames "
                          f"{task.config.context} makes rows that fit")
-    skipped = [s.name for s in stages if not task.holds(s, "train")]
-    stages = [s for s in stages if s.name not in skipped]
-    if not stages:
-        raise ValueError("the data holds nothing to train on for any stage")
+    notes, stages = survey(task, stages)
     if parallel.rank() == 0:
-        print("\n".join(map(flags.describe, (task.config, *stages))), flush=True)
-        if skipped:
-            print(f"Skipped, as the data holds nothing for them: {', '.join(skipped)}", flush=True)
+        print("\n".join([*map(flags.describe, (task.config, *stages)), *notes]), flush=True)
     out = args.out or f"out/{args.config}"
     path = train(task, stages, out, args.minutes, args.resume, args.seed, args.save_every)
     if parallel.rank() == 0:

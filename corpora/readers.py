@@ -58,7 +58,7 @@ def sentences_of(words, pause=0.8, longest=20.0):
     return sorted(out, key=lambda s: s["start"])
 
 
-CORPORA = {"librispeech": librispeech, "ljspeech": ljspeech, "conversations": conversations}
+READERS = {"librispeech": librispeech, "ljspeech": ljspeech, "conversations": conversations}
 
 
 def collect(corpus, source, out):
@@ -66,7 +66,7 @@ def collect(corpus, source, out):
     path, _ = check_folder(os.path.join(out, "manifest.jsonl"))
     n = 0
     with replace_when_done(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
-        for n, line in enumerate(tqdm(CORPORA[corpus](os.path.abspath(source)), corpus, unit="line"), 1):
+        for n, line in enumerate(tqdm(READERS[corpus](os.path.abspath(source)), corpus, unit="line"), 1):
             f.write(json.dumps(line, ensure_ascii=False) + "\n")
         if not n:
             raise ValueError(f"{source}: there is nothing of {corpus} in it")

@@ -64,7 +64,7 @@ def hearing(duplex, clips, scores, label):
 
 
 def normalise(text):
-    """Words in lower case, without punctuation but with apostrophes; in scripts without spaces, characters."""
+    """Lower-case words without punctuation but with apostrophes; in scripts without spaces, characters."""
     text = unicodedata.normalize("NFKC", text).lower().replace("\u2019", "'")
     text = "".join(c if c.isalnum() or c == "'" or unicodedata.category(c)[0] == "M" else " " for c in text)
     text = re.sub(NO_SPACES, lambda found: f" {found[0]} ", text)

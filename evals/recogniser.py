@@ -7,18 +7,14 @@ toy world, so its scores are optimistic; as the ceiling, eval.py prints its scor
 their codec reconstructions.
 """
 import dataclasses
-import os
 import random
-import shlex
-import subprocess
-import tempfile
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from files.audio import write_audio
+from corpora.transcribe import AsrCommand
 from files.checkpoint import load_weights
 from toy.codec import Clips, letters_loss
 from mimi import MELS, LogMel
@@ -113,23 +109,12 @@ class RecogniserTask:
 RECOGNISER = (Stage("recogniser", 700, 16, 2e-3, 0),)
 
 
-class OtherRecogniser:
+class OtherRecogniser(AsrCommand):
     """Any recogniser: a command with {wav} that prints the words it recognises."""
 
-    def __init__(self, template):
-        self.words = shlex.split(template)
-        if not any("{wav}" in w for w in self.words):
-            raise ValueError(f"--asr {template!r}: {{wav}} does not occur in it")
-
     def hear(self, wav):
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "speech.wav")
-            write_audio(path, wav)
-            command = [w.replace("{wav}", path) for w in self.words]
-            done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise ValueError(f"--asr {shlex.join(self.words)} failed: {done.stderr.strip()[-300:]}")
-        return "".join(c if c.isalnum() or c == "'" else " " for c in done.stdout.lower()).split()
+        text = self.hear_samples(wav).lower()
+        return "".join(c if c.isalnum() or c == "'" else " " for c in text).split()
 
 
 def get_recogniser(command, data, out, minutes, device):

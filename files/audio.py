@@ -2,6 +2,7 @@
 import functools
 import math
 import os
+from fractions import Fraction
 
 import numpy as np
 import soundfile
@@ -11,6 +12,9 @@ import torch.nn.functional as F
 from files.atomic import replace_when_done
 
 SAMPLE_RATE = 24_000  # of all audio in this project
+RATES = 1000, 768_000  # of files that are read
+PROMISE = 2000  # samples that a byte may hold; FLAC and Ogg hold hundreds of silence
+LOUDEST = 1e4  # of float samples, 80 dB over full scale
 
 
 def read_audio(path, mono=True, start=0.0, end=None):
@@ -24,12 +28,16 @@ def read_audio(path, mono=True, start=0.0, end=None):
     try:
         with soundfile.SoundFile(path) as f:
             rate = f.samplerate
+            if not RATES[0] <= rate <= RATES[1]:
+                raise ValueError(f"{path}: has {rate} samples a second; {RATES[0]} to {RATES[1]} can be read")
             first, last = round(start * rate), f.frames if end is None else round(end * rate)
             if not 0 <= first <= last <= f.frames:
                 raise ValueError(f"{path}: lasts {f.frames / rate:.2f} s, not from {start} to {end} s")
+            if f.frames > PROMISE * os.path.getsize(path):
+                raise ValueError(f"{path}: cut off; its header promises {f.frames / rate / 3600:.0f} hours")
             f.seek(first)
             x = f.read(last - first, dtype="float32", always_2d=True).T
-    except (soundfile.LibsndfileError, RuntimeError) as e:
+    except (soundfile.LibsndfileError, RuntimeError, TypeError, MemoryError, OverflowError) as e:
         raise ValueError(f"{path}: not an audio file that can be read ({e})") from None
     if first == last:
         raise ValueError(f"{path}: holds no audio (zero samples)")
@@ -37,6 +45,8 @@ def read_audio(path, mono=True, start=0.0, end=None):
         raise ValueError(f"{path}: cut off; its header promises more audio than it holds")
     if not np.isfinite(x).all():
         raise ValueError(f"{path}: holds samples that are not finite (NaN or infinity)")
+    if np.abs(x).max() > LOUDEST:
+        raise ValueError(f"{path}: holds samples of {np.abs(x).max():.3g}; 1 is full scale")
     x = torch.from_numpy(x)
     x = resample(x.mean(0, keepdim=True) if mono else x, rate)
     return x[0] if mono else x
@@ -73,11 +83,11 @@ def resample(x, rate):
 def resampling_filters(rate, width=64, rolloff=0.9476, beta=14.77):
     """A filter for each of the `new` samples that take the place of `old` ones: (new, 1, 2*half + old), old,
     new."""
-    g = math.gcd(rate, SAMPLE_RATE)
-    old, new = rate // g, SAMPLE_RATE // g
+    # An odd rate, such as 44,101 Hz, is off by a millionth: its exact ratio would take gigabytes of filters.
+    new, old = Fraction(SAMPLE_RATE, rate).limit_denominator(960).as_integer_ratio()
     cut = min(old, new) * rolloff
     half = math.ceil(width * old / cut)
-    t = torch.arange(-half, half + old, dtype=torch.float64) / old  # seconds, in units of 1/g
+    t = torch.arange(-half, half + old, dtype=torch.float64) / old  # in units of `old` samples
     t = (t - torch.arange(new, dtype=torch.float64)[:, None] / new) * cut
     window = torch.special.i0(beta * (1 - (t / width).clamp(-1, 1).square()).sqrt())
     window = window / torch.special.i0(torch.tensor(beta))

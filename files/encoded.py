@@ -7,7 +7,7 @@
     00000.jsonl       those lines: tokens, and the place of each clip's codes {"shard", "offset", "frames"}
     index.npy         for each line of all shards, where it is and what it is good for: a row of LINE
 
-There may be thousands of shards and millions of lines. Only the index is held in memory, 44 bytes a line.
+There may be thousands of shards and millions of lines. Only the index is held in memory, 48 bytes a line.
 Lines and codes are read from the disk when they are asked for, and no file stays open.
 """
 import hashlib
@@ -20,7 +20,7 @@ from files.atomic import read_json, replace_when_done
 from files.manifest import spoken_parts
 from files.tokenizer import load_tokenizer
 
-VERSION = 3  # of this format
+VERSION = 4  # of this format
 SHARD = 500  # lines
 ENCODED = r"(meta|tokenizer)\.json|codec\.pt|index\.npy|\d{5}\.(npy|jsonl)"  # the names in the folder
 
@@ -28,28 +28,31 @@ LINE = np.dtype([
     ("shard", "<u4"), ("byte", "<u8"), ("size", "<u4"),  # where the line is in the .jsonl
     ("split", "S5"), ("kind", "S12"),  # "" if the manifest has no kind
     ("turns", "<u2"), ("role", "S6"),  # the number of turns, and who has the first: user, model or either
+    ("frames", "<u4"),  # that its longest clip and the text of that take in ASR style
     ("annotated", "?"), ("interjections", "?"), ("sentences", "?")])  # has sentences: a recorded conversation
 
 
 def write_index(folder, shards):
     """Write folder/index.npy from the number of shards that are there. Returns the number of frames of codes
     in them."""
-    parts, frames = [np.zeros(0, LINE)], 0
+    parts, total = [np.zeros(0, LINE)], 0
     for shard in range(shards):
-        frames += len(np.load(os.path.join(folder, f"{shard:05}.npy"), mmap_mode="r"))
+        total += len(np.load(os.path.join(folder, f"{shard:05}.npy"), mmap_mode="r"))
         rows, byte = [], 0
         with open(os.path.join(folder, f"{shard:05}.jsonl"), "rb") as f:
             for text in f:
                 d = json.loads(text)
                 turns = d.get("turns", [])
                 kind, role = str(d.get("kind", "")).encode(), turns[0]["role"].encode() if turns else b""
-                rows.append((shard, byte, len(text), d["split"].encode(), kind, len(turns), role,
+                frames = max((max(c["frames"], c["speech"] + len(t["tokens"])) for t in turns
+                              for c in t["copies"]), default=0)
+                rows.append((shard, byte, len(text), d["split"].encode(), kind, len(turns), role, frames,
                              d["annotated"], bool(d.get("interjections")), "sentences" in d))
                 byte += len(text)
         parts.append(np.array(rows, LINE))
     with replace_when_done(os.path.join(folder, "index.npy")) as temporary, open(temporary, "wb") as f:
         np.save(f, np.concatenate(parts), allow_pickle=False)
-    return frames
+    return total
 
 
 def read_encoded(folders):

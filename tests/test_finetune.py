@@ -1,8 +1,10 @@
 """Training on from a model of ours, and on data that serves some of the stages only."""
 import dataclasses
 import json
+import random
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,8 +12,10 @@ import model
 import train
 from conftest import FLM, encode, run
 from files.checkpoint import load_checkpoint
+from streams import TEXT
 from test_train import SHORT
 from training.muon import make_optimizer
+from training.survey import survey
 
 
 def test_a_model_of_ours_is_fine_tuned_on_other_data(world, tmp_path):
@@ -32,7 +36,8 @@ def test_a_model_of_ours_is_fine_tuned_on_other_data(world, tmp_path):
 
 
 def test_stages_without_data_are_skipped_and_named(world, tmp_path):
-    """Recordings alone serve post-training, and the ASR share of fine-tuning 2."""
+    """Recordings alone serve post-training; not fine-tuning 2, of which they could serve the ASR share
+    alone. What does not fit into a row with its transcript is counted."""
     folder = tmp_path / "libri"
     folder.mkdir()
     lines = [json.loads(line) for line in open(world / "toy/manifest.jsonl")]
@@ -41,12 +46,33 @@ def test_stages_without_data_are_skipped_and_named(world, tmp_path):
         for t in clips:
             f.write(json.dumps({"audio": str(world / "toy" / t["audio"]), "text": t["text"]}) + "\n")
     encode(folder, world)
-    size = "--layers 1 --width 32 --heads 2 --mlp 32 --frames 32 --batch 2 --steps 6 --device cpu".split()
+    size = "--layers 1 --width 32 --heads 2 --mlp 32 --frames 40 --batch 2 --steps 6 --device cpu".split()
     code, out, err = run("train.py", "--data", folder / "encoded", "--out", tmp_path / "o", *size)
     assert code == 0, err
-    assert "Skipped, as the data holds nothing for them: language, fine-tuning 1\n" in out
     saved = load_checkpoint(str(tmp_path / "o/checkpoint.pt"), "flm")
-    assert [s["name"] for s in saved["stages"]] == ["post-training 1", "post-training 2", "fine-tuning 2"]
+    assert [s["name"] for s in saved["stages"]] == ["post-training 1", "post-training 2"]
+    for name in ("language", "fine-tuning 1", "fine-tuning 2"):
+        assert f"\n{name}: skipped, as the data holds little or nothing for" in out
+    data = train.Conversations(str(folder / "encoded"))
+    frames = [max(c["frames"], c["speech"] + len(t["tokens"])) for t in
+              (data.line(i)["turns"][0] for i in np.flatnonzero(data.encoded.index["split"] == b"train"))
+              for c in t["copies"]]
+    fit = sum(n + train.PAUSE <= 40 for n in frames)
+    assert 0 < fit < len(frames) and f"asr: {len(frames) - fit} of {len(frames)} clips do not fit" in out
+    assert f"rows of {max(frames) + train.PAUSE} frames hold all" in out
+    rows = data.batch(train.Stage("s", 1, 30, 0, 0, 40, {"asr": (1, 1)}), 0, "train", random.Random(0))[0]
+    first = (rows[:, TEXT] != data.vocab.wait).int().argmax(1)  # each row's first clip has its transcript
+    assert (first > 0).all()
+
+
+def test_nothing_that_fits_is_one_clear_error(world):
+    task = train.ModelTask(FLM, str(world / "toy/encoded"), "cpu")
+    stages = [train.Stage("short", 1, 1, 0, 0, 16, {"asr": (1, 1)}), train.Stage("long", 1, 1, 0, 0, 128,
+                                                                                 {"asr": (1, 1)})]
+    with pytest.raises(ValueError, match="for any stage: asr: [0-9]+ of [0-9]+ clips do not fit into rows"):
+        survey(task, stages[:1])
+    notes, kept = survey(task, stages)
+    assert [s.name for s in kept] == ["long"] and notes[0].startswith("short: skipped")
 
 
 def test_a_run_goes_on_as_it_was_begun_or_not_at_all(world, tmp_path):
