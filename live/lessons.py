@@ -112,6 +112,9 @@ class Lessons:
                 "--recordings", os.path.abspath(self.folder), "--out", os.path.abspath(self.out), "--minutes",
                 str(self.minutes), *self.extra, stdout=log, stderr=log, start_new_session=True,
                 env={**os.environ, "PYTHONPATH": ROOT})
+        with contextlib.suppress(AttributeError, OSError):  # Windows has no such thing
+            ours = os.getpriority(os.PRIO_PROCESS, 0)
+            os.setpriority(os.PRIO_PROCESS, self.process.pid, ours + 10)  # conversations come first
         self.waiting = asyncio.ensure_future(self.wait())
 
     async def wait(self):
