@@ -66,6 +66,7 @@ class Stage:
     frame_dropout: float = 0.0  # share of heard frames, and of rows of heard acoustic codes, that is masked
     depth: tuple = (1.0, 1.0)  # shares of frames of speech, of silence that the depth transformer learns from
     sources: tuple = (1.0, 1.0)  # weights of recordings transcribed by a machine, by a person
+    epochs: float = 0.0  # over the data, instead of steps
     augment: float = 0.0  # codec: share of users' clips that it hears through another throat and microphone
 
     @property
@@ -89,6 +90,8 @@ FADE_2 = {"asr_response_tts": (0.7, -0.7), "asr": (0.2, 0.2), **FINE_2}
 # to learn when to keep quiet, and with 0.01 more than a quarter of its answers began before the user had
 # ended.
 TOY = {"wait": 0.3, "frame_dropout": 0.15, "depth": (0.4, 0.1)}
+SMALL, LONG = {**TOY, "micro_batch": 2}, {"micro_batch": 1}
+COARSE, FINE = (1.0, 0.0), (0.5, 5.0)  # sources: transcribed by machines; both, most of it by people
 STAGES = {
     "codec": (
         Stage("codec", 2200, 16, 3e-3, 0),
@@ -107,18 +110,18 @@ STAGES = {
         Stage("fine-tuning 1", 1000, 16, 1.5e-3, 1.5e-3, 128, FINE_1, **TOY),
         Stage("fine-tuning 2", 2300, 8, 1.5e-3, 0, 256, FADE_2, **TOY),
     ),
-    "small": (  # one GPU
-        Stage("language", 300, 32, 6e-4, 6e-4, 256, LANGUAGE, wait=1.0),
-        Stage("post-training 1", 600, 32, 6e-4, 6e-4, 256, POST_TINY, **TOY),
-        Stage("post-training 2", 100, 32, 6e-4, 6e-4, 256, POST_TINY, **TOY),
-        Stage("fine-tuning 1", 700, 32, 6e-4, 6e-4, 256, FINE_1, **TOY),
-        Stage("fine-tuning 2", 1600, 32, 6e-4, 0, 256, FADE_2, **TOY),
+    "small": (  # one GPU; rows of 82 seconds
+        Stage("language", 300, 8, 6e-4, 6e-4, 1024, LANGUAGE, wait=1.0, micro_batch=2),
+        Stage("post-training 1", 600, 8, 6e-4, 6e-4, 1024, POST_TINY, sources=COARSE, **SMALL),
+        Stage("post-training 2", 100, 8, 6e-4, 6e-4, 1024, POST_TINY, sources=FINE, **SMALL),
+        Stage("fine-tuning 1", 700, 8, 6e-4, 6e-4, 1024, FINE_1, **SMALL),
+        Stage("fine-tuning 2", 1600, 8, 6e-4, 0, 1024, FADE_2, **SMALL),
     ),
-    "7b": (
-        Stage("post-training 1", 100_000, 256, 2e-4, 1e-5, 8192, POST, sources=(1.0, 0.0), micro_batch=1),
-        Stage("post-training 2", 30_000, 256, 1e-5, 8e-6, 8192, POST, sources=(0.5, 5.0), micro_batch=1),
-        Stage("fine-tuning 1", 1_600, 256, 1e-5, 8e-6, 8192, FINE_1, micro_batch=1),
-        Stage("fine-tuning 2", 4_700, 256, 8e-6, 7e-6, 8192, FINE_2, micro_batch=1),
+    "7b": (  # epochs of the paper (table 3); the steps are for --plan
+        Stage("post-training 1", 100_000, 256, 2e-4, 1e-5, 8192, POST, epochs=3.3, sources=COARSE, **LONG),
+        Stage("post-training 2", 30_000, 256, 1e-5, 8e-6, 8192, POST, epochs=1, sources=FINE, **LONG),
+        Stage("fine-tuning 1", 1_600, 256, 1e-5, 8e-6, 8192, FINE_1, epochs=2, **LONG),
+        Stage("fine-tuning 2", 4_700, 256, 8e-6, 7e-6, 8192, FINE_2, epochs=6, **LONG),
     ),
 }
 STAGES["0.5b"] = STAGES["7b"]
@@ -252,9 +255,12 @@ class Conversations:
         """A row (17, T) packed with samples of the layouts, and which frames the depth transformer learns
         from, (T-1,)."""
         grids = []
-        while sum(g.shape[1] for g in grids) < stage.frames:
+        while (room := stage.frames - sum(g.shape[1] for g in grids)) > 0:
             layout = rng.choices(list(shares), list(shares.values()))[0]
-            grids.append(self.grid(layout, stage, split, rng))
+            grid = self.grid(layout, stage, split, rng)
+            if layout == "asr" and grid.shape[1] > room:  # it would be cut before its transcript
+                grid = blank(room, self.vocab, self.vocab.empty)
+            grids.append(grid)
         grid, rng = pack(grids, stage.frames, self.vocab), np.random.default_rng(rng.getrandbits(64))
         learn = frames_to_learn(grid, self.vocab, stage.depth, rng)
         if split == "train" and stage.frame_dropout:

@@ -128,7 +128,7 @@ def show(name, config, stages, gpus, card, utilisation, eight_bit):
           f"(data sheets), {utilisation:.0%} utilisation (assumed)\n")
     plans = {}
     for i, stage in enumerate(stages):
-        same = dataclasses.replace(stage, name="", steps=0, lr=0, lr_end=0, layouts=None)
+        same = dataclasses.replace(stage, name="", steps=0, epochs=0, lr=0, lr_end=0, layouts=None)
         p = plans[same] = plans.get(same) or plan(config, same, gpus, eight_bit=eight_bit)
         if i == 0:
             for part, n in p.parameters.items():
