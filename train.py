@@ -35,14 +35,13 @@ import mimi
 import model
 import streams
 from files.audio import SAMPLE_RATE
-from files.checkpoint import load_weights
 from files.device import check_device
 from files.encoded import read_encoded
 from mimi import FRAME, Mimi
-from published.release import from_qwen
+from published.release import start_from
 from streams import K, LISTEN, SPEAK, TEXT, Utterance, Vocab, blank, pack
 from toy.codec import CodecTask
-from training import flags, parallel, plan
+from training import flags, lora, parallel, plan
 from training.muon import make_optimizer
 from training.run import Run, Stopped, default_precision
 from training.survey import survey
@@ -66,6 +65,7 @@ class Stage:
     frame_dropout: float = 0.0  # share of heard frames, and of rows of heard acoustic codes, that is masked
     depth: tuple = (1.0, 1.0)  # shares of frames of speech, of silence that the depth transformer learns from
     sources: tuple = (1.0, 1.0)  # weights of recordings transcribed by a machine, by a person
+    epochs: float = 0.0  # over the data, instead of steps
     augment: float = 0.0  # codec: share of users' clips that it hears through another throat and microphone
 
     @property
@@ -89,6 +89,8 @@ FADE_2 = {"asr_response_tts": (0.7, -0.7), "asr": (0.2, 0.2), **FINE_2}
 # to learn when to keep quiet, and with 0.01 more than a quarter of its answers began before the user had
 # ended.
 TOY = {"wait": 0.3, "frame_dropout": 0.15, "depth": (0.4, 0.1)}
+SMALL, LONG = {**TOY, "micro_batch": 2}, {"micro_batch": 1}
+COARSE, FINE = (1.0, 0.0), (0.5, 5.0)  # sources: transcribed by machines; both, most of it by people
 STAGES = {
     "codec": (
         Stage("codec", 2200, 16, 3e-3, 0),
@@ -107,18 +109,18 @@ STAGES = {
         Stage("fine-tuning 1", 1000, 16, 1.5e-3, 1.5e-3, 128, FINE_1, **TOY),
         Stage("fine-tuning 2", 2300, 8, 1.5e-3, 0, 256, FADE_2, **TOY),
     ),
-    "small": (  # one GPU
-        Stage("language", 300, 32, 6e-4, 6e-4, 256, LANGUAGE, wait=1.0),
-        Stage("post-training 1", 600, 32, 6e-4, 6e-4, 256, POST_TINY, **TOY),
-        Stage("post-training 2", 100, 32, 6e-4, 6e-4, 256, POST_TINY, **TOY),
-        Stage("fine-tuning 1", 700, 32, 6e-4, 6e-4, 256, FINE_1, **TOY),
-        Stage("fine-tuning 2", 1600, 32, 6e-4, 0, 256, FADE_2, **TOY),
+    "small": (  # one GPU; rows of 82 seconds
+        Stage("language", 300, 8, 6e-4, 6e-4, 1024, LANGUAGE, wait=1.0, micro_batch=2),
+        Stage("post-training 1", 600, 8, 6e-4, 6e-4, 1024, POST_TINY, sources=COARSE, **SMALL),
+        Stage("post-training 2", 100, 8, 6e-4, 6e-4, 1024, POST_TINY, sources=FINE, **SMALL),
+        Stage("fine-tuning 1", 700, 8, 6e-4, 6e-4, 1024, FINE_1, **SMALL),
+        Stage("fine-tuning 2", 1600, 8, 6e-4, 0, 1024, FADE_2, **SMALL),
     ),
-    "7b": (
-        Stage("post-training 1", 100_000, 256, 2e-4, 1e-5, 8192, POST, sources=(1.0, 0.0), micro_batch=1),
-        Stage("post-training 2", 30_000, 256, 1e-5, 8e-6, 8192, POST, sources=(0.5, 5.0), micro_batch=1),
-        Stage("fine-tuning 1", 1_600, 256, 1e-5, 8e-6, 8192, FINE_1, micro_batch=1),
-        Stage("fine-tuning 2", 4_700, 256, 8e-6, 7e-6, 8192, FINE_2, micro_batch=1),
+    "7b": (  # epochs of the paper (table 3); the steps are for --plan
+        Stage("post-training 1", 100_000, 256, 2e-4, 1e-5, 8192, POST, epochs=3.3, sources=COARSE, **LONG),
+        Stage("post-training 2", 30_000, 256, 1e-5, 8e-6, 8192, POST, epochs=1, sources=FINE, **LONG),
+        Stage("fine-tuning 1", 1_600, 256, 1e-5, 8e-6, 8192, FINE_1, epochs=2, **LONG),
+        Stage("fine-tuning 2", 4_700, 256, 8e-6, 7e-6, 8192, FINE_2, epochs=6, **LONG),
     ),
 }
 STAGES["0.5b"] = STAGES["7b"]
@@ -252,9 +254,12 @@ class Conversations:
         """A row (17, T) packed with samples of the layouts, and which frames the depth transformer learns
         from, (T-1,)."""
         grids = []
-        while sum(g.shape[1] for g in grids) < stage.frames:
+        while (room := stage.frames - sum(g.shape[1] for g in grids)) > 0:
             layout = rng.choices(list(shares), list(shares.values()))[0]
-            grids.append(self.grid(layout, stage, split, rng))
+            grid = self.grid(layout, stage, split, rng)
+            if layout == "asr" and grid.shape[1] > room:  # it would be cut before its transcript
+                grid = blank(room, self.vocab, self.vocab.empty)
+            grids.append(grid)
         grid, rng = pack(grids, stage.frames, self.vocab), np.random.default_rng(rng.getrandbits(64))
         learn = frames_to_learn(grid, self.vocab, stage.depth, rng)
         if split == "train" and stage.frame_dropout:
@@ -340,35 +345,32 @@ class ModelTask:
     """What train() needs to know of the model and its data; toy/codec.py has the same of the codec."""
     kind = "flm"
 
-    def __init__(self, config, data, device, init=None, seed=1, eight_bit=False, precision=None):
-        """init: a folder to start from, of a run of ours or with Qwen2.5's weights, instead of from nothing.
-        eight_bit: see make_optimizer."""
+    def __init__(self, config, data, device, init=None, seed=1, eight_bit=False, precision=None, rank=0):
+        """init: a folder to start from instead of from nothing, see published/release.py: start_from.
+        eight_bit: see make_optimizer. rank: of low-rank adapters, see training/lora.py; 0 for none."""
         self.device, self.precision = device, precision
         bfloat16 = (precision or default_precision(device)) == "bfloat16"
         self.data = Conversations(data)
-        self.vocab, meta = self.data.vocab, self.data.encoded.meta
-        config = dataclasses.replace(config, empty=self.vocab.empty)
+        vocab, meta = self.data.vocab, self.data.encoded.meta
 
         def place(flm):
-            flm = flm.bfloat16() if eight_bit else flm
+            flm = flm.bfloat16() if eight_bit else lora.halve(flm) if rank and bfloat16 else flm
             return parallel.shard_and_allocate(flm, device, bfloat16)
-        ours = init and os.path.exists(os.path.join(init, "checkpoint.pt"))
-        if ours:
-            self.model = parallel.build_from_checkpoint(init, meta, place)
-        elif init:
-            self.model = from_qwen(init, config, place, seed)
+        if init:
+            self.model, audio = start_from(init, dataclasses.replace(config, empty=vocab.empty), vocab, meta,
+                                           place, seed)
         else:
-            config = dataclasses.replace(config, vocab_size=max(config.vocab_size, self.vocab.text_size))
+            words = max(config.vocab_size, vocab.text_size)
+            config, audio = dataclasses.replace(config, vocab_size=words, empty=vocab.empty), False
             self.model = parallel.build(config, place, seed)
         self.config = self.model.config
-        if self.config.vocab_size < self.vocab.text_size:
-            raise ValueError(f"{init}: has {self.config.vocab_size} words, fewer than the "
-                             f"{self.vocab.text_size} of the data's tokeniser; encode with "
-                             f"--tokenizer {init}")
+        self.vocab = self.data.vocab = dataclasses.replace(vocab, empty=self.config.empty)
         self.modules, self.from_nothing = self.model, not init
-        if not ours:
+        if not audio:
             codebooks = Mimi.load(meta["codec"], device).codebooks()
             self.model.init_audio(codebooks, seed=seed, assign=parallel.assign_shard)
+        if rank:
+            lora.add_adapters(self.model, rank, seed)
         self.fingerprint, self.batch = self.data.fingerprint, self.data.batch
         self.files = {"tokenizer.json": meta["tokenizer"], "codec.pt": meta["codec"]}
 
@@ -403,10 +405,10 @@ class ModelTask:
         return sorted(set(used))
 
     def state(self):
-        return {"model": self.model.state_dict(), "vocab": dataclasses.asdict(self.vocab)}
+        return {**lora.state(self.model), "vocab": dataclasses.asdict(self.vocab)}
 
     def load(self, saved, where):
-        load_weights(self.model, saved["model"], where)
+        lora.load(self.model, saved, where)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -461,7 +463,9 @@ def build_parser():
     add("--data", help="default: data/toy for the codec; for a model data/toy/encoded (several: with commas)")
     add("--out", help="default: out/CONFIG")
     add("--init", help="folder to start from: of a run of ours, such as out/tiny, whose codec and tokeniser "
-                       "the data must be encoded with; or with Qwen2.5's published weights")
+                       "the data must be encoded with; or the published weights of Qwen2.5 or FLM-Audio")
+    add("--lora", type=int, default=0, metavar="RANK",
+        help="with --init: freeze the temporal transformer and train low-rank adapters, on a single process")
     add("--minutes", type=float, help="train about this long on this machine instead of the table's steps")
     add("--eight-bit", action="store_true", help="weights in bfloat16, optimiser in 8 bits: a third of "
                                                  "the memory, on a single process")
@@ -488,7 +492,7 @@ def main():
             if args.config == "codec":
                 raise ValueError("--plan is for a model")
             return plan.show(args.config, config, stages, args.gpus, args.card, args.utilisation,
-                             args.eight_bit)
+                             args.eight_bit, args.lora)
         run(args, config, stages)
     except Stopped as e:
         print(e.args[0], file=sys.stderr)
@@ -504,14 +508,17 @@ def main():
 def run(args, config, stages):
     check_device(args.device)
     args.device = parallel.begin(args.device)
-    if parallel.is_distributed() and (args.config == "codec" or args.eight_bit):
-        what = "--eight-bit" if args.eight_bit else "the codec"
-        raise ValueError(f"{what} trains in one process, without torchrun")
+    one = [name for name, on in (("the codec", args.config == "codec"), ("--eight-bit", args.eight_bit),
+                                 ("--lora", args.lora)) if on]
+    if parallel.is_distributed() and one:
+        raise ValueError(f"{one[0]} trains in one process, without torchrun")
+    if args.lora and (not args.init or one != ["--lora"]):
+        raise ValueError("--lora needs a model to start from (--init), and works without --eight-bit")
     if args.config == "codec":
         task = CodecTask(config, args.data or "data/toy", args.device, args.precision)
     else:
         task = ModelTask(config, args.data or "data/toy/encoded", args.device, args.init, args.seed,
-                         args.eight_bit, args.precision)
+                         args.eight_bit, args.precision, args.lora)
     if args.init and max(s.frames for s in stages) > task.config.context:
         raise ValueError(f"{args.init}: its context is {task.config.context} frames; --frames "
                          f"{task.config.context} makes rows that fit")

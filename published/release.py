@@ -21,7 +21,7 @@ from files.atomic import copy, read_json, replace_when_done
 from files.checkpoint import open_safetensors
 from model import FLM, FLMConfig
 from streams import K, Vocab
-from training.parallel import assign_shard, build
+from training.parallel import assign_shard, build, build_from_checkpoint, gather
 
 # ------------------------------------------------------------------------------------------------------------
 # tables of names. The temporal transformer is Qwen2.5; the whole model is the FLM-Audio release
@@ -151,14 +151,46 @@ def from_qwen(folder, config: FLMConfig, place=None, seed=0):
     return model
 
 
-def load_release(folder, context=8192):
+def load_release(folder, context=8192, place=None):
     """The FLM-Audio release, or an export of ours: (model, vocab). context: frames that attention sees.
-    Raises ValueError or OSError."""
+    place: see build. Raises ValueError or OSError."""
     config, vocab = read_release_config(folder, context)
     table = dict(release_tensors(config))
-    model = build(config, given=table)
+    model = build(config, place, given=table)
     load_tensors(model, open_all(folder), folder, table)
     return model, vocab
+
+
+def start_from(folder, config, vocab, meta, place=None, seed=0):
+    """The model that a training starts from: of a run of ours, the FLM-Audio release (or an export of ours),
+    or the language model Qwen2.5. vocab, meta: of the data. Returns (model, whether it knows audio already).
+    Raises ValueError or OSError."""
+    ours, theirs = os.path.exists(os.path.join(folder, "checkpoint.pt")), None
+    if ours:
+        model = build_from_checkpoint(folder, meta, place)
+    elif read_json(os.path.join(folder, "config.json")).get("model_type") == "FLMAudio":
+        model, theirs = load_release(folder, config.context, place)
+        codes = theirs.codebook_size
+        if codes != vocab.codebook_size:
+            raise ValueError(f"{folder}: speaks the {codes} codes of its codec, the data has "
+                             f"{vocab.codebook_size}; encode with the release's codec, Kyutai's Mimi")
+    else:
+        model = from_qwen(folder, config, place, seed)
+    if model.config.vocab_size < vocab.text_size:
+        raise ValueError(f"{folder}: has {model.config.vocab_size} words, fewer than the {vocab.text_size} "
+                         f"of the data's tokeniser; encode with --tokenizer {folder}")
+    if theirs:
+        move_token(model, theirs.wait, vocab.wait)
+    return model, bool(ours or theirs)
+
+
+@torch.no_grad()
+def move_token(model, old, new):
+    """Make a token mean what another one means."""
+    for p in {model.text.weight, model.head.weight}:
+        rows = gather(p).clone()
+        rows[new] = rows[old]
+        assign_shard(p, rows)
 
 
 def read_release_config(folder, context):

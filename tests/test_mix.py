@@ -97,7 +97,7 @@ def test_mixing_a_world(world, tmp_path):
     loss, _, _ = loss_of(task, train.Stage("one", 1, 2, 1e-3, 0, 48, {"recorded": (1, 1)}))
     assert torch.isfinite(loss)
     again = tmp_path / "again"
-    prepare.mix(str(world / "toy"), str(again), 4, None, 1)
+    mix.mix(str(world / "toy"), str(again), 4, None, 1)
     assert (again / "manifest.jsonl").read_bytes() == (out / "manifest.jsonl").read_bytes()
     for i in range(4):
         assert (again / f"talks/00000{i}.flac").read_bytes() == (out / f"talks/00000{i}.flac").read_bytes()

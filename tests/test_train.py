@@ -418,8 +418,8 @@ def test_flags_change_the_config_and_keep_the_stages_in_proportion(config):
         assert abs(new.steps - old.steps * 2000 / steps) <= 0.5
         assert new.lr == pytest.approx(old.lr * 1e-3 / rate)
         assert new.lr_end == pytest.approx(old.lr_end * 1e-3 / rate)
-        assert new == dataclasses.replace(old, steps=new.steps, lr=new.lr, lr_end=new.lr_end, batch=4,
-                                          wait=0.1, depth=(0.5, 0.2))
+        assert new == dataclasses.replace(old, steps=new.steps, epochs=0, lr=new.lr, lr_end=new.lr_end,
+                                          batch=4, wait=0.1, depth=(0.5, 0.2))
 
 
 def use_clips(folder, world, splits):

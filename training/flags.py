@@ -50,6 +50,9 @@ def apply(config, stages, arguments):
     config = dataclasses.replace(config, **{name: value for name, value in values.items() if name in ours})
     for_stages = {name: value for name, value in values.items() if name in {*theirs} - {"steps", "lr"}}
     if "steps" in values:
+        if "epochs" in values:
+            raise ValueError("--steps and --epochs: give one of them")
+        for_stages["epochs"] = 0.0
         share = values["steps"] / sum(s.steps for s in stages)
         stages = [dataclasses.replace(s, steps=max(1, round(s.steps * share))) for s in stages]
     if "lr" in values:

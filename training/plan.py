@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model
 from streams import K
+from training import lora
 
 # peak FLOP/s in bfloat16 and bytes of memory, from the data sheets
 BF16 = {"H200": (989e12, 141e9), "H100": (989e12, 80e9), "A100": (312e12, 80e9), "4090": (165e12, 24e9)}
@@ -39,11 +40,13 @@ def parts_of(flm):
     """{part of the model: number of parameters}"""
     text, audio = "text embedding and head", "audio embeddings"
     temporal, depth = "temporal transformer", "depth transformer"
+    adapters = "low-rank adapters"
     out = dict.fromkeys((text, audio, temporal, depth), 0)
     where = {"text": text, "head": text, "speak": audio, "listen": audio, "blocks": temporal,
              "norm": temporal, "depth": depth}
     for name, p in flm.named_parameters():
-        out[where[name.split(".")[0]]] += p.numel()
+        part = adapters if name.endswith((".a", ".b")) else where[name.split(".")[0]]
+        out[part] = out.get(part, 0) + p.numel()
     return out
 
 
@@ -77,12 +80,20 @@ def cost(f, device, bf16):
     return Cost(counter.get_total_flops(), forward, size)
 
 
-def measure(config, recompute, rows, T, share, bf16, device="meta"):
+def build(config, rank, bf16, device="meta"):
+    """A model without memory; rank: of its adapters, or 0 for none."""
+    with torch.device(device):
+        flm = model.FLM(config)
+    if rank:
+        lora.add_adapters(lora.halve(flm) if bf16 else flm, rank)
+    return flm
+
+
+def measure(config, recompute, rows, T, share, bf16, device="meta", rank=0):
     """The Cost of `rows` rows of T frames; `share` of the frames enter the depth transformer. All layers cost
     the same, and so do all pieces of the losses, so the cost of one more gives the cost of all."""
     def temporal(layers):
-        with torch.device(device):
-            flm = model.FLM(dataclasses.replace(config, layers=layers))
+        flm = build(dataclasses.replace(config, layers=layers), rank, bf16, device)
         flm.recompute = recompute
         grid = torch.zeros(rows, 1 + 2 * K, T, dtype=torch.long, device=device)
         return flm, cost(lambda: flm.hidden(grid), device, bf16)
@@ -99,15 +110,16 @@ def measure(config, recompute, rows, T, share, bf16, device="meta"):
     return total
 
 
-def plan(config, stage, gpus, bf16=True, eight_bit=False):
-    """The Plan for one stage of training on a number of GPUs. eight_bit: see training/muon.py."""
-    with torch.device("meta"):
-        flm = model.FLM(config)
+def plan(config, stage, gpus, bf16=True, eight_bit=False, rank=0):
+    """The Plan for one stage of training on a number of GPUs. eight_bit: see training/muon.py; rank: see
+    training/lora.py."""
+    flm = build(config, rank, bf16)
     rows = stage.micro_batch or stage.batch // gpus or 1
     share = 0.5 * (stage.depth[0] + stage.depth[1])  # about half of the frames are speech
-    each = measure(config, stage.recompute, rows, stage.frames, share, bf16)
-    P, size = sum(p.numel() for p in flm.parameters()), 2 if bf16 else 4
-    block = sum(p.numel() for p in flm.blocks[0].parameters())
+    each = measure(config, stage.recompute, rows, stage.frames, share, bf16, rank=rank)
+    P, size = sum(p.numel() for p in flm.parameters() if p.requires_grad), 2 if bf16 else 4
+    frozen = sum(p.numel() * p.element_size() for p in flm.parameters() if not p.requires_grad)
+    block = sum(p.numel() for p in flm.blocks[0].parameters() if p.requires_grad)
     rest = P - block * len(flm.blocks)
     # One block is computed while the next is gathered; embeddings, head and depth transformer stay gathered
     # for the whole step.
@@ -116,20 +128,24 @@ def plan(config, stage, gpus, bf16=True, eight_bit=False):
     losses = 3 * 4 * min(model.PIECE, rows * stage.frames * config.vocab_size)
     working = rows * stage.frames * (4 * config.mlp + 8 * config.width) * size + losses
     micro_batches = stage.batch / rows
-    return Plan(parts_of(flm), weights=held * P / gpus, gathered=gathered, gradients=held * P / gpus,
+    # a backward pass is twice a forward pass, less where frozen weights need no gradients
+    useful = each.flops - each.forward * stage.recompute if rank else 3 * each.forward
+    return Plan(parts_of(flm), weights=frozen + held * P / gpus, gathered=gathered, gradients=held * P / gpus,
                 optimiser=2 * held * P / gpus * (0.5 if eight_bit else 1), activations=each.saved + working,
                 frames=stage.batch * stage.frames, flops=each.flops * micro_batches,
-                useful=3 * each.forward * micro_batches)
+                useful=useful * micro_batches)
 
 
-def show(name, config, stages, gpus, card, utilisation, eight_bit):
+def show(name, config, stages, gpus, card, utilisation, eight_bit, rank=0):
+    if rank and (eight_bit or gpus > 1):
+        raise ValueError("--lora trains in one process, without --eight-bit")
     peak, room = BF16[card]
     print(f"{name} on {gpus} x {card}: {peak / 1e12:.0f} TFLOP/s in bfloat16 and {room / 1e9:.0f} GB each "
           f"(data sheets), {utilisation:.0%} utilisation (assumed)\n")
     plans = {}
     for i, stage in enumerate(stages):
-        same = dataclasses.replace(stage, name="", steps=0, lr=0, lr_end=0, layouts=None)
-        p = plans[same] = plans.get(same) or plan(config, same, gpus, eight_bit=eight_bit)
+        same = dataclasses.replace(stage, name="", steps=0, epochs=0, lr=0, lr_end=0, layouts=None)
+        p = plans[same] = plans.get(same) or plan(config, same, gpus, eight_bit=eight_bit, rank=rank)
         if i == 0:
             for part, n in p.parameters.items():
                 print(f"  {part:26} {n / 1e6:10.1f} M parameters")

@@ -330,7 +330,7 @@ class Run:
         for old, new in itertools.zip_longest(saved["stages"], map(dataclasses.asdict, self.stages)):
             if old != new:
                 same = old and new and old["name"] == new["name"]
-                odd = ", ".join(k for k in old if old[k] != new[k]) if same else "not in both"
+                odd = ", ".join(k for k in new if old.get(k) != new[k]) if same else "not in both"
                 raise ValueError(f"{path}: was trained in other stages ({(old or new)['name']}: {odd}); "
                                  "--out names another folder")
         if saved["seed"] != self.seed:
