@@ -146,7 +146,8 @@ class Lessons:
         """A model of this server, loaded when it is first used."""
         if which not in self.models:
             m = self.models["old"]
-            self.models[which] = type(m).load(self.taught(), m.device, m.text, m.audio)
+            self.models[which] = type(m).load(self.taught(), m.device)
+            self.models[which].sampling = m.sampling
         return self.models[which]
 
     async def switch(self, which):
