@@ -43,8 +43,8 @@ def too_long(data, stages):
             if n < of:
                 longest = max(index["frames"][some[:, 0]].max() for some in whole if len(some))
                 lines[layout, s.frames] = (f"{layout}: {of - n} of {of} clips do not fit into rows of "
-                                           f"{s.frames} frames and are left out; rows of {longest + 14} "
-                                           "frames hold all")
+                                           f"{s.frames} frames and are left out; --frames "
+                                           f"{longest + 14} holds all")
     return list(lines.values())
 
 
