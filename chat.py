@@ -19,7 +19,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -34,9 +34,10 @@ from live.graph import capture
 from live.transcript import PrintedTranscript
 from mimi import FRAME, Mimi, tensors
 from model import FLM, KVCache
+from published.release import find_codec, is_release, load_to_talk
 from streams import DELAYED, FRAME_RATE, K, LISTEN, ROWS, SPEAK, TEXT
 
-RECENT = 32  # text tokens that the repetition penalty looks back on
+RECENT = 50  # frames that the repetition penalties look back on
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -51,7 +52,7 @@ class ConversationState:
     text: torch.Tensor  # (B,) the text token of the next column
     speak: torch.Tensor  # (B, K) its speak codes
     listen: torch.Tensor  # (B, K) codes of the last frame heard; the delayed ones have yet to enter the grid
-    recent: torch.Tensor  # (B, RECENT) the last text tokens, -1 for none
+    recent: torch.Tensor  # (B, 1 + K, RECENT) the last text tokens and codes, -1 for none; see sample
     seed: torch.Tensor  # (B,) of the random numbers
     failed: torch.Tensor  # (B,) whether logits were NaN or infinite
 
@@ -64,21 +65,27 @@ class ConversationState:
 class DuplexModel:
     """A model with its codec and tokeniser, and how to sample: all that a conversation needs."""
 
-    def __init__(self, model, vocab, codec, tokenizer, text=Sampling(), audio=Sampling()):
+    def __init__(self, model, vocab, codec, tokenizer, text=Sampling(), audio=Sampling(), release=False):
+        """audio: how to sample every code, or K of them, one for each. release: as the FLM-Audio release, it
+        starts without codes rather than in silence, and the repetition penalty counts <wait> as a word."""
         self.device = model.head.weight.device
         # On a GPU a step takes as long as reading the weights, and bfloat16 halves their size.
         self.model = model.bfloat16() if self.device.type == "cuda" else model
-        self.vocab, self.codec, self.tokenizer = vocab, codec, tokenizer
-        self.text, self.audio = text, audio
+        self.vocab, self.codec, self.tokenizer, self.release = vocab, codec, tokenizer, release
+        self.sampling = [text, *([audio] * K if isinstance(audio, Sampling) else audio)]
         self.delayed = DELAYED.to(self.device)
+        self.silence = torch.tensor(vocab.silence[-1], device=self.device)
 
     @staticmethod
-    def load(folder, device="cpu", text=Sampling(), audio=Sampling()):
-        """From the folder that train.py wrote. Raises ValueError or OSError with the file's name."""
+    def load(folder, device="cpu", text=Sampling(), audio=Sampling(), codec=None):
+        """From the folder that train.py wrote; or the FLM-Audio release, which samples in its own way.
+        codec: another file than the folder's. Raises ValueError or OSError with the file's name."""
         if not os.path.isdir(folder):
             raise FileNotFoundError(f"{folder}: no such folder; --checkpoint names one that train.py wrote")
+        if is_release(folder):
+            return DuplexModel(**load_to_talk(folder, Mimi.load(codec or find_codec(folder), device)))
         model, vocab, _ = FLM.load(os.path.join(folder, "checkpoint.pt"), device)
-        codec = Mimi.load(os.path.join(folder, "codec.pt"), device)
+        codec = Mimi.load(codec or os.path.join(folder, "codec.pt"), device)
         tokenizer = load_tokenizer(os.path.join(folder, "tokenizer.json"))
         return DuplexModel(model, vocab, codec, tokenizer, text, audio)
 
@@ -86,10 +93,10 @@ class DuplexModel:
         """The state at the start of B = len(seeds) conversations."""
         B, v = len(seeds), self.vocab
         full = lambda value, *shape: torch.full((B, *shape), value, device=self.device)
-        silence = torch.tensor(v.silence[-1], device=self.device)
-        speak = torch.where(self.delayed, v.empty, silence).repeat(B, 1)
+        pad = v.codebook_size  # before the first code; in our own models the same as "empty"
+        speak = torch.where(self.delayed | self.release, pad, self.silence).repeat(B, 1)
         return ConversationState(self.model.init_cache(B), self.codec.init_state(B), full(v.wait), speak,
-                                 listen=full(v.empty, K), recent=full(-1, RECENT),
+                                 listen=full(pad, K), recent=full(-1, 1 + K, RECENT),
                                  seed=torch.tensor(list(seeds), device=self.device), failed=full(False))
 
     @torch.inference_mode()
@@ -103,23 +110,28 @@ class DuplexModel:
         text, speak = self.model.step(column, state.cache, lambda logits: self.sample_text(logits, state),
                                       lambda logits, k: self.sample_code(logits, k, state))
         frame = torch.where(self.delayed, speak, state.speak)  # acoustic codes come one step later
+        said = (frame < self.vocab.codebook_size).all(1, keepdim=True)  # a release's first frame is no codes
+        frame = torch.where(said, frame, self.silence)
         for old, new in ((state.text, text), (state.speak, speak), (state.listen, codes)):
             old.copy_(new)
         return text, self.codec.decode_step(frame[..., None], state.codec)
 
     def sample_text(self, logits, state):
-        text = self.sample(logits[:, :self.vocab.text_size], self.text, state, 0, state.recent)
-        word = text.masked_fill(text == self.vocab.wait, -1)
-        state.recent.copy_(torch.cat([state.recent[:, 1:], word[:, None]], 1))
-        return text
+        return self.sample(logits[:, :self.vocab.text_size], 0, state)
 
     def sample_code(self, logits, k, state):
-        return self.sample(logits[:, :self.vocab.codebook_size], self.audio, state, 1 + k)  # never "empty"
+        return self.sample(logits[:, :self.vocab.codebook_size], 1 + k, state)  # never "empty"
 
-    def sample(self, logits, sampling, state, draw, recent=None):
-        token = sample(logits, sampling, state.seed, state.cache.position, draw, recent)
+    def sample(self, logits, row, state):
+        """row: 0 for text, 1 + k for code k; each is a draw of its own and remembers its own last tokens."""
+        how, recent = self.sampling[row], state.recent[:, row]
+        token = sample(logits, how, state.seed, state.cache.position, row, recent)
         state.failed |= token < 0
-        return token.clamp(min=0)
+        token = token.clamp(min=0)
+        if how.penalty != 1:
+            word = token if row or self.release else token.masked_fill(token == self.vocab.wait, -1)
+            recent.copy_(torch.cat([recent[:, 1:], word[:, None]], 1))
+        return token
 
     def compiled_step(self, state):
         """`step` of the audio alone; on a GPU one CUDA graph, whose results the next call overwrites."""
@@ -180,7 +192,8 @@ def build_parser():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("--checkpoint", default="out/tiny", help="folder that train.py wrote")
+    add("--checkpoint", default="out/tiny", help="folder that train.py wrote, or an FLM-Audio release")
+    add("--codec", help="another codec than the folder's: for a release, Mimi as published")
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument("--input", help="any audio file: what the user says")
     way.add_argument("--web", action="store_true", help="serve a page to talk on")
@@ -193,10 +206,11 @@ def build_parser():
     add("--port", type=int, default=8000)
     add("--token", help="that the page's address must carry; random if --host requires one")
     add("--sessions", type=int, default=4, help="conversations at once in --web")
-    add("--temperature", type=float, default=0.0, help="of text and audio; 0 is greedy")
-    add("--top-k", type=int, default=0, help="sample from the k most probable tokens; 0 for all")
-    add("--top-p", type=float, default=1.0, help="sample from the most probable tokens that sum to p")
-    add("--penalty", type=float, default=1.0, help=f"repetition penalty on the last {RECENT} text tokens")
+    own = "(default: {}, or as the release does)"
+    add("--temperature", type=float, help="of text and audio; 0 is greedy " + own.format(0))
+    add("--top-k", type=int, help="sample from the k most probable tokens; 0 for all " + own.format(0))
+    add("--top-p", type=float, help="sample from the most probable tokens that sum to p " + own.format(1))
+    add("--penalty", type=float, help=f"on text tokens of the last {RECENT} frames " + own.format(1))
     add("--seed", type=int, default=1)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:1")
     return parser
@@ -205,15 +219,18 @@ def build_parser():
 def main():
     args = build_parser().parse_args()
     try:
-        audio = Sampling(args.temperature, args.top_k, args.top_p)
-        text = Sampling(args.temperature, args.top_k, args.top_p, args.penalty)
+        given = lambda *names: {n: getattr(args, n) for n in names if getattr(args, n) is not None}
+        flags = given("temperature", "top_k", "top_p")
+        Sampling(**flags, **given("penalty"))  # an error before the model is loaded
         device = check_device(args.device)
         if args.input:
             check_output(args.output)
             if args.picture:
                 from evals.plot import check_picture
                 check_picture(args.picture)
-        duplex = DuplexModel.load(args.checkpoint, device, text, audio)
+        duplex = DuplexModel.load(args.checkpoint, device, codec=args.codec)
+        duplex.sampling = [replace(how, **flags) for how in duplex.sampling]
+        duplex.sampling[0] = replace(duplex.sampling[0], **given("penalty"))
         if args.web:
             from live.web import serve  # needs an extra
             serve(duplex, args.host, args.port, args.sessions, args.token, args.open, args.checkpoint)

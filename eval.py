@@ -203,8 +203,42 @@ def codec_quality(codec, recogniser, dialogues, n, seed):
 # does it hear, speak and take turns?
 
 
-def evaluate(duplex, recogniser, dialogues, args):
-    rng, scores, conversations = random.Random(args.seed), Proportions(), []
+def evaluate(duplex, args):
+    """All parts, or the one that --only names."""
+    only = lambda part: args.only in (None, part)
+    scores, conversations, groups, table = Proportions(), [], {}, {}
+    n = 20 if args.smoke else args.items
+    if only("answers"):
+        conversations = evaluate_answers(duplex, args, scores)
+    if only("strangers"):
+        groups = make_strangers(args.people, args.speakers, args.tts, args.seed, n)
+        understands(duplex, groups, args.seed, scores)
+    if only("turns"):
+        voices = args.voices and args.voices.split(",")
+        table = turn_taking(duplex, read_dialogues(args), args.tts, args.seed, n, args.keep, voices)
+    folder = os.path.join(args.checkpoint, "samples")
+    if conversations:
+        save_samples(duplex, conversations, folder)
+    report(scores, groups, args.seed)
+    if table:
+        report_turns(table, args.checkpoint)
+    path = os.path.join(args.checkpoint, f"eval-{args.only}.json" if args.only else "eval.json")
+    results = {"seed": args.seed, "shares": {name: [scores.hits[name], scores.n[name]] for name in scores.n},
+               "error_rates": {name: scores.error_rate(name) for name in scores.errors}, "turns": table}
+    with replace_when_done(path) as temporary, open(temporary, "w") as f:
+        json.dump(results, f, indent=1)
+    written_too = [f"{folder}/"] * bool(conversations) + [f"{args.keep}/"] * bool(args.keep)
+    print(f"\nWrote {' and '.join([path, *written_too])}")
+
+
+def read_dialogues(args):
+    return list(read_manifest(os.path.join(args.data, "manifest.jsonl")))
+
+
+def evaluate_answers(duplex, args, scores):
+    """Returns the conversations."""
+    recogniser = get_recogniser(args.asr, args.data, "out/recogniser", args.asr_minutes, args.device)
+    dialogues, rng, conversations = read_dialogues(args), random.Random(args.seed), []
     for split in ("seen", "new"):
         items = [d for d in dialogues if d["split"] == split and d["kind"] in KINDS]
         items = rng.sample(items, min(args.items, len(items)))
@@ -212,22 +246,7 @@ def evaluate(duplex, recogniser, dialogues, args):
         users = [d["turns"][0] for d in items]
         hearing(duplex, [(read_audio(t["path"]), t["text"]) for t in users], scores, split)
         ceiling(duplex.codec, recogniser, items[:50], scores, split)
-    n = 20 if args.smoke else args.items
-    groups = make_strangers(args.people, args.speakers, args.tts, args.seed, n)
-    understands(duplex, groups, args.seed, scores)
-    voices = args.voices and args.voices.split(",")
-    table = turn_taking(duplex, dialogues, args.tts, args.seed, n, args.keep, voices)
-    folder = os.path.join(args.checkpoint, "samples")
-    save_samples(duplex, conversations, folder)
-    report(scores, args.seed)
-    report_strangers(scores, groups)
-    report_turns(table, args.checkpoint)
-    path = os.path.join(args.checkpoint, "eval.json")
-    results = {"seed": args.seed, "shares": {name: [scores.hits[name], scores.n[name]] for name in scores.n},
-               "error_rates": {name: scores.error_rate(name) for name in scores.errors}, "turns": table}
-    with replace_when_done(path) as temporary, open(temporary, "w") as f:
-        json.dump(results, f, indent=1)
-    print(f"\nWrote {path} and {folder}/" + (f" and {args.keep}/" if args.keep else ""))
+    return conversations
 
 
 def hear(duplex, args):
@@ -243,9 +262,11 @@ MEASURES = ("spoken 1 - WER", "spoken exactly", "spoken 1 - WER, as written", "i
             "hearing 1 - WER", "hearing 1 - CER")
 
 
-def report(scores, seed):
+def report(scores, groups, seed):
     print(f"\nHeld out, seed {seed}, 95% intervals in brackets")
     for split, who in (("seen", "voices heard in training"), ("new", "new voices")):
+        if f"{split} text" not in scores.n:
+            continue
         print(f"\n  {who}")
         kinds = sorted(name for name in scores.n if name.startswith(f"{split} text, "))
         for name in (f"{split} text", *kinds, *(f"{split} {measure}" for measure in MEASURES)):
@@ -253,9 +274,6 @@ def report(scores, seed):
         for role in ("user", "model"):
             line = understood_line(scores, [f"{split} {role} {version}" for version in ("original", "codec")])
             print(f"    the recogniser's ceiling, 1 - WER / exactly, {role}'s speech: {line}")
-
-
-def report_strangers(scores, groups):
     if groups:
         print("\n  voices that nobody trained on: text exactly right, 1 - WER")
     for name in groups:
@@ -273,6 +291,7 @@ def main():
     add("--folder", help="score the conversations of this folder: ours (--keep) or Full-Duplex-Bench's")
     add("--data", default="data/toy", help="folder with the manifest of the held-out items")
     add("--items", type=int, default=200, help="for each of seen voices, new voices, and each scenario")
+    add("--only", choices=("answers", "strangers", "turns"), help="measure only this part")
     add("--smoke", action="store_true", help="20 items a scenario")
     add("--keep", help="write every conversation of the scenarios into this folder")
     add("--seed", type=int, default=7)
@@ -291,11 +310,11 @@ def main():
             return report_turns(score_all(read_conversations(args.folder)), name)
         if args.hear:
             return hear(DuplexModel.load(args.checkpoint, device), args)
-        recogniser = get_recogniser(args.asr, args.data, "out/recogniser", args.asr_minutes, args.device)
-        dialogues = list(read_manifest(os.path.join(args.data, "manifest.jsonl")))
         if args.codec:
-            return codec_quality(Mimi.load(args.codec, device), recogniser, dialogues, args.items, args.seed)
-        evaluate(DuplexModel.load(args.checkpoint, device), recogniser, dialogues, args)
+            recogniser = get_recogniser(args.asr, args.data, "out/recogniser", args.asr_minutes, args.device)
+            codec = Mimi.load(args.codec, device)
+            return codec_quality(codec, recogniser, read_dialogues(args), args.items, args.seed)
+        evaluate(DuplexModel.load(args.checkpoint, device), args)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
 

@@ -517,6 +517,10 @@ class Mimi(nn.Module):
         for layer, (vectors, codes) in zip(layers, assigned, strict=True):
             layer.ema_update(vectors, codes)
 
+    def silence(self):
+        """The codes of a stream that begins with silence, [[code] * K, ...]; the last frame's repeat."""
+        return self.encode(torch.zeros(1, 1, 32 * FRAME, device=self.codebooks().device))[0].T.tolist()
+
     def codebooks(self):
         """The embeddings of all codes, (K, codebook_size, codebook_dim)."""
         return torch.stack([layer.embedding for layer in (*self.semantic.layers, *self.acoustic.layers)])

@@ -200,8 +200,8 @@ def encode(data, codec, tokenizer, vocab_size, copies, augment, skip_broken, pro
     meta = {"version": VERSION, "codec_sha256": sha256(codec), "manifest_sha256": sha256(manifest),
             "tokenizer_sha256": hashlib.sha256(tokenizer.encode()).hexdigest(),
             "codebook_size": mimi.config.codebook_size, "codebooks": mimi.config.codebooks,
-            "silence": mimi.encode(torch.zeros(1, 1, 32 * FRAME, device=device))[0].T.tolist(),
-            "copies": copies, "augment": augment, "shards": shard_offsets(manifest)}
+            "silence": mimi.silence(), "copies": copies, "augment": augment,
+            "shards": shard_offsets(manifest)}
     path = os.path.join(work, "meta.json")
     if not os.path.isfile(path) or read_json(path) != meta:  # not from a run with these settings
         shutil.rmtree(work, ignore_errors=True)

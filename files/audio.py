@@ -115,7 +115,11 @@ def write_audio(path, x, flush=True):
     if kind not in soundfile.available_formats():
         raise ValueError(f"{path}: cannot write this kind of file; use an ending such as .wav or .flac")
     x = x.clip(-1, 1).T
-    with replace_when_done(path, flush) as temporary, soundfile.SoundFile(
-            temporary, "w", SAMPLE_RATE, 1 if x.ndim == 1 else x.shape[1], format=kind) as f:
-        for begin in range(0, len(x), SAMPLE_RATE):  # libsndfile crashes if it gets a long Ogg file at once
-            f.write(x[begin:begin + SAMPLE_RATE])
+    channels = 1 if x.ndim == 1 else x.shape[1]
+    try:
+        with (replace_when_done(path, flush) as temporary,
+              soundfile.SoundFile(temporary, "w", SAMPLE_RATE, channels, format=kind) as f):
+            for begin in range(0, len(x), SAMPLE_RATE):  # libsndfile crashes if it gets a long Ogg at once
+                f.write(x[begin:begin + SAMPLE_RATE])
+    except soundfile.LibsndfileError as e:
+        raise OSError(f"{path}: could not be written; is the disk full? ({e})") from None

@@ -34,10 +34,13 @@ def dump_tokenizer(saved):
     return json.dumps({**saved, "ranks": ranks})
 
 
-def make_tokenizer(ranks, pattern, specials=()):
+MONOLOGUE = ("<wait>", "<asr>", "<answer>")  # our special tokens
+
+
+def make_tokenizer(ranks, pattern, specials=(), ours=MONOLOGUE):
     """A byte-level BPE of ranks {bytes: rank}. After its words come its special tokens, in order, and then
     ours."""
-    names = [*specials, "<wait>", "<asr>", "<answer>"]
+    names = [*specials, *ours]
     specials = {name: len(ranks) + i for i, name in enumerate(names)}
     kind = "own" if pattern == PATTERN else "published"
     return tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
@@ -115,6 +118,35 @@ def read_published_bpe(folder):
         return {"pattern": pattern, "ranks": ranks, "specials": specials}
     except (KeyError, TypeError, AttributeError, StopIteration, ValueError) as e:
         raise ValueError(f"{path}: not a byte-level BPE that can be read ({type(e).__name__}: {e})") from None
+
+
+def dump_published(saved):
+    """What get_tokenizer returns, with our special tokens, as published vocabularies are written: {name of a
+    file: its text}."""
+    letters = {b: c for c, b in BYTES.items()}
+    write = lambda token: "".join(letters[b] for b in token)
+    ranks = dict(sorted(saved["ranks"].items(), key=lambda pair: pair[1]))
+    merges = [[write(part) for part in last_merge(token, ranks)] for token in ranks if ranks[token] >= 256]
+    flags = {name: False for name in ("single_word", "lstrip", "rstrip", "normalized")}
+    added = [{"id": i, "content": name, **flags, "special": True}
+             for i, name in enumerate([*saved["specials"], *MONOLOGUE], len(ranks))]
+    by_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": saved["pattern"]}, "behavior": "Isolated", "invert": False}
+    tokenizer = {"version": "1.0", "added_tokens": added, "normalizer": {"type": "NFC"},
+                 "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, by_bytes]},
+                 "decoder": by_bytes,
+                 "model": {"type": "BPE", "vocab": {write(t): i for t, i in ranks.items()}, "merges": merges}}
+    return {"tokenizer.json": json.dumps(tokenizer, ensure_ascii=False),
+            "tokenizer_config.json": json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})}
+
+
+def last_merge(token, ranks):
+    """The two parts that byte-pair encoding joins last."""
+    parts = [bytes([b]) for b in token]
+    while len(parts) > 2:
+        i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts
 
 
 QWEN_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"

@@ -8,7 +8,7 @@ import numpy as np
 from files.audio import SAMPLE_RATE
 from live.engine import QUEUE, Engine
 from live.jitter import JitterBuffer
-from live.recordings import find_recordings, problem_with, save_recording
+from live.recordings import find_recordings, level_of, problem_with, save_recording
 from live.transcript import Transcript
 from mimi import FRAME
 from streams import FRAME_RATE
@@ -101,8 +101,7 @@ def record_from(hear, folder, prompts):
             print(f"\n{n + 1:3} / {len(prompts)}   {prompts[n].text}")
             x = record_until_silent(hear)
             problem = problem_with(x, prompts[n])
-            if problem:
-                print(f"{problem} Once more.")
+            print(f"{problem} Once more." if problem else f"Good, {level_of(x):.0f} dB.")
         save_recording(folder, n, trim_noisy(x, margin=0.3))
 
 

@@ -60,14 +60,28 @@ def problem_with(x, prompt):
         return "The recording holds samples that are not numbers."
     if (np.abs(x) > 0.99).mean() > 0.002:
         return "It was too loud and is clipped. Move away from the microphone, or turn it down."
-    level = 10 * np.log10(np.square(speech).mean() + 1e-12)
-    if level < -50:
-        return f"It was too soft ({level:.0f} dB). Come closer to the microphone."
+    if level_of(x) < -50:
+        return f"It was too soft ({level_of(x):.0f} dB). Come closer to the microphone."
+    if is_steady(x):
+        return "There is noise in it, but no speech that stands out from it."
     if seconds < 0.12 * words + 0.1:
         return f"It is only {seconds:.1f} s long, too short for these words."
     if seconds > 1.5 * words + 2:
         return f"It is {seconds:.1f} s long, too long for these words. Is it noisy?"
     return None
+
+
+def level_of(x):
+    """dB of what is spoken in a recording (N,); 0 is full scale."""
+    return 10 * np.log10(np.square(trim_noisy(x)).mean() + 1e-12)
+
+
+def is_steady(x, least=8.0):
+    """Whether the level of a recording (N,) changes by less than `least` dB, as that of noise or a hum."""
+    window = SAMPLE_RATE // 50
+    power = np.square(x[:len(x) // window * window].reshape(-1, window)).mean(1) + 1e-12
+    low, high = np.percentile(10 * np.log10(power), (5, 95)) if len(power) else (0, 0)
+    return high - low < least
 
 
 def save_recording(folder, number, x):

@@ -21,7 +21,10 @@ class Transcript:
         """token (int, of frame t) -> the piece that it completes, or ''."""
         if token == self.duplex.vocab.wait:
             return ""
-        piece = self.utf8.decode(self.duplex.tokenizer.decode_single_token_bytes(token))
+        try:
+            piece = self.utf8.decode(self.duplex.tokenizer.decode_single_token_bytes(token))
+        except KeyError:  # published vocabularies are padded with ids that mean nothing
+            return ""
         if piece:
             self.pieces.append({"time": round((t + 1) / FRAME_RATE, 2), "text": piece})
             self.new_line, self.last = t - self.last >= PAUSE, t

@@ -30,7 +30,7 @@ import numpy as np
 
 from live.engine import QUEUE, Engine
 from live.jitter import conceal
-from live.lessons import Lessons, Refused
+from live.lessons import Lessons
 from live.transcript import Transcript
 from mimi import FRAME
 from streams import FRAME_RATE
@@ -146,6 +146,7 @@ class Server:
         self.duplex, self.limits, self.token, self.log = duplex, limits, token, log
         self.engine, self.clients = Engine(duplex, limits.sessions), {}
         self.frames_waiting, self.stopping = threading.Event(), threading.Event()
+        self.ticking = threading.Lock()
         self.unanswered = set()  # connections that have sent no request yet
         with open(PAGE, "rb") as f:
             self.page = f.read()
@@ -159,17 +160,24 @@ class Server:
             while not self.stopping.is_set():
                 self.frames_waiting.wait(0.2)
                 self.frames_waiting.clear()
-                while results := self.engine.tick():
+                while results := self.tick():
                     self.loop.call_soon_threadsafe(self.deliver, results)
         except Exception as e:
             self.loop.call_soon_threadsafe(self.engine_failed.set_exception, e)
             raise
 
+    def tick(self):
+        with self.ticking:
+            return self.engine.tick()
+
     async def use(self, duplex):
         """Go on with another model; conversations with this one end."""
-        engine = Engine(duplex, self.limits.sessions)
-        await asyncio.to_thread(warm_up, engine)
-        self.duplex, self.engine = duplex, engine
+        def build():
+            with self.ticking:  # on a GPU, nothing else may run while a CUDA graph is captured
+                engine = Engine(duplex, self.limits.sessions)
+                warm_up(engine)
+                return engine
+        self.engine, self.duplex = await asyncio.to_thread(build), duplex
         for client in self.clients.values():
             client.out.put_nowait(Ended(WSCloseCode.SERVICE_RESTART, "another model takes over; press Talk"))
 
@@ -215,7 +223,7 @@ class Server:
             if not self.lessons:
                 return http.json_response({"refused": "this model cannot be taught here"}, headers=HEADERS)
             return http.json_response(await self.lessons.answer(request), headers=HEADERS)
-        except (Refused, OSError) as e:
+        except (ValueError, OSError) as e:
             self.log(f"{request.remote} {request.path[:60]!r}: {e}")
             return http.json_response({"refused": str(e)}, status=409, headers=HEADERS)
 

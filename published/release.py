@@ -7,6 +7,8 @@ Strict: every tensor of a file is accounted for; an unknown, missing or misshape
 names it. The tests compare with numbers that the published models' own code computed.
 
     python -m published.release out/7b flm-audio-mine        export a model of ours in the release's format
+
+A release folder is talked to as its own code does: see load_to_talk.
 """
 import argparse
 import dataclasses
@@ -17,8 +19,10 @@ import sys
 
 import torch
 
-from files.atomic import copy, read_json, replace_when_done
+from files.atomic import copy, read_json, replace_when_done, write_text
 from files.checkpoint import open_safetensors
+from files.tokenizer import dump_published, get_tokenizer, make_tokenizer, read_published_bpe
+from kernels.sampling import Sampling
 from model import FLM, FLMConfig
 from streams import K, Vocab
 from training.parallel import assign_shard, build, build_from_checkpoint, gather
@@ -104,11 +108,19 @@ def load_tensors(model, files, folder, table, ignore=()):
 
 
 def open_all(folder):
-    """{name of a tensor: the open file that holds it} for all *.safetensors files of a folder"""
-    files = [open_safetensors(path) for path in sorted(glob.glob(os.path.join(folder, "*.safetensors")))]
-    if not files:
-        raise FileNotFoundError(f"{folder}: holds no *.safetensors file")
-    return {name: f for f in files for name in f.keys()}
+    """{name of a tensor: the open file that holds it} for the files of a folder that its index names, or all
+    model*.safetensors (the release's folder holds its codec, too). OSError for one that is missing."""
+    paths, index = glob.glob(os.path.join(folder, "model*.safetensors")), os.path.join(folder, INDEX)
+    if os.path.exists(index):
+        try:
+            paths = {os.path.join(folder, name) for name in read_json(index)["weight_map"].values()}
+        except (KeyError, TypeError, AttributeError) as e:
+            raise ValueError(f"{index}: not an index of weights ({type(e).__name__}: {e})") from None
+    missing = sorted(path for path in paths if not os.path.isfile(path))
+    if missing or not paths:
+        name = os.path.basename(missing[0]) if missing else "model*.safetensors"
+        raise FileNotFoundError(f"{folder}: holds no {name}; download it again")
+    return {name: f for f in map(open_safetensors, sorted(paths)) for name in f.keys()}
 
 
 def read_config(folder, kinds):
@@ -152,8 +164,8 @@ def from_qwen(folder, config: FLMConfig, place=None, seed=0):
 
 
 def load_release(folder, context=8192, place=None):
-    """The FLM-Audio release, or an export of ours: (model, vocab). context: frames that attention sees.
-    place: see build. Raises ValueError or OSError."""
+    """The FLM-Audio release, or an export of ours: (model, vocab). context: frames that attention sees, at
+    most. place: see build. Raises ValueError or OSError."""
     config, vocab = read_release_config(folder, context)
     table = dict(release_tensors(config))
     model = build(config, place, given=table)
@@ -206,13 +218,67 @@ def read_release_config(folder, context):
             raise ValueError(f"not the release's kind of model: {odd}")
         config = FLMConfig(
             **qwen_fields(c, folder), depth_layers=depth["n_layer"], depth_width=depth["n_embd"],
-            depth_heads=depth["n_head"], empty=empty, context=context,
+            depth_heads=depth["n_head"], empty=empty,
+            context=min(context, c.get("max_position_embeddings", context)),
             input_scale=c["input_mult"] if mup else 1.0,
             output_scale=c["output_mult"] / c["mup_scale_factor"] if mup else 1.0)
         # -1: the release has no <asr> and <answer> tokens
         return config, Vocab(c["vocab_size"], ids["text_wait_token_id"], -1, -1, codebook_size, empty, ())
     except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{folder}/config.json: {type(e).__name__}: {e}") from None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# talking
+
+MIMI = "tokenizer-e351c8d8-checkpoint125.safetensors"  # the release's codec
+INDEX = "model.safetensors.index.json"
+# How the release samples its text, the first four codes of a frame, and the others. (It asks for top-k 1,
+# too, but its code ignores that where top-p is given.)
+SAMPLING = [Sampling(0.01, top_p=0.9, penalty=1.03),
+            *[Sampling(0.5, top_p=0.9, penalty=1.2)] * 4, *[Sampling(0.5, top_p=0.9)] * (K - 4)]
+
+
+def is_release(folder):
+    """Whether a folder holds a published model rather than one of ours."""
+    has = lambda name: os.path.isfile(os.path.join(folder, name))
+    return has("config.json") and not has("checkpoint.pt")
+
+
+def find_codec(folder):
+    """The path of the codec in the release's folder, or in an export of ours. OSError if there is none."""
+    for path in (os.path.join(folder, name) for name in (MIMI, "codec.pt")):
+        if os.path.isfile(path):
+            return path
+    raise FileNotFoundError(f"{folder}: holds no {MIMI}; name that file with --codec")
+
+
+def load_to_talk(folder, codec):
+    """What chat.DuplexModel is made of: {"model", "vocab", "codec", "tokenizer", "text", "audio", "release"}.
+    codec: a Mimi, which gives the codes of silence. On a GPU the weights are bfloat16. Raises ValueError or
+    OSError."""
+    config, vocab = read_release_config(folder, 8192)
+    tokenizer, n = read_tokenizer(folder), vocab.text_size
+    if not n - 1024 < tokenizer.n_vocab <= n:  # vocabularies are padded a little
+        raise ValueError(f"{folder}: its tokeniser has {tokenizer.n_vocab} tokens, config.json {n}: "
+                         "it is another model's")
+    if (codec.config.codebook_size, codec.config.codebooks) != (vocab.codebook_size, K):
+        raise ValueError(f"{folder}: needs a codec with {K} codebooks of {vocab.codebook_size}, "
+                         f"not {codec.config.codebooks} of {codec.config.codebook_size}; see --codec")
+    device = codec.codebooks().device
+    kind = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model, _ = load_release(folder, place=lambda model: model.to(kind).to_empty(device=device))
+    ours = {name: tokenizer.encode_single_token(f"<{name}>") for name in ("asr", "answer")
+            if f"<{name}>" in tokenizer.special_tokens_set}  # in an export
+    vocab = dataclasses.replace(vocab, silence=tuple(map(tuple, codec.silence())), **ours)
+    return dict(model=model.eval(), vocab=vocab, codec=codec, tokenizer=tokenizer,
+                text=SAMPLING[0], audio=SAMPLING[1:], release=True)
+
+
+def read_tokenizer(folder):
+    """The published tokeniser of a folder as a tiktoken.Encoding. Raises ValueError or OSError."""
+    saved = read_published_bpe(folder)
+    return make_tokenizer(saved["ranks"], saved["pattern"], saved["specials"], ours=())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -264,10 +330,12 @@ def main():
     try:
         model, vocab, _ = FLM.load(os.path.join(args.run, "checkpoint.pt"))
         export_release(model, vocab, args.folder)
-        copy(os.path.join(args.run, "tokenizer.json"), os.path.join(args.folder, "tokenizer.json"))
+        for name, text in dump_published(get_tokenizer(args.run, {}, 0)).items():
+            write_text(os.path.join(args.folder, name), text)
+        copy(os.path.join(args.run, "codec.pt"), os.path.join(args.folder, "codec.pt"))
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
-    print(f"Wrote {args.folder}")
+    print(f"Wrote {args.folder}, with codec.pt for chat.py; the release's own code needs {MIMI} in its place")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ Half of what it learns from is what it knew: it would forget it otherwise. Every
 to say how well the voice was understood before and after.
 """
 import argparse
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -22,6 +23,7 @@ import torch
 
 import prepare
 from chat import DuplexModel
+from eval import KINDS, Proportions
 from evals.conversations import converse_all, written
 from evals.turns import LEAD, silence, words_of
 from files.atomic import check_folder, move_folder
@@ -34,10 +36,11 @@ from model import FLMConfig
 from toy.script import Script, make_toy
 from toy.voices import get_synthesiser
 from train import TOY, ModelTask, Stage, train
-from training.run import Stopped
+from training.run import Stopped, lock
 
-FOLDER = r"(checkpoint|codec)\.pt|tokenizer\.json|log\.jsonl|lock|data"  # the names in what is written
+WORK = r"lock|data|model"  # the names in the folder that it works in
 OLD = {"items": 900, "sentences": 500, "tests": 40, "voices": 600}  # of what it knew
+HELD_OUT = 8  # one recording in so many
 LISTEN_ON = 6.0  # seconds after a request
 
 
@@ -61,7 +64,8 @@ def make_lesson(recordings, out, synthesiser, seed, lines):
     out, work = check_folder(out, SPOKEN)
     script = Script({}, seed)
     for i, (prompt, _) in enumerate(recordings):
-        script.add("en", prompt.kind, "seen" if i % 8 == 7 else "train", "user", [prompt.text], prompt.answer)
+        split = "seen" if i % HELD_OUT == HELD_OUT - 1 else "train"
+        script.add("en", prompt.kind, split, "user", [prompt.text], prompt.answer)
     script.lines *= max(1, lines // len(recordings))
     script.speak(out, work, Recordings(recordings), synthesiser)
 
@@ -72,51 +76,77 @@ def encode(data, checkpoint, copies, device):
 
 
 def understood(checkpoint, requests, seed, device):
-    """How many of the requests [(audio (N,), answer), ...] a model answers word for word."""
+    """How well a model answers the requests [(audio (N,), answer), ...]: Proportions of those answered
+    "exactly" and of the "words" that are right."""
     duplex = DuplexModel.load(checkpoint, device)
     heard = [torch.cat([silence(LEAD), x, silence(LISTEN_ON)]) for x, _ in requests]
     texts = [text for text, _ in converse_all(duplex, heard, seed, "listening")]
-    wrote = [words_of(written(duplex, text)) for text in texts]
-    return sum(words == answer.split() for words, (_, answer) in zip(wrote, requests))
+    scores = Proportions()
+    for text, (_, answer) in zip(texts, requests):
+        wrote = words_of(written(duplex, text))
+        scores.add("exactly", wrote == answer.split())
+        scores.add_errors("words", wrote, answer.split())
+    return scores
+
+
+@contextlib.contextmanager
+def work_in(folder):
+    """A folder for one process at a time (ValueError for a second one), that is removed at the end, whatever
+    happens."""
+    os.makedirs(folder, exist_ok=True)
+    with lock(folder):
+        try:
+            for name in ("data", "model"):  # of a process that was killed
+                shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+            yield
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def teach(checkpoint, folder, out, minutes=5.0, steps=None, old=OLD, seed=1, device="cpu"):
     """Fine-tune the model of a folder on the recordings of another; write it to the folder `out`. Returns
-    {"voice" and "before": (answered before, after, of how many)}."""
-    out, work = check_folder(out, FOLDER)
+    {"your voice" and "others": (understood() before, after)}."""
+    out, work = check_folder(out, WORK)
+    config = load_checkpoint(os.path.join(checkpoint, "checkpoint.pt"), "flm", mmap=True)["config"]
+    config, synthesiser = from_fields(FLMConfig, config, checkpoint), get_synthesiser(None)
     recordings, bad = read_recordings(folder, make_prompts())
     for path, problem in bad:
         print(f"{path} is left out: {problem}")
-    config = load_checkpoint(os.path.join(checkpoint, "checkpoint.pt"), "flm", mmap=True)["config"]
-    config, synthesiser = from_fields(FLMConfig, config, checkpoint), get_synthesiser(None)
-    shutil.rmtree(work, ignore_errors=True)
-    data = os.path.join(work, "data")
-    print("What it knew, spoken and encoded again:", flush=True)
-    make_toy(os.path.join(data, "old"), "en", **old, seed=seed, tts=None)
-    encode(os.path.join(data, "old"), checkpoint, 2, device)
-    print("Your recordings:", flush=True)
-    make_lesson(recordings, os.path.join(data, "new"), synthesiser, seed, old["items"])
-    encode(os.path.join(data, "new"), checkpoint, 24, device)
-
-    requests = {"your voice": [], "others": []}
-    for prompt, x in recordings[7::8]:
-        requests["your voice"].append((torch.from_numpy(x), prompt.answer))
-    for d in read_manifest(os.path.join(data, "old/manifest.jsonl")):
-        if d["split"] == "new" and d["kind"] in ("repeat", "count", "next", "opposite"):
-            requests["others"].append((read_audio(d["turns"][0]["path"]), d["turns"][1]["text"]))
-    before = {who: understood(checkpoint, some, seed, device) for who, some in requests.items()}
-    task = ModelTask(config, f"{data}/old/encoded,{data}/new/encoded", device, checkpoint, seed)
-    stages = stages_of(min(128, config.context))
-    stages = [dataclasses.replace(s, steps=steps or s.steps) for s in stages]
-    train(task, stages, work, None if steps else minutes, seed=seed)
-    after = {who: understood(work, some, seed, device) for who, some in requests.items()}
-    shutil.rmtree(data)
-    move_folder(work, out)
-    for who, some in requests.items():
-        print(f"{who}: {before[who]} of {len(some)} held-out requests answered word for word before, "
-              f"{after[who]} after")
+    with work_in(work):
+        data, model = os.path.join(work, "data"), os.path.join(work, "model")
+        print("What it knew, spoken and encoded again:", flush=True)
+        make_toy(f"{data}/old", "en", **old, seed=seed, tts=None)
+        encode(f"{data}/old", checkpoint, 2, device)
+        print("Your recordings:", flush=True)
+        make_lesson(recordings, f"{data}/new", synthesiser, seed, old["items"])
+        encode(f"{data}/new", checkpoint, 24, device)
+        requests = {"your voice": [], "others": []}
+        for prompt, x in recordings[HELD_OUT - 1::HELD_OUT]:
+            requests["your voice"].append((torch.from_numpy(x), prompt.answer))
+        for d in read_manifest(f"{data}/old/manifest.jsonl"):
+            if d["split"] == "new" and d["kind"] in KINDS:
+                requests["others"].append((read_audio(d["turns"][0]["path"]), d["turns"][1]["text"]))
+        before = {who: understood(checkpoint, some, seed, device) for who, some in requests.items()}
+        task = ModelTask(config, f"{data}/old/encoded,{data}/new/encoded", device, checkpoint, seed)
+        stages = [dataclasses.replace(s, steps=steps or s.steps) for s in stages_of(min(128, config.context))]
+        train(task, stages, model, None if steps else minutes, seed=seed)
+        after = {who: understood(model, some, seed, device) for who, some in requests.items()}
+        move_folder(model, out)
+    for who in requests:
+        for measure in ("exactly", "words"):
+            print(f"{who}, held-out requests, {measure}: before {before[who].line(measure)}")
+            print(f"{who}, held-out requests, {measure}: after  {after[who].line(measure)}")
+    print(summary(before["your voice"], after["your voice"]))
     print(f"Wrote {out}; next: python chat.py --checkpoint {out} --web")
-    return {who: (before[who], after[who], len(some)) for who, some in requests.items()}
+    return {who: (before[who], after[who]) for who in requests}
+
+
+def summary(before, after):
+    """One sentence, which the page shows too."""
+    old, new, n = before.hits, after.hits, before.n
+    return (f"Of {n['exactly']} held-out requests in your voice, {old['exactly']} were answered exactly "
+            f"before and {new['exactly']} after; of {n['words']} words, {old['words']} were right before and "
+            f"{new['words']} after.")
 
 
 def main():
@@ -145,7 +175,7 @@ def main():
                   f"record them as {args.recordings}/01.wav, 02.wav, ...")
             return
         check_device(args.device)
-        check_folder(args.out, FOLDER)
+        check_folder(args.out, WORK)
         if args.mic:
             from live.microphone import record_prompts  # needs an extra
             record_prompts(args.recordings, prompts)

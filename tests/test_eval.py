@@ -1,4 +1,5 @@
 """The measures, on systems whose behaviour is known, and eval.py as a whole on an untrained model."""
+import itertools
 import json
 import math
 import shutil
@@ -70,7 +71,7 @@ class Agent:
 
     def __init__(self, codec, items, delay=0.3, part=1.0, wrong=False):
         self.codec, self.delay, self.part = codec, delay, part
-        self.spoken = {}  # audio -> the words in it
+        self.spoken, self.levels = {}, itertools.count()  # audio -> the words in it; each has its own level
         self.answers = {len(read_audio(d["turns"][0]["path"])): d["turns"][1] for d in items}
         self.vocab = types.SimpleNamespace(wait=0)
         words = sorted({w for t in self.answers.values() for w in t["text"].split()})
@@ -82,13 +83,13 @@ class Agent:
 
     def converse(self, heard, seed, each):
         texts, audio = [], []
-        for i, x in enumerate(heard):
+        for x in heard:
             text, y = torch.zeros(-(-len(x) // FRAME), dtype=torch.long), torch.zeros_like(x)
             a, b = x.nonzero()[[0, -1], 0].tolist()
             turn = self.answers[min(self.answers, key=lambda n: abs(n - (b + 1 - a)))]
             start = b + round(self.delay * SAMPLE_RATE)
             n = round(self.part * len(read_audio(turn["path"])))
-            y[start:start + n] = noise(n / SAMPLE_RATE, 0.1 + 0.001 * len(self.spoken))[:n]
+            y[start:start + n] = noise(n / SAMPLE_RATE, 0.1 + 0.001 * next(self.levels))[:n]
             words = turn["text"].split()
             self.spoken[y.abs().max().item()] = words[:int(self.part * len(words))]
             for k, word in enumerate(words):

@@ -17,7 +17,7 @@ from chat import DuplexModel
 from evals.conversations import written
 from files.audio import read_audio, write_audio
 from files.manifest import read_manifest
-from live.recordings import make_prompts
+from live.recordings import make_prompts, save_recording
 from toy.voices import Espeak, speak
 from evals.turns import words_of
 
@@ -176,6 +176,58 @@ def test_it_is_taught_a_voice_and_goes_on_with_either_model(world, tmp_path):
                 await tab.value("$('close').click()")
                 await tab.value("$('talk').click()")
                 await tab.until("record.said.length > 20")
+        finally:
+            await server.stop()
+    asyncio.run(talk())
+
+
+def test_a_lesson_is_continued_after_a_failure_and_a_prompt_is_recorded_again(world, tmp_path):
+    """Eight recordings are there from before; one is made, and once more; the server ends in the middle."""
+    prompts = make_prompts()
+    says = lambda n: torch.from_numpy(speak(Espeak(), [prompts[n].text], [], "en-us+f1")[0])
+    second = torch.zeros(24_000)
+    for n in range(8):
+        save_recording(str(tmp_path / "voice"), n, torch.cat([second / 9, says(n)]))
+    write_audio(str(tmp_path / "user.wav"), torch.cat([second, says(8), second, second]))
+    shutil.copytree(world / "flm", tmp_path / "flm")
+    ninth = tmp_path / "voice/09.wav"
+
+    async def talk():
+        server = web.Server(DuplexModel.load(str(tmp_path / "flm")), web.Limits(sessions=2),
+                            checkpoint=str(tmp_path / "flm"))
+        port = await server.start("127.0.0.1", 0)
+        try:
+            async with chromium(str(tmp_path / "profile"), tmp_path / "user.wav") as browser:
+                tab = await open_page(browser, f"http://127.0.0.1:{port}/")
+                await tab.value("$('teach').click()")
+                await tab.until("lesson?.recorded.length === 8 && at === 8 && $('again').disabled")
+                server.lessons.extra = ("--device", "abacus")
+                await tab.value("$('learn').click()")
+                assert "It could not learn: --device abacus" in await tab.until(
+                    "!lesson.learning && $('verdict').textContent", 60)
+                assert await tab.value("lesson.which === 'old' && $('swap').hidden")
+                await tab.value("$('record').click(); $('record').click()")  # stopped before it is allowed
+                await tab.until("!recording && $('record').textContent === 'Record'")
+                await tab.value("$('record').click()")
+                await tab.until("$('verdict').textContent === 'Read it aloud.'")
+                assert "dB. The next one." in await tab.until(
+                    "lesson.recorded.length === 9 && $('verdict').textContent", 30)
+                first = ninth.stat().st_mtime_ns
+                await tab.value("$('again').click()")
+                assert await tab.value("at") == 8
+                await tab.until("at === 9", 30)
+                assert ninth.stat().st_mtime_ns > first and len(server.lessons.status()["recorded"]) == 9
+                await tab.call("Page.reload")  # in the middle of recording
+                await tab.until("typeof talk !== 'undefined' && !$('teach').hidden")
+                await tab.value("$('teach').click()")
+                await tab.until("lesson?.recorded.length >= 9")
+                await tab.until("$('prompt').textContent === lesson.prompts[at]")
+                server.lessons.extra = ("--minutes", "5", "--device", "cpu")
+                await tab.value("$('learn').click()")
+                await tab.until("lesson.learning && $('count').textContent.startsWith('It learns')")
+                await server.stop()
+                assert await tab.until("$('verdict').textContent === 'The connection to the server is lost.'")
+                assert sorted(os.listdir(tmp_path)) == ["flm", "profile", "user.wav", "voice"]
         finally:
             await server.stop()
     asyncio.run(talk())

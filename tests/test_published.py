@@ -2,17 +2,28 @@
 test_mimi.py)"""
 import json
 import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from model import FLM
+from chat import DuplexModel
+from conftest import noise, run
+from files.audio import read_audio
+from files.checkpoint import save_checkpoint
+from files.tokenizer import dump_published, encode_words, get_tokenizer
+from live.engine import Engine
+from mimi import FRAME, Mimi
+from model import FLM, FLMConfig
+from published import release
 from published.release import export_release, from_qwen, load_release, qwen_tensors
+from streams import Vocab
+from test_mimi_reference import GOLDEN, SMALL, audio
 from test_model import C
 
-RELEASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "golden", "flm_release_tiny")
+RELEASE = os.path.join(GOLDEN, "flm_release_tiny")
 
 
 def test_the_release_computes_what_it_should():
@@ -38,6 +49,155 @@ def test_what_is_exported_is_what_was_loaded(tmp_path):
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
     again, same = load_release(str(tmp_path), 8192)
     assert same == vocab and again.config == model.config
+
+
+# ------------------------------------------------------------------------------------------------------------
+# a conversation with the release
+
+
+def small_mimi():
+    """A small random Mimi in Kyutai's format."""
+    return Mimi.from_pretrained(os.path.join(GOLDEN, "mimi_kyutai", "model.safetensors"), 8, SMALL)
+
+
+def test_it_says_what_the_release_says():
+    """talk.npz: what the release's own streaming loop chose from flm_release_tiny, greedily and in float32,
+    as it heard the codes of mimi_kyutai/golden.npz frame by frame: text and speak codes of each next column,
+    and the frame of codes that it decodes in each step but the first. Before, the logits of ids that are no
+    codes were set to 0, and the row of <wait> in the text head was multiplied by 6, to be chosen at times."""
+    pytest.importorskip("safetensors")
+    golden = np.load(os.path.join(RELEASE, "talk.npz"))
+    columns, frames = (torch.from_numpy(golden[name].astype(np.int64)) for name in ("columns", "said"))
+    (model, vocab), codec = load_release(RELEASE), small_mimi()
+    with torch.no_grad():
+        model.depth.heads[..., vocab.codebook_size:] = 0
+        model.head.weight[vocab.wait] *= 6
+    vocab = replace(vocab, silence=tuple(map(tuple, codec.silence())))
+    greedy = [replace(how, temperature=0.0) for how in release.SAMPLING]
+    duplex = DuplexModel(model, vocab, codec, None, greedy[0], greedy[1:], release=True)
+    state, said, decode = duplex.init_state([1]), [], codec.decode_step
+    codec.decode_step = lambda codes, state: said.append(codes[0, :, 0].clone()) or decode(codes, state)
+    found = []
+    for frame in audio(150).split(FRAME, -1):
+        duplex.step(frame, state)
+        found.append(torch.cat([state.text, state.speak[0]]))
+    assert len((columns == vocab.wait).nonzero()) > 20 and len(columns) == 150
+    assert torch.equal(torch.stack(found), columns)
+    assert torch.equal(torch.stack(said[1:]), frames) and said[0].tolist() == list(vocab.silence[-1])
+
+
+@pytest.fixture
+def downloaded(tmp_path, monkeypatch):
+    """A small random release as it lies on the disk after a download: config.json, two files of weights with
+    their index, tokeniser, codec. Its vocabulary is padded."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    torch.manual_seed(0)
+    saved = get_tokenizer("bytes", {}, 0)
+    config = FLMConfig(1, 32, 4, 2, 48, 1, 16, 2, vocab_size=300, empty=33, context=64)
+    model = FLM(config)
+    with torch.no_grad():
+        model.head.weight.normal_()
+    folder = tmp_path / "FLM-Audio"
+    export_release(model, Vocab(300, 290, -1, -1, 32, 33, ()), str(folder))
+    weights = safetensors.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    where = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(names)}
+    for file in set(where.values()):
+        safetensors.save_file({n: weights[n] for n in names if where[n] == file}, folder / file)
+    (folder / release.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    for name, text in dump_published(saved).items():
+        (folder / name).write_text(text)
+    shutil.copy(os.path.join(GOLDEN, "mimi_kyutai", "model.safetensors"), folder / release.MIMI)
+    published = Mimi.from_pretrained  # of the small size, whatever is asked for
+    monkeypatch.setattr(Mimi, "from_pretrained", staticmethod(
+        lambda path, codebooks, device="cpu": published(path, codebooks, SMALL, device)))
+    return folder
+
+
+def talk(folder, tmp_path, *more):
+    noise(tmp_path / "in.wav", 2.0, 24_000)
+    return run("chat.py", "--checkpoint", folder, "--input", tmp_path / "in.wav", "--output",
+               tmp_path / "reply.wav", *more)
+
+
+def test_chat_with_a_release_as_it_was_downloaded(downloaded, tmp_path):
+    code, out, err = talk(downloaded, tmp_path)
+    assert code == 0, err
+    first = read_audio(str(tmp_path / "reply.wav"))
+    assert len(first) == 48_000 and first.abs().max() > 0
+    pieces = [json.loads(line) for line in open(tmp_path / "reply.jsonl")]
+    assert pieces, "ids past the tokeniser's are skipped, the others are written"
+    assert talk(downloaded, tmp_path, "--codec", downloaded / release.MIMI)[0] == 0
+    assert torch.equal(read_audio(str(tmp_path / "reply.wav")), first)
+    assert talk(downloaded, tmp_path, "--temperature", 2, "--top-p", 1)[0] == 0
+    assert not torch.equal(read_audio(str(tmp_path / "reply.wav")), first)
+
+
+def test_a_release_in_the_engine_talks_as_alone(downloaded):
+    duplex = DuplexModel.load(str(downloaded))
+    heard = torch.randn(6, FRAME, generator=torch.Generator().manual_seed(0)) * 0.1
+    text, said = duplex.converse(torch.cat([*heard, torch.zeros(FRAME)])[None], seed=5)
+    engine = Engine(duplex, 2)
+    engine.join(seed=1)
+    for _ in range(2):  # also in a row that was used before
+        session = engine.join(seed=5)
+        for t, frame in enumerate(heard):
+            session.hear(frame)
+            token, sound = engine.tick()[session]
+            assert token == text[0, t] and (sound - said[0, (t + 1) * FRAME:][:FRAME]).abs().max() < 1e-5
+        engine.leave(session)
+
+
+def shorten(folder, by):
+    saved = json.loads((folder / "config.json").read_text())
+    saved["vocab_size"] -= by
+    (folder / "config.json").write_text(json.dumps(saved))
+
+
+SECOND = "model-00002-of-00002.safetensors"
+
+
+def other_codec(folder):
+    (folder / release.MIMI).unlink()
+    config = replace(SMALL, codebook_size=64)
+    save_checkpoint(str(folder / "codec.pt"), "codec", config, model=Mimi(config).state_dict())
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda f: (f / SECOND).unlink(), f"holds no {SECOND}; download it again"),
+    (lambda f: [(f / name).unlink() for name in (release.INDEX, SECOND)], "has no tensor"),
+    (lambda f: (f / release.INDEX).write_text("[]"), "not an index of weights"),
+    (lambda f: (f / release.MIMI).unlink(), "name that file with --codec"),
+    (lambda f: (f / "config.json").write_text('{"model_type": "qwen2"}'), "is of a qwen2, not of FLMAudio"),
+    (lambda f: (f / "config.json").unlink(), "no such checkpoint"),
+    (lambda f: (f / "tokenizer.json").unlink(), "holds neither tokenizer.json nor vocab.json"),
+    (lambda f: shorten(f, 50), "its tokeniser has 259 tokens, config.json 250"),
+    (lambda f: shorten(f, -2000), "its tokeniser has 259 tokens, config.json 2300"),
+    (lambda f: other_codec(f), "needs a codec with 8 codebooks of 32, not 8 of 64"),
+])
+def test_a_folder_that_is_not_a_whole_release_is_one_clear_line(downloaded, tmp_path, change, says):
+    change(downloaded)
+    code, _, err = talk(downloaded, tmp_path)
+    assert code == 1 and len(err.strip().splitlines()) == 1 and says in err and err.startswith("error: ")
+
+
+def test_a_model_of_ours_is_exported_with_its_tokeniser_and_codec(world, tmp_path):
+    pytest.importorskip("safetensors")
+    code, out, err = run("published.release", world / "flm", tmp_path / "x")
+    assert code == 0 and "codec.pt" in out, err
+    ours, theirs = DuplexModel.load(str(world / "flm")), DuplexModel.load(str(tmp_path / "x"))
+    assert theirs.release and theirs.vocab == ours.vocab
+    assert encode_words("the cat ζ", theirs.tokenizer) == encode_words("the cat ζ", ours.tokenizer)
+    names = [theirs.tokenizer.decode_single_token_bytes(i) for i in range(ours.vocab.text_size)]
+    assert names == [ours.tokenizer.decode_single_token_bytes(i) for i in range(ours.vocab.text_size)]
+    grid = torch.randint(0, 30, (1, 17, 5))
+    assert torch.equal(ours.model.hidden(grid), theirs.model.hidden(grid))
+    assert talk(tmp_path / "x", tmp_path)[0] == 0
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Qwen2.5
 
 
 def as_qwen(model, folder, prefix, kind, shards=2):
