@@ -34,7 +34,7 @@ from files.audio import SAMPLE_RATE, read_audio
 from files.augment import Version
 from files.device import check_device
 from files.encoded import ENCODED, SHARD, VERSION, sha256, write_index
-from files.manifest import clip_key, read_manifest, seconds_of, spoken_parts
+from files.manifest import check_codec, clip_key, read_codes, read_manifest, seconds_of, spoken_parts
 from files.tokenizer import dump_tokenizer, encode_words, get_tokenizer, load_tokenizer, words_of
 from mimi import FRAME, Mimi
 from toy.script import make_toy
@@ -79,7 +79,7 @@ class Shard:
         for d in lines:
             for part in spoken_parts(d):
                 clip, user = clip_key(part), part.get("role") == "user"
-                if clip in versions:
+                if clip in versions or "codes" in part:
                     continue
                 versions[clip] = [Version.draw(rng, FRAME) if user else Version()]
                 if d["split"] == "train" and user:
@@ -95,6 +95,12 @@ class Shard:
             n = max(1, min(32, int(160 / min(10, jobs[-1][0]))))
             batch, jobs = jobs[-n:], jobs[:-n]
             self.encode_batch([(clip, i, versions[clip][i]) for _, clip, i in batch])
+
+    def add_codes(self, lines):
+        """The parts of these lines that are codes already."""
+        for part in (part for d in lines for part in spoken_parts(d) if "codes" in part):
+            codes = read_codes(part["path"])
+            self.places[clip_key(part)] = [{**self.add(codes), "speech": len(codes), "late": 0}]
 
     def encode_batch(self, batch):
         """batch: [(clip, number of the copy, Version)]"""
@@ -167,6 +173,7 @@ def encode_shard(task):
         lines = list(read_manifest(manifest, skip_broken, begin, SHARD))
     shard = Shard(number, codec, tokenizer)
     shard.encode_clips(lines, copies, augment)
+    shard.add_codes(lines)
     encoded = [shard.encode_line(d) for d in lines]
     path = os.path.join(work, f"{number:05}")
     with replace_when_done(path + ".npy") as temporary, open(temporary, "wb") as f:
@@ -187,7 +194,8 @@ def encode(data, codec, tokenizer, vocab_size, copies, augment, skip_broken, pro
     begun, manifest = time.monotonic(), os.path.join(data, "manifest.jsonl")
     out, work = check_folder(os.path.join(data, "encoded"), ENCODED, replace=True)
     check_device(device)
-    mimi, (lines, words) = Mimi.load(codec, device), survey(manifest, skip_broken)
+    mimi = Mimi.load(codec, device)
+    lines, words = survey(manifest, skip_broken, (mimi.config.codebooks, mimi.config.codebook_size))
     tokenizer = dump_tokenizer(get_tokenizer(tokenizer, words, vocab_size))
     meta = {"version": VERSION, "codec_sha256": sha256(codec), "manifest_sha256": sha256(manifest),
             "tokenizer_sha256": hashlib.sha256(tokenizer.encode()).hexdigest(),
@@ -209,11 +217,14 @@ def encode(data, codec, tokenizer, vocab_size, copies, augment, skip_broken, pro
     print(f"Wrote {frames} frames ({hours:.2f} hours of audio, {speed}) of {lines} lines to {out}")
 
 
-def survey(manifest, skip_broken):
-    """Check every line: (number of good lines, Counter of the words to train on)."""
+def survey(manifest, skip_broken, codec):
+    """Check every line: (number of good lines, Counter of the words to train on). codec: its codebooks and
+    their size."""
     lines, words = 0, Counter()
     for d in tqdm(read_manifest(manifest, skip_broken), "check", unit="line", leave=False):
         lines += 1
+        if any("codes" in part for part in spoken_parts(d)):
+            check_codec(codec, manifest)
         if d["split"] == "train":
             words.update(w for part in d.get("turns", d.get("sentences")) for w in words_of(part["text"]))
     if not lines:

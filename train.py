@@ -44,7 +44,7 @@ from toy.codec import CodecTask
 from training import flags, lora, parallel, plan
 from training.muon import make_optimizer
 from training.run import Run, Stopped, default_precision
-from training.survey import survey
+from training.survey import PAUSE, survey
 
 # ------------------------------------------------------------------------------------------------------------
 # the stages
@@ -126,7 +126,6 @@ STAGES = {
 STAGES["0.5b"] = STAGES["7b"]
 WARMUP = 100  # steps at the start of a run
 
-PAUSE = 14  # frames at most before a clip of post-training
 NOISE, LEAKAGE = 0.5, 0.3  # shares of dialogues in a noisy room, of answers that leak from the loudspeaker
 
 ALPHA_1, ALPHA_2, BETA = 1.0, 0.5, 1.0  # Eq. 3: semantic, acoustic, monologue; gamma is in the stage
@@ -455,7 +454,8 @@ def resolve(args, rest):
 def build_parser():
     every = f"Every field of a config and of a stage is a flag too: {flags.known(model.FLMConfig, Stage)}. " \
             "(The codec's config has other fields; an unknown flag lists them.) --steps is for all stages " \
-            "together, --lr is the highest rate; the others keep their proportion."
+            "together, --lr is the highest rate; the others keep their proportion. --epochs is for each " \
+            "stage, over what the data holds for it."
     parser = argparse.ArgumentParser(description=__doc__, epilog=textwrap.fill(every, 100),
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -491,6 +491,7 @@ def main():
         if args.plan:
             if args.config == "codec":
                 raise ValueError("--plan is for a model")
+            flags.check_alone(args.config, args.eight_bit, args.lora, args.gpus)
             return plan.show(args.config, config, stages, args.gpus, args.card, args.utilisation,
                              args.eight_bit, args.lora)
         run(args, config, stages)
@@ -508,20 +509,14 @@ def main():
 def run(args, config, stages):
     check_device(args.device)
     args.device = parallel.begin(args.device)
-    one = [name for name, on in (("the codec", args.config == "codec"), ("--eight-bit", args.eight_bit),
-                                 ("--lora", args.lora)) if on]
-    if parallel.is_distributed() and one:
-        raise ValueError(f"{one[0]} trains in one process, without torchrun")
-    if args.lora and (not args.init or one != ["--lora"]):
-        raise ValueError("--lora needs a model to start from (--init), and works without --eight-bit")
+    flags.check_alone(args.config, args.eight_bit, args.lora, parallel.world_size())
+    if args.lora and not args.init:
+        raise ValueError("--lora needs a model to start from: --init")
     if args.config == "codec":
         task = CodecTask(config, args.data or "data/toy", args.device, args.precision)
     else:
         task = ModelTask(config, args.data or "data/toy/encoded", args.device, args.init, args.seed,
                          args.eight_bit, args.precision, args.lora)
-    if args.init and max(s.frames for s in stages) > task.config.context:
-        raise ValueError(f"{args.init}: its context is {task.config.context} frames; --frames "
-                         f"{task.config.context} makes rows that fit")
     notes, stages = survey(task, stages)
     if parallel.rank() == 0:
         print("\n".join([*map(flags.describe, (task.config, *stages)), *notes]), flush=True)

@@ -1,6 +1,7 @@
 """Text conversations as they are published -> dialogues that `prepare.py speak` can speak.
 
     ShareGPT     {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}, ...]}
+                 or with "role" and "content", as in OpenAI's
     OpenAI       {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}, ...]}
     Alpaca       {"instruction": "...", "input": "...", "output": "..."}
     UltraChat    {"data": ["...", "...", ...]}, the user first
@@ -43,7 +44,8 @@ def turns_of(d, where):
     """[(role, text), ...] of a conversation, without system prompts. ValueError if its layout is unknown."""
     try:
         if "conversations" in d:
-            pairs = [(t["from"], t["value"]) for t in d["conversations"]]
+            pairs = [(t["from"], t["value"]) if "from" in t else (t["role"], t["content"])
+                     for t in d["conversations"]]
         elif "messages" in d:
             pairs = [(t["role"], t["content"]) for t in d["messages"]]
         elif "instruction" in d:

@@ -4,6 +4,7 @@ import functools
 
 from corpora.chats import import_chats
 from corpora.dialogues import speak_dialogues
+from corpora.minimind import import_minimind
 from corpora.mix import mix
 from corpora.readers import READERS, collect
 from corpora.transcribe import transcribe
@@ -34,13 +35,16 @@ CORPORA = (
         ("--out", ..., "the .jsonl to write"),
         ("--longest", 80, "words of a turn"), ("--lang", "en", "language of all of them"))),
     ("speak", speak_dialogues, "written dialogues -> spoken ones", "dialogues.jsonl --out data/mine", (
-        ("source", ..., "the .jsonl of the dialogues"), OUT, ("--voices", 24, "user voices"), SEED, TTS)),
+        ("source", ..., "the .jsonl of the dialogues"), OUT, ("--voices", 24, "user voices"),
+        ("--tts-voices", None, "file with the voices, one a line, the model's first"), SEED, TTS)),
     ("librispeech", reader("librispeech"), "LibriSpeech -> a manifest",
      "LibriSpeech --out data/libri", (("source", ..., "folder with *.trans.txt somewhere below"), OUT)),
     ("ljspeech", reader("ljspeech"), "LJSpeech -> a manifest",
      "LJSpeech-1.1 --out data/lj", (("source", ..., "folder with metadata.csv"), OUT)),
     ("conversations", reader("conversations"), "stereo conversations -> a manifest",
      "talks.jsonl --out data/talks", (("source", ..., "the .jsonl in moshi-finetune's format"), OUT)),
+    ("minimind", import_minimind, "MiniMind-O's spoken dialogues -> a manifest",
+     "sft_a2a.parquet --out data/mm", (("source", ..., "a .parquet of MiniMind-O"), OUT)),
     ("transcribe", transcribe, "recordings without text -> a manifest",
      "recordings --asr 'whisper-cli -nt {wav}' --out data/mine", (
         ("source", ..., "folder with audio files at any depth"), OUT,

@@ -10,27 +10,57 @@ from toy.voices import get_synthesiser, speak_all
 from toy.world import LANGUAGES
 
 
-def speak_dialogues(source, out, voices, seed, tts):
+def read_voices(path):
+    """[the model's voice, the users' voices]: one a line, the model's first."""
+    with open(path, encoding="utf-8") as f:
+        names = [line.strip() for line in f if line.strip()]
+    if len(names) < 2:
+        raise ValueError(f"{path}: needs two voices or more, one a line, the model's first")
+    return names[0], names[1:]
+
+
+def voices_of(code, n, seed, tts, given):
+    """(the model's voice, [the users' voices]) for a language. given: what read_voices returned, or None."""
+    if given:
+        return given
+    if code not in LANGUAGES and not tts:
+        raise ValueError(f"lang {code!r} needs another synthesiser (--tts); espeak-ng speaks "
+                         f"{' and '.join(LANGUAGES)} here")
+    language = LANGUAGES.get(code, LANGUAGES["en"])
+    return language.model_voice, language.user_voices(n, seed)
+
+
+def give_voices(turns, model, users, rng):
+    """Set each turn's "voice", unless it has one: that of the model, or one voice for each "speaker" among
+    the users (without speakers there is one)."""
+    names = list(dict.fromkeys(t.get("speaker") for t in turns if t["role"] == "user" and "voice" not in t))
+    if len(names) > len(users):
+        raise ValueError(f"it has {len(names)} speakers, more than the {len(users)} user voices")
+    voices = dict(zip(names, rng.sample(users, len(names))))
+    for t in turns:
+        t.setdefault("voice", model if t["role"] == "model" else voices.get(t.get("speaker")))
+
+
+def speak_dialogues(source, out, voices, tts_voices, seed, tts):
     """Written dialogues, lines {"turns": [{"role": "user", "text": "..."}, {"role": "model", "text": "..."},
-    ...]}, perhaps with "lang" -> the same with audio, in the folder `out`. The user keeps one voice
-    throughout a dialogue."""
+    ...]}, perhaps with "lang" -> the same with audio, in the folder `out`. A user keeps one voice throughout
+    a dialogue; where several talk, a turn's "speaker" tells them apart, or its "voice" says how it sounds."""
     out, work = check_folder(out, SPOKEN)
-    synthesiser = get_synthesiser(tts)
+    synthesiser, given = get_synthesiser(tts), read_voices(tts_voices) if tts_voices else None
     rng, lines, jobs = random.Random(seed), [], []
     with open(source, encoding="utf-8") as f:
         for number, line in enumerate(f, 1):
             try:
                 d = json.loads(line)
-                language = LANGUAGES[d.get("lang", "en")]
-                user = rng.choice(language.user_voices(voices, seed))
                 for i, t in enumerate(d["turns"]):
                     if t["role"] != ("user", "model")[i % 2] or not t["text"].strip():
                         raise ValueError("user and model take turns, the user first, and each says something")
-                    t["voice"] = user if t["role"] == "user" else language.model_voice
-                    t["audio"] = f"turns/{number:06d}-{i}.flac"
-                    jobs.append((os.path.join(work, t["audio"]), [t["text"]], [], t["voice"]))
                 if not d["turns"] or len(d["turns"]) % 2:
                     raise ValueError("it needs turns, and the last one is the model's")
+                give_voices(d["turns"], *voices_of(d.get("lang", "en"), voices, seed, tts, given), rng)
+                for i, t in enumerate(d["turns"]):
+                    t["audio"] = f"turns/{number:06d}-{i}.flac"
+                    jobs.append((os.path.join(work, t["audio"]), [t["text"]], [], t["voice"]))
                 lines.append(d)
             except (ValueError, KeyError, TypeError, AttributeError) as e:
                 raise ValueError(f"{source}, line {number}: {type(e).__name__}: {e}") from None

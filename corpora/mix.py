@@ -50,12 +50,13 @@ def read_turn(turn):
 def schedule(turns, rng):
     """When each turn of [(user, model), ...] is spoken. With probability 0.7 the user interrupts an answer
     with the next turn, and half a second later the model stops. Returns [{"user", "model": samples; "start",
-    "answer", "cut": when the user starts, the answer starts, it is cut (or None); "text"}, ...] and the end,
-    all in samples."""
+    "answer", "cut": when the user starts, the answer starts, it is cut (or None); "text"; "said": what the
+    model says while the user speaks, [(start, samples, text), ...]}, ...] and the end, all in samples."""
     plan, t = [], 0
     for i, (user, model) in enumerate(turns):
         x, y = read_turn(user), read_turn(model)
-        if rng.random() < 0.2:
+        interjections = user.get("interjections", ())
+        if rng.random() < 0.2 and not interjections:  # these are at certain seconds
             x = hesitate(x, rng)
         if rng.random() < 0.6:
             x = change_gain(x, rng)
@@ -65,8 +66,10 @@ def schedule(turns, rng):
         interrupted = i < len(turns) - 1 and rng.random() < 0.7
         t = answer + (rng.randint(FRAME, len(y)) if interrupted else len(y))
         cut = t + REACTION * FRAME if interrupted else None
+        said = [(-(-(start + round(s["at"] * SAMPLE_RATE)) // FRAME) * FRAME, read_turn(s), s["text"])
+                for s in interjections]
         plan.append({"user": x, "model": y, "text": model["text"],
-                     "start": start, "answer": answer, "cut": cut})
+                     "start": start, "answer": answer, "cut": cut, "said": said})
     return plan, t
 
 
@@ -79,6 +82,10 @@ def converse(turns, backchannels, noises, rng):
     speak, listen, sentences = torch.zeros(n), torch.zeros(n), []
     for p in plan:
         add_at(listen, p["user"], p["start"])
+        for start, x, text in p["said"]:
+            add_at(speak, x, start)
+            sentences.append({"role": "model", "start": start / SAMPLE_RATE,
+                              "end": (start + len(x)) / SAMPLE_RATE, "text": text})
         end = min(p["answer"] + len(p["model"]), n if p["cut"] is None else p["cut"])
         add_at(speak, p["model"][:end - p["answer"]], p["answer"])
         start, end = p["answer"] / SAMPLE_RATE, end / SAMPLE_RATE
@@ -102,9 +109,12 @@ def read_dialogues(data):
     dialogues, backchannels = {"train": [], "seen": []}, []
     for d in read_manifest(os.path.join(data, "manifest.jsonl")):
         turns = d.get("turns", ())
+        if any("codes" in t for t in turns):
+            raise ValueError(f"{data}/manifest.jsonl: holds codes instead of audio, which cannot be mixed")
         if d.get("kind") == "backchannel":
             backchannels += turns
         elif len(turns) > 1 and d["split"] in dialogues:
+            turns = [{**turns[0], "interjections": d.get("interjections", ())}, *turns[1:]]
             dialogues[d["split"]].append(list(zip(turns[::2], turns[1::2])))
     if not dialogues["train"]:
         raise ValueError(f"{data}/manifest.jsonl: holds no dialogue to train on")

@@ -42,19 +42,22 @@ def conversations(path):
 
 
 def sentences_of(words, pause=0.8, longest=20.0):
-    """Words (text, start, end, speaker) in order -> sentences. A new one begins after a full stop or a pause
-    (seconds), or when one becomes too long (seconds)."""
+    """Words (text, start, end, speaker) in order -> sentences, with the start of each word (of each text
+    without spaces, in a script that has none). A new one begins after a full stop or a pause (seconds), or
+    when one becomes too long (seconds)."""
     out = []
     for role in ("model", "user"):
         last = None
         for text, start, end, _ in (w for w in words if (w[3] == "SPEAKER_MAIN") == (role == "model")):
             if last is None or start - last["end"] > pause or end - last["start"] > longest \
                     or last["text"][-1] in ".?!。？！":
-                last = {"role": role, "text": text, "start": start, "end": end}
+                last = {"role": role, "text": text, "start": start, "end": end, "starts": []}
                 out.append(last)
             else:
                 space = "" if NO_SPACES.match(text) and NO_SPACES.match(last["text"][-1]) else " "
                 last["text"], last["end"] = last["text"] + space + text, end
+            new = len(last["text"].split()) - len(last["starts"])  # 0, or 1: more if a "word" has spaces
+            last["starts"] += [max([start, *last["starts"]])] * new  # in order, even if these are not
     return sorted(out, key=lambda s: s["start"])
 
 

@@ -6,10 +6,11 @@
       {"role": "user",  "text": "repeat cat red moon", "audio": "user/000007.flac"},
       {"role": "model", "text": "cat red moon",        "audio": "model/cat-red-moon.flac"}]}
         optional in a turn: "starts", the second at which each word starts
+        a turn may have "codes" instead of "audio": a .npy of (frames, 8) codes of Kyutai's Mimi
         optional: "interjections" [{"text", "audio", "at"}]: what the model says while the user speaks
     {"audio": "talk.wav", "sentences": [                                    a conversation in stereo, model
       {"role": "model", "start": 0.5, "end": 1.9, "text": "It is late."}]}  left and user right: fine-tuning
-        optional in a sentence: "cut", the second at which an interruption ends it
+        optional in a sentence: "cut", the second at which an interruption ends it; "starts" of its words
 
 Each line may have a "split": "train"; or "seen" and "new", which are held out (of known and of new voices).
 Without it one line in a hundred is "seen".
@@ -20,11 +21,13 @@ import math
 import os
 import sys
 
+import numpy as np
 import soundfile
 
 from files.atomic import move_folder, replace_when_done
 
 SPLITS = ("train", "seen", "new")
+CODEC = 8, 2048  # codebooks and their size, of codes in a manifest: Kyutai's Mimi
 SPOKEN = r"manifest\.jsonl|user|model|words|turns|talks"  # the names in the folders that prepare.py writes
 
 
@@ -70,7 +73,7 @@ def check_line(line, number, folder):
         raise ValueError("interjections are a list of {text, audio, at}")
     for part in parts:
         if turns:
-            check_part(part, "turn", ("role", "text", "audio"))
+            check_part(part, "turn", ("role", "text", sound_of(part)))
         else:
             check_part(part, "sentence", ("role", "text", "start", "end"))
     for part in interjections:
@@ -78,12 +81,18 @@ def check_line(line, number, folder):
     if turns and len(parts) > 1 and [p["role"] for p in parts] != ["user", "model"] * (len(parts) // 2):
         raise ValueError("in a dialogue user and model take turns, the user first")
     for part in spoken_parts(d) if turns else [d]:
-        if not isinstance(part.get("audio"), str):
+        sound = sound_of(part) if turns else "audio"
+        if not isinstance(part.get(sound), str):
             raise ValueError("needs the field 'audio'")
-        part["path"] = os.path.join(folder, part["audio"])
+        part["path"] = os.path.join(folder, part[sound])
         if not os.path.isfile(part["path"]):
             raise FileNotFoundError(f"no audio file {part['path']}")
     return d
+
+
+def sound_of(part):
+    """The field that names the file of what is said."""
+    return "codes" if isinstance(part, dict) and "codes" in part else "audio"
 
 
 def is_text(x):
@@ -95,7 +104,7 @@ def is_seconds(x):
     return isinstance(x, (int, float)) and not isinstance(x, bool) and 0 <= x < math.inf
 
 
-FIELDS = {**dict.fromkeys(("role", "text", "audio"), ("text", is_text)),
+FIELDS = {**dict.fromkeys(("role", "text", "audio", "codes"), ("text", is_text)),
           **dict.fromkeys(("start", "end", "cut", "at"), ("a number of seconds", is_seconds))}
 
 
@@ -110,6 +119,8 @@ def check_part(part, what, needed):
             raise ValueError(f"the {what}'s field {key!r} is {kind}, not {part[key]!r}")
     if part.get("role", "either") not in ("user", "model", "either"):
         raise ValueError(f"a role is user or model, not {part['role']!r}")
+    if "codes" in part and {"audio", "start", "end"} & part.keys():
+        raise ValueError(f"a {what} has codes or audio, and codes are used from the first to the last")
     start, end, words = part.get("start", 0.0), part.get("end"), part["text"].split()
     if end is not None and end <= start:
         raise ValueError(f"from {start} to {end} s is not a stretch of time")
@@ -136,6 +147,27 @@ def seconds_of(path, start, end):
         return (soundfile.info(path).duration if end is None else end) - start
     except soundfile.LibsndfileError as e:
         raise ValueError(f"{path}: not an audio file that can be read ({e})") from None
+
+
+def check_codec(found, where):
+    """ValueError unless a codec (codebooks, their size) is of the kind that codes in a manifest are from."""
+    if found != CODEC:
+        raise ValueError(f"{where}: holds codes of Kyutai's Mimi ({CODEC[0]} x {CODEC[1]}) and needs that "
+                         "codec (--codec tokenizer-e351c8d8-checkpoint125.safetensors), not one of "
+                         f"{found[0]} x {found[1]}")
+
+
+def read_codes(path):
+    """A turn's "codes": (frames, 8) int16. Raises ValueError with the file's name."""
+    try:
+        codes = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as e:
+        raise ValueError(f"{path}: not a .npy file of codes ({e})") from None
+    K, size = CODEC
+    if not isinstance(codes, np.ndarray) or codes.dtype.kind not in "iu" or codes.shape[1:] != (K,) \
+            or not len(codes) or not 0 <= codes.min() <= codes.max() < size:
+        raise ValueError(f"{path}: holds no codes: whole numbers from 0 to {size - 1}, {K} for each frame")
+    return codes.astype(np.int16)
 
 
 def write_manifest(lines, work, out):

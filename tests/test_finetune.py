@@ -59,7 +59,7 @@ def test_stages_without_data_are_skipped_and_named(world, tmp_path):
               for c in t["copies"]]
     fit = sum(n + train.PAUSE <= 40 for n in frames)
     assert 0 < fit < len(frames) and f"asr: {len(frames) - fit} of {len(frames)} clips do not fit" in out
-    assert f"rows of {max(frames) + train.PAUSE} frames hold all" in out
+    assert f"left out; --frames {max(frames) + train.PAUSE} holds all" in out
     rows = data.batch(train.Stage("s", 1, 30, 0, 0, 40, {"asr": (1, 1)}), 0, "train", random.Random(0))[0]
     first = (rows[:, TEXT] != data.vocab.wait).int().argmax(1)  # each row's first clip has its transcript
     assert (first > 0).all()

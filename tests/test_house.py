@@ -143,7 +143,8 @@ def test_the_book_needs_no_extra(tmp_path):
     code = f"""if True:
         import sys
         sys.path.insert(0, {ROOT!r})
-        for extra in ("espeakng_loader", "safetensors", "aiohttp", "sounddevice", "matplotlib", "torchao"):
+        for extra in ("espeakng_loader", "safetensors", "aiohttp", "sounddevice", "matplotlib", "torchao",
+                      "pyarrow"):
             sys.modules[extra] = None
         import {", ".join(BOOK)}
         """

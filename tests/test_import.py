@@ -15,6 +15,8 @@ ASKED, SAID = "What is **Mimi**?", "- A codec.\n- It makes codes."
 LAYOUTS = {
     "ShareGPT": {"conversations": [{"from": "system", "value": "Be nice."}, {"from": "human", "value": ASKED},
                                    {"from": "gpt", "value": SAID}]},
+    "ShareGPT with roles": {"conversations": [{"role": "user", "content": ASKED},
+                                              {"role": "assistant", "content": SAID}]},
     "OpenAI": {"messages": [{"role": "user", "content": ASKED}, {"role": "assistant", "content": SAID}]},
     "Alpaca": {"instruction": "What is", "input": "Mimi?", "output": SAID},
     "UltraChat": {"id": "1", "data": [ASKED, SAID]}}

@@ -211,7 +211,7 @@ def test_the_command(world, tmp_path):
     assert code == 0 and "Wrote" in out, err
     assert len(load_checkpoint(str(tmp_path / "o/checkpoint.pt"), "flm")["lora"]) == 12
     for more, says in (([], "--lora needs a model to start from"),
-                       (["--init", world / "flm", "--eight-bit"], "without --eight-bit"),
+                       (["--init", world / "flm", "--eight-bit"], "and --lora do not go together"),
                        (["--init", world / "flm", "--lora", -1], "is at least 1")):
         code, _, err = run(*flags, "--out", tmp_path / "p", *more)
         assert code == 1 and says in err.splitlines()[-1]

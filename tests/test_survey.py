@@ -25,7 +25,7 @@ def recordings(world, folder, annotated):
             f.write(json.dumps({"audio": str(world / "toy" / t["audio"]), "text": t["text"], "split": "train",
                                 "annotated": by_person}) + "\n")
     encode(folder, world)
-    return train.ModelTask(FLM, str(folder / "encoded"), "cpu")
+    return train.ModelTask(dataclasses.replace(FLM, context=300), str(folder / "encoded"), "cpu")
 
 
 def lengths(data):

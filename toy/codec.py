@@ -29,7 +29,8 @@ class Clips:
         manifests = [os.path.join(folder, "manifest.jsonl") for folder in data.split(",")]
         for d in (d for manifest in manifests for d in read_manifest(manifest)):
             if d["split"] in self.clips and d.get("kind") != "noise":
-                self.clips[d["split"]] |= {(clip_key(t), t["text"], t["role"]) for t in d.get("turns", ())}
+                self.clips[d["split"]] |= {(clip_key(t), t["text"], t["role"]) for t in d.get("turns", ())
+                                          if "audio" in t}
         self.letters = "".join(sorted({c for _, text, _ in self.clips["train"] for c in text.lower()}))
         keys = {key for clips in self.clips.values() for key, *_ in clips}
         self.frames = {key: round(seconds_of(*key) * SAMPLE_RATE) for key in keys}

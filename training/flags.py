@@ -33,6 +33,16 @@ def parse(text, kind, name):
         raise ValueError(f"--{name.replace('_', '-')} {text}: is not of type {kind}") from None
 
 
+def check_alone(config, eight_bit, rank, processes):
+    """ValueError if what trains in a single process is to train in several, or what excludes each other."""
+    alone = {"the codec": config == "codec", "--eight-bit": eight_bit, "--lora": rank}
+    alone = [name for name, given in alone.items() if given]
+    if alone and processes > 1:
+        raise ValueError(f"{alone[0]} trains in one process, without torchrun")
+    if alone[1:]:
+        raise ValueError(f"{' and '.join(alone)} do not go together")
+
+
 def apply(config, stages, arguments):
     """(config, stages) with the fields that the arguments name. steps is for all stages together and lr the
     highest rate of them; the others keep their proportion. SystemExit for an unknown flag, ValueError for

@@ -137,8 +137,6 @@ def plan(config, stage, gpus, bf16=True, eight_bit=False, rank=0):
 
 
 def show(name, config, stages, gpus, card, utilisation, eight_bit, rank=0):
-    if rank and (eight_bit or gpus > 1):
-        raise ValueError("--lora trains in one process, without --eight-bit")
     peak, room = BF16[card]
     print(f"{name} on {gpus} x {card}: {peak / 1e12:.0f} TFLOP/s in bfloat16 and {room / 1e9:.0f} GB each "
           f"(data sheets), {utilisation:.0%} utilisation (assumed)\n")

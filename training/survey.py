@@ -6,6 +6,7 @@ import numpy as np
 
 from streams import FRAME_RATE
 
+PAUSE = 14  # frames at most before a clip of post-training
 SAMPLED = 1000  # lines whose lengths stand for those of all
 FEW = 20  # steps
 
@@ -20,6 +21,10 @@ def survey(task, stages):
         if any(s.epochs for s in stages):
             raise ValueError("--epochs is for a model; the codec has --steps or --minutes")
         return notes, kept
+    frames, context = max(s.frames for s in stages), task.config.context
+    if frames > context:
+        raise ValueError(f"rows of {frames} frames: the model to start from has a context of {context}; "
+                         f"--frames {context} makes rows that fit")
     if not kept:
         raise ValueError("the data holds nothing to train on for any stage: "
                          + ("; ".join(too_long(task.data, stages)) or "; ".join(notes)))
@@ -43,8 +48,8 @@ def too_long(data, stages):
             if n < of:
                 longest = max(index["frames"][some[:, 0]].max() for some in whole if len(some))
                 lines[layout, s.frames] = (f"{layout}: {of - n} of {of} clips do not fit into rows of "
-                                           f"{s.frames} frames and are left out; rows of {longest + 14} "
-                                           "frames hold all")
+                                           f"{s.frames} frames and are left out; --frames "
+                                           f"{longest + PAUSE} holds all")
     return list(lines.values())
 
 
