@@ -6,8 +6,8 @@
     python eval.py --checkpoint out/tiny --people FOLDER       also requests in these people's voices
     python eval.py --folder out/talks                          score such folders, of any system
     python eval.py --checkpoint out/tiny --asr 'mycmd {wav}'   another recogniser: a command that prints words
-    python eval.py --checkpoint out/small --hear data/test     ASR style: WER on a test set of your own
     python eval.py --codec out/codec/checkpoint.pt             the codec alone: distance, intelligibility
+    python eval.py --checkpoint out/tiny --hear data/test      on a test set of your own: evals/testsets.py
 
 Requests that are not in the training data are spoken to the model, frame by frame:
 
@@ -31,21 +31,20 @@ import sys
 from collections import Counter
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from chat import DuplexModel
 from evals.conversations import converse_all, read_conversations, save_conversation, save_samples, written
-from evals.hearing import hear_test_set, hearing
 from evals.recogniser import get_recogniser
 from evals.strangers import make_strangers
+from evals.testsets import measure, transcribe
 from evals.turns import LEAD, Reply, ScenarioMaker, earliest, format_proportion, report_turns, run_scenarios
 from evals.turns import score_all, silence, speech, wilson, words_of
 from files.atomic import replace_when_done
 from files.audio import SAMPLE_RATE, read_audio
 from files.device import check_device
 from files.manifest import read_manifest
-from mimi import FRAME, Mimi, log_spectral_distance, mel_filters
+from mimi import Mimi, log_spectral_distance, mel_filters
 
 KINDS = ("repeat", "count", "next", "opposite")  # of requests; chants and stories have no single right answer
 LISTEN_ON = 2.5  # seconds that a recording goes on after the expected answer
@@ -125,6 +124,14 @@ def answers(duplex, recogniser, items, seed, scores, split):
 
 # ------------------------------------------------------------------------------------------------------------
 # does it understand anybody, and when does it speak?
+
+
+def hearing(duplex, items, scores, split):
+    """ASR style: what the model writes of each request that it hears."""
+    for d, text in zip(items, transcribe(duplex, [read_audio(d["turns"][0]["path"]) for d in items])):
+        right, found = d["turns"][0]["text"].split(), text.split()
+        scores.add_errors(f"{split} hearing 1 - WER", found, right)
+        scores.add_errors(f"{split} hearing 1 - CER", "".join(found), "".join(right))
 
 
 def understands(duplex, groups, seed, scores):
@@ -235,27 +242,21 @@ def read_dialogues(args):
     return list(read_manifest(os.path.join(args.data, "manifest.jsonl")))
 
 
+def make_recogniser(args):
+    return get_recogniser(args.asr, args.data, "out/recogniser", args.asr_minutes, args.device)
+
+
 def evaluate_answers(duplex, args, scores):
     """Returns the conversations."""
-    recogniser = get_recogniser(args.asr, args.data, "out/recogniser", args.asr_minutes, args.device)
+    recogniser = make_recogniser(args)
     dialogues, rng, conversations = read_dialogues(args), random.Random(args.seed), []
     for split in ("seen", "new"):
         items = [d for d in dialogues if d["split"] == split and d["kind"] in KINDS]
         items = rng.sample(items, min(args.items, len(items)))
         conversations += answers(duplex, recogniser, items, args.seed, scores, split)
-        users = [d["turns"][0] for d in items]
-        hearing(duplex, [(read_audio(t["path"]), t["text"]) for t in users], scores, split)
+        hearing(duplex, items, scores, split)
         ceiling(duplex.codec, recogniser, items[:50], scores, split)
     return conversations
-
-
-def hear(duplex, args):
-    scores, out = Proportions(), os.path.join(args.checkpoint, "heard.jsonl")
-    n = hear_test_set(duplex, args.hear, args.split, scores, out)
-    print(f"\n{n} recordings of {args.hear}, 95% intervals in brackets")
-    for name in scores.n:
-        print(f"  {name:28} {scores.line(name)}")
-    print(f"Wrote {out}")
 
 
 MEASURES = ("spoken 1 - WER", "spoken exactly", "spoken 1 - WER, as written", "in time", "early", "kept on",
@@ -284,16 +285,22 @@ def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("--checkpoint", default="out/tiny")
-    add("--codec", help="measure this codec alone instead of a model")
-    add("--hear", help="measure only hearing, on the recordings of this folder's manifest")
-    add("--split", help="those of this split (default: all)")
-    add("--folder", help="score the conversations of this folder: ours (--keep) or Full-Duplex-Bench's")
+    add("--checkpoint", help="folder that train.py wrote, or an FLM-Audio release (default: out/tiny)")
+    add("--codec", help="measure this codec alone; with --checkpoint: another than the model's")
+    one = parser.add_mutually_exclusive_group().add_argument  # a test set of your own
+    one("--folder", help="score the conversations of this folder: ours (--keep) or Full-Duplex-Bench's; "
+                         "with --checkpoint: hold them first")
+    one("--hear", help="ASR style: folder with the manifest of recordings to transcribe")
+    add("--split", help="of --hear: recordings of this split (default: all but those for training)")
+    one("--say", help="TTS style: folder with the manifest of texts to speak")
+    add("--post-trained", action="store_true", help="for --say: of a model without fine-tuning")
+    one("--ask", help='spoken questions: a .jsonl of {"audio" or "text": ..., "answers": [...]}')
+    add("--judge", help='of answers: a command that reads {"question", "answers", "reply"}, prints a number')
     add("--data", default="data/toy", help="folder with the manifest of the held-out items")
-    add("--items", type=int, default=200, help="for each of seen voices, new voices, and each scenario")
+    add("--items", type=int, help="of each kind (default: 200; all of a test set)")
     add("--only", choices=("answers", "strangers", "turns"), help="measure only this part")
     add("--smoke", action="store_true", help="20 items a scenario")
-    add("--keep", help="write every conversation of the scenarios into this folder")
+    add("--keep", help="write transcripts and conversations into this folder")
     add("--seed", type=int, default=7)
     add("--tts", help="another synthesiser for the scenarios, as for prepare.py")
     add("--voices", help="voices of the scenarios, such as flite:awb,flite:slt (default: those of the data)")
@@ -305,16 +312,18 @@ def main():
     args = parser.parse_args()
     try:
         device = check_device(args.device)
-        if args.folder:
+        if args.folder and not args.checkpoint:
             name = os.path.basename(os.path.normpath(args.folder))
             return report_turns(score_all(read_conversations(args.folder)), name)
-        if args.hear:
-            return hear(DuplexModel.load(args.checkpoint, device), args)
-        if args.codec:
-            recogniser = get_recogniser(args.asr, args.data, "out/recogniser", args.asr_minutes, args.device)
+        only_codec, args.checkpoint = args.codec and not args.checkpoint, args.checkpoint or "out/tiny"
+        load = lambda: DuplexModel.load(args.checkpoint, device, codec=args.codec)
+        if args.folder or args.hear or args.say or args.ask:
+            return measure(load(), Proportions(), lambda: make_recogniser(args), args)
+        args.items = 200 if args.items is None else args.items
+        if only_codec:
             codec = Mimi.load(args.codec, device)
-            return codec_quality(codec, recogniser, read_dialogues(args), args.items, args.seed)
-        evaluate(DuplexModel.load(args.checkpoint, device), args)
+            return codec_quality(codec, make_recogniser(args), read_dialogues(args), args.items, args.seed)
+        evaluate(load(), args)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
 

@@ -37,6 +37,8 @@ class AsrCommand:
                                   timeout=LONGEST)
         except subprocess.TimeoutExpired:
             raise ValueError(f"--asr {shlex.join(command)} took over {LONGEST} s") from None
+        except OSError as e:
+            raise ValueError(f"--asr {shlex.join(self.words)}: cannot be run ({e})") from None
         if done.returncode:
             raise ValueError(f"--asr {shlex.join(command)} failed: {done.stderr.strip()[-300:]}")
         return " ".join(done.stdout.split())

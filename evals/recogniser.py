@@ -7,6 +7,7 @@ toy world, so its scores are optimistic; as the ceiling, eval.py prints its scor
 their codec reconstructions.
 """
 import dataclasses
+import os
 import random
 from dataclasses import dataclass
 
@@ -120,6 +121,9 @@ class OtherRecogniser(AsrCommand):
 def get_recogniser(command, data, out, minutes, device):
     if command:
         return OtherRecogniser(command)
+    if not os.path.isfile(os.path.join(data, "manifest.jsonl")):
+        raise FileNotFoundError(f"{data}/manifest.jsonl: not there for our recogniser to learn from; "
+                                "`python prepare.py toy` makes it, or name another recogniser with --asr")
     task = RecogniserTask(RecogniserConfig(), data, device)
     train(task, RECOGNISER, out, minutes, resume=True)
     return task.model.eval().to("cpu")
