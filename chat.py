@@ -11,6 +11,7 @@ frame t can be played in frame t+1 at the earliest, and that is where it stands 
     python chat.py --checkpoint out/tiny --input user.wav --output reply.wav [--stereo] [--picture reply.png]
     python chat.py --checkpoint out/tiny --web       in the browser
     python chat.py --checkpoint out/tiny --mic       in the terminal
+    python chat.py --checkpoint out/tiny --say "cat red moon" --output said.wav       read aloud, TTS style
 
 B conversations in a batch, K codebooks, N samples, T frames.
 """
@@ -196,6 +197,7 @@ def build_parser():
     add("--codec", help="another codec than the folder's: for a release, Mimi as published")
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument("--input", help="any audio file: what the user says")
+    way.add_argument("--say", metavar="TEXT", help="what the model is to say, in TTS style")
     way.add_argument("--web", action="store_true", help="serve a page to talk on")
     way.add_argument("--mic", action="store_true", help="microphone and loudspeaker of this machine")
     add("--output", default="reply.wav", help="audio file for what the model says")
@@ -222,7 +224,7 @@ def main():
         flags = given("temperature", "top_k", "top_p")
         Sampling(**flags, **given("penalty"))  # an error before the model is loaded
         device = check_device(args.device)
-        if args.input:
+        if args.input or args.say:
             check_output(args.output)
             if args.picture:
                 from evals.plot import check_picture
@@ -236,6 +238,11 @@ def main():
         elif args.mic:
             from live.microphone import talk_to_microphone  # needs an extra
             talk_to_microphone(duplex, args.seed)
+        elif args.say:
+            from evals.testsets import say
+            wav, = say(duplex, [args.say], args.seed)
+            write_audio(args.output, wav)
+            print(f"Wrote {args.output} ({len(wav) / SAMPLE_RATE:.2f} s)")
         else:
             talk_to_file(duplex, args.input, args.output, args.stereo, args.picture, args.seed)
     except (ValueError, OSError) as e:

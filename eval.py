@@ -6,6 +6,7 @@
     python eval.py --folder out/talks                          score such folders, of any system
     python eval.py --checkpoint out/tiny --asr 'mycmd {wav}'   another recogniser: a command that prints words
     python eval.py --codec out/codec/checkpoint.pt             the codec alone: distance, intelligibility
+    python eval.py --checkpoint out/tiny --hear data/test      on a test set of your own: evals/testsets.py
 
 Requests that are not in the training data are spoken to the model, frame by frame:
 
@@ -28,24 +29,22 @@ import sys
 from collections import Counter
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from chat import DuplexModel
 from evals.conversations import converse_all, read_conversations, save_conversation, save_samples, written
 from evals.recogniser import get_recogniser
+from evals.testsets import measure, transcribe
 from evals.turns import LEAD, Reply, ScenarioMaker, earliest, format_proportion, report_turns, run_scenarios
 from evals.turns import score_all, silence, speech, wilson, words_of
 from files.atomic import replace_when_done
 from files.audio import SAMPLE_RATE, read_audio
 from files.device import check_device
 from files.manifest import read_manifest
-from mimi import FRAME, Mimi, log_spectral_distance, mel_filters
-from streams import DELAYED, LISTEN, ROWS, SPEAK, TEXT
+from mimi import Mimi, log_spectral_distance, mel_filters
 
 KINDS = ("repeat", "count", "next", "opposite")  # of requests; chants and stories have no single right answer
 LISTEN_ON = 2.5  # seconds that a recording goes on after the expected answer
-BEFORE, AFTER = 6, 40  # frames before and after a clip in `hearing`
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -124,28 +123,10 @@ def answers(duplex, recogniser, items, seed, scores, split):
 # does it hear?
 
 
-@torch.inference_mode()
 def hearing(duplex, items, scores, split):
-    """ASR style: each clip into the listening rows, nothing in the speaking ones; the monologue is the
-    transcript."""
-    clips = [read_audio(d["turns"][0]["path"]) for d in items]
-    N = max(map(len, clips)) // FRAME * FRAME + (BEFORE + AFTER) * FRAME
-    wav = torch.stack([F.pad(x, (BEFORE * FRAME, N - BEFORE * FRAME - len(x))) for x in clips])
-    codes = duplex.codec.encode(wav[:, None].to(duplex.device))  # (B, K, T)
-    ends = torch.tensor([BEFORE - (-len(x) // FRAME) for x in clips], device=duplex.device)
-    empty, text, transcripts = duplex.vocab.empty, codes.new_full((len(items),), duplex.vocab.wait), []
-    cache, delayed = duplex.model.init_cache(len(items)), DELAYED.to(duplex.device)
-    last = silent = codes.new_full(codes.shape[:2], empty)
-    for t, frame in enumerate(codes.unbind(-1)):
-        # the clip alone, as in post-training
-        frame = frame.where(((t >= BEFORE) & (t < ends))[:, None], silent)
-        column = codes.new_empty(len(items), ROWS)
-        column[:, TEXT], column[:, SPEAK], column[:, LISTEN] = text, silent, torch.where(delayed, last, frame)
-        logits = duplex.model.text_logits(duplex.model.hidden_step(column, cache))
-        text, last = logits[:, :duplex.vocab.text_size].argmax(-1), frame
-        transcripts.append(text)
-    for d, tokens in zip(items, torch.stack(transcripts, 1).cpu()):
-        right, found = d["turns"][0]["text"].split(), words_of(written(duplex, tokens))
+    """ASR style: what the model writes of each request that it hears."""
+    for d, text in zip(items, transcribe(duplex, [read_audio(d["turns"][0]["path"]) for d in items])):
+        right, found = d["turns"][0]["text"].split(), text.split()
         scores.add_errors(f"{split} hearing 1 - WER", found, right)
         scores.add_errors(f"{split} hearing 1 - CER", "".join(found), "".join(right))
 
@@ -258,13 +239,20 @@ def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("--checkpoint", default="out/tiny")
-    add("--codec", help="measure this codec alone instead of a model")
-    add("--folder", help="score the conversations of this folder: ours (--keep) or Full-Duplex-Bench's")
+    add("--checkpoint", help="folder that train.py wrote, or an FLM-Audio release (default: out/tiny)")
+    add("--codec", help="measure this codec alone; with --checkpoint: another than the model's")
+    one = parser.add_mutually_exclusive_group().add_argument  # a test set of your own
+    one("--folder", help="score the conversations of this folder: ours (--keep) or Full-Duplex-Bench's; "
+                         "with --checkpoint: hold them first")
+    one("--hear", help="ASR style: folder with the manifest of recordings to transcribe")
+    one("--say", help="TTS style: folder with the manifest of texts to speak")
+    add("--post-trained", action="store_true", help="for --say: of a model without fine-tuning")
+    one("--ask", help='spoken questions: a .jsonl of {"audio" or "text": ..., "answers": [...]}')
+    add("--judge", help='of answers: a command that reads {"question", "answers", "reply"}, prints a number')
     add("--data", default="data/toy", help="folder with the manifest of the held-out items")
-    add("--items", type=int, default=200, help="for each of seen voices, new voices, and each scenario")
+    add("--items", type=int, help="of each kind (default: 200; all of a test set)")
     add("--smoke", action="store_true", help="20 items a scenario")
-    add("--keep", help="write every conversation of the scenarios into this folder")
+    add("--keep", help="write transcripts and conversations into this folder")
     add("--seed", type=int, default=7)
     add("--tts", help="another synthesiser for the scenarios, as for prepare.py")
     add("--asr", help="another recogniser: a command with {wav} that prints the words")
@@ -273,14 +261,19 @@ def main():
     args = parser.parse_args()
     try:
         device = check_device(args.device)
-        if args.folder:
+        if args.folder and not args.checkpoint:
             name = os.path.basename(os.path.normpath(args.folder))
             return report_turns(score_all(read_conversations(args.folder)), name)
-        recogniser = get_recogniser(args.asr, args.data, "out/recogniser", args.asr_minutes, args.device)
+        only_codec, args.checkpoint = args.codec and not args.checkpoint, args.checkpoint or "out/tiny"
+        load = lambda: DuplexModel.load(args.checkpoint, device, codec=args.codec)
+        listen = lambda: get_recogniser(args.asr, args.data, "out/recogniser", args.asr_minutes, args.device)
+        if args.folder or args.hear or args.say or args.ask:
+            return measure(load(), Proportions(), listen, args)
+        recogniser, args.items = listen(), 200 if args.items is None else args.items
         dialogues = list(read_manifest(os.path.join(args.data, "manifest.jsonl")))
-        if args.codec:
+        if only_codec:
             return codec_quality(Mimi.load(args.codec, device), recogniser, dialogues, args.items, args.seed)
-        evaluate(DuplexModel.load(args.checkpoint, device), recogniser, dialogues, args)
+        evaluate(load(), recogniser, dialogues, args)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
 

@@ -2,7 +2,8 @@
 reply.jsonl}.
 
 input.wav is what the user says, output.wav what the system says on the same clock, meta.json the labels of
-the scenario, reply.jsonl the monologue as chat.py writes it. Folders of Full-Duplex-Bench v1 are read too.
+the scenario, reply.jsonl the monologue as chat.py writes it. Folders of Full-Duplex-Bench v1 and v1.5 are
+read too, of one task or of all; v1.5 has a control, clean_input.wav and clean_output.wav.
 """
 import dataclasses
 import json
@@ -15,14 +16,17 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from evals.turns import SCORES, Item, Reply, speech, words_of
-from files.atomic import replace_when_done
+from files.atomic import write_text
 from files.audio import read_audio, write_audio
 from live.transcript import Transcript
 from mimi import FRAME
 from toy.world import KIND_PROPORTIONS
 
 BATCH = 25  # conversations, whatever the number of cores: rounding may depend on it
-LABELS = ("meta.json", "pause.json", "turn_taking.json", "interrupt.json")  # ours, and Full-Duplex-Bench's
+# ours, and Full-Duplex-Bench's
+LABELS = ("meta.json", "pause.json", "turn_taking.json", "interrupt.json", "metadata.json")
+TASKS = {folder: folder.replace("_", " ") for folder in (  # of v1.5
+    "user_backchannel", "talking_to_other", "background_speech")} | {"user_interruption": "user interrupt"}
 
 
 def converse_all(duplex, audio, seed, description):
@@ -61,10 +65,14 @@ def save_conversation(folder, item, said, monologue):
     write_audio(path("output.wav"), said)
     labels = {k: v for k, v in dataclasses.asdict(item).items() if k not in ("name", "audio")
               and v not in (None, ())}
-    for name, lines in (("meta.json", [labels]),
-                        ("reply.jsonl", [{"time": t, "text": x} for t, x in monologue])):
-        with replace_when_done(path(name)) as temporary, open(temporary, "w", encoding="utf-8") as f:
-            f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_text(path("meta.json"), json.dumps(labels, ensure_ascii=False) + "\n")
+    save_monologue(path("reply.jsonl"), monologue)
+
+
+def save_monologue(path, monologue):
+    """[(second, text), ...]"""
+    lines = [json.dumps({"time": t, "text": x}, ensure_ascii=False) + "\n" for t, x in monologue]
+    write_text(path, "".join(lines))
 
 
 def save_samples(duplex, conversations, folder):
@@ -81,20 +89,33 @@ def save_samples(duplex, conversations, folder):
         print(f"  user: {d['turns'][0]['text']}\n    model: {answer}\n    {path}")
 
 
+def find_conversations(folder):
+    """The names of the labelled folders below a folder. Raises ValueError or OSError."""
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"{folder}: no such folder")
+    found = [path for path, _, files in os.walk(folder) if {*LABELS} & {*files}]
+    if not found:
+        raise ValueError(f"{folder}: holds no folder with input.wav, output.wav and meta.json "
+                         f"(or Full-Duplex-Bench's {', '.join(LABELS[1:])})")
+    return sorted(os.path.relpath(path, folder) for path in found)
+
+
 def read_conversations(folder):
     """The conversations of a folder: [(Item, Reply), ...]. Raises ValueError or OSError with the file's
     name."""
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"{folder}: no such folder")
     out = []
-    for name in tqdm(sorted(os.listdir(folder)), "reading", unit="conversation", leave=False):
+    for name in tqdm(find_conversations(folder), "reading", unit="conversation", leave=False):
         path = os.path.join(folder, name)
-        labels = [file for file in LABELS if os.path.isfile(os.path.join(path, file))]
-        if labels:
-            out.append(read_conversation(path, labels[0]))
-    if not out:
-        raise ValueError(f"{folder}: holds no folder with input.wav, output.wav and meta.json "
-                         f"(or Full-Duplex-Bench's {', '.join(LABELS[1:])})")
+        labels = next(file for file in LABELS if os.path.isfile(os.path.join(path, file)))
+        item, reply = read_conversation(path, labels)
+        item.name, clean = name, os.path.join(path, "clean_output.wav")
+        if item.control:  # named as in its own group
+            item.control = os.path.join(os.path.dirname(name), item.control)
+        if os.path.isfile(clean):
+            item.control = f"{name}: the same without the event"
+            control = dataclasses.replace(item, name=item.control, scenario="control", control=None)
+            out.append((control, Reply(speech(read_audio(clean)))))
+        out.append((item, reply))
     return out
 
 
@@ -104,7 +125,7 @@ def read_conversation(path, file):
     try:
         with open(os.path.join(path, file), encoding="utf-8") as f:
             labels = json.load(f)
-        labels = labels if file == "meta.json" else full_duplex_bench(file, labels, heard)
+        labels = labels if file == "meta.json" else full_duplex_bench(path, file, labels, heard)
         item = Item(os.path.basename(path), audio=heard, **labels)
         check_item(item)
         monologue = None
@@ -121,15 +142,20 @@ def check_item(item):
     """ValueError unless the scenario is known and has the times that it needs."""
     if item.scenario not in (*SCORES, "control"):
         raise ValueError(f"no scenario {item.scenario!r}")
-    needs = {"pause": item.pause, "long pause": item.pause, "user interrupt": item.event,
-             "user backchannel": item.event}
+    needs = {"pause": item.pause, "long pause": item.pause, **dict.fromkeys(TASKS.values(), item.event)}
     for span in (needs.get(item.scenario, (0, 0)), (item.end, item.end), *((t, t) for t in item.clauses)):
         if span is None or not 0 <= span[0] <= span[1] < math.inf:
             raise ValueError(f"{item.scenario}: needs its times in seconds")
 
 
-def full_duplex_bench(file, labels, heard):
-    """The labels of Full-Duplex-Bench v1 as fields of an Item."""
+def full_duplex_bench(path, file, labels, heard):
+    """The labels of Full-Duplex-Bench v1 or v1.5 as fields of an Item."""
+    if file == "metadata.json":
+        begin, end = (float(t) for t in labels["timestamps"])
+        task = os.path.basename(os.path.dirname(os.path.abspath(path)))
+        if task not in TASKS:
+            raise ValueError(f"the folder around it is named {task}, not after a task ({', '.join(TASKS)})")
+        return {"scenario": TASKS[task], "end": end, "event": (begin, end)}
     begin, end = (float(t) for t in (*labels[0]["timestamp"], math.nan)[:2])
     if file == "turn_taking.json":
         return {"scenario": "turn-taking", "end": begin}

@@ -126,15 +126,22 @@ class OtherRecogniser:
             path = os.path.join(folder, "speech.wav")
             write_audio(path, wav)
             command = [w.replace("{wav}", path) for w in self.words]
-            done = subprocess.run(command, capture_output=True, text=True)
+            try:
+                done = subprocess.run(command, capture_output=True, text=True)
+            except OSError as e:
+                raise ValueError(f"--asr {shlex.join(self.words)}: cannot be run ({e})") from None
         if done.returncode:
-            raise ValueError(f"--asr {shlex.join(self.words)} failed: {done.stderr.strip()[-300:]}")
+            reason = " ".join(done.stderr.split())[-300:]
+            raise ValueError(f"--asr {shlex.join(self.words)} failed: {reason}")
         return "".join(c if c.isalnum() or c == "'" else " " for c in done.stdout.lower()).split()
 
 
 def get_recogniser(command, data, out, minutes, device):
     if command:
         return OtherRecogniser(command)
+    if not os.path.isfile(os.path.join(data, "manifest.jsonl")):
+        raise FileNotFoundError(f"{data}/manifest.jsonl: not there for our recogniser to learn from; "
+                                "`python prepare.py toy` makes it, or name another recogniser with --asr")
     task = RecogniserTask(RecogniserConfig(), data, device)
     train(task, RECOGNISER, out, minutes, resume=True)
     return task.model.eval().to("cpu")

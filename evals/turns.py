@@ -282,7 +282,9 @@ def jensen_shannon(found, right, end, width=0.2):
 
 SCORES = {"turn-taking": score_turn_taking, "pause": score_pause, "long pause": score_pause,
           "user interrupt": score_user_interrupt, "model interrupt": score_model_interrupt,
-          "user backchannel": score_user_backchannel, "model backchannel": score_model_backchannel}
+          "user backchannel": score_user_backchannel, "model backchannel": score_model_backchannel,
+          # of Full-Duplex-Bench v1.5: nothing that the model should stop for
+          "talking to other": score_user_backchannel, "background speech": score_user_backchannel}
 
 
 def score_all(conversations):
