@@ -225,7 +225,7 @@ def main():
         flags = given("temperature", "top_k", "top_p")
         Sampling(**flags, **given("penalty"))  # an error before the model is loaded
         device = check_device(args.device)
-        if args.input or args.say:
+        if args.input or args.say is not None:
             check_output(args.output)
             if args.picture:
                 from evals.plot import check_picture
@@ -239,7 +239,7 @@ def main():
         elif args.mic:
             from live.microphone import talk_to_microphone  # needs an extra
             talk_to_microphone(duplex, args.seed)
-        elif args.say:
+        elif args.say is not None:
             from evals.testsets import say
             wav, = say(duplex, [args.say], args.seed)
             write_audio(args.output, wav)

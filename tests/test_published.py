@@ -134,6 +134,17 @@ def test_chat_with_a_release_as_it_was_downloaded(downloaded, tmp_path):
     assert not torch.equal(read_audio(str(tmp_path / "reply.wav")), first)
 
 
+def test_a_release_is_measured_and_reads_aloud(downloaded, tmp_path):
+    noise(tmp_path / "set/a.wav", 1.5, 24_000)
+    (tmp_path / "set/manifest.jsonl").write_text('{"audio": "a.wav", "text": "It is late."}\n')
+    code, out, err = run("eval.py", "--checkpoint", downloaded, "--codec", downloaded / release.MIMI,
+                         "--hear", tmp_path / "set", "--keep", tmp_path)
+    assert code == 0 and "hearing 1 - WER" in out and " of 3 " in out, err
+    code, out, err = run("chat.py", "--checkpoint", downloaded, "--say", "It is late.", "--output",
+                         tmp_path / "said.wav")
+    assert code == 0 and (tmp_path / "said.wav").exists(), err
+
+
 def test_a_release_in_the_engine_talks_as_alone(downloaded):
     duplex = DuplexModel.load(str(downloaded))
     heard = torch.randn(6, FRAME, generator=torch.Generator().manual_seed(0)) * 0.1

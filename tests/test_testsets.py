@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import eval as evaluation
 from chat import DuplexModel
-from conftest import run
+from conftest import ROOT, run
 from evals import testsets
 from evals.testsets import BEFORE, contains, normalise, say, transcribe, units
 from files.audio import SAMPLE_RATE, read_audio, write_audio
@@ -35,8 +35,7 @@ class Parrot:
             name="published", decode_single_token_bytes=lambda i: spaced(i).encode(),
             encode_ordinary=ids)
         self.codec = types.SimpleNamespace(
-            encode=lambda wav: (wav.unflatten(-1, (-1, FRAME)).abs().mean(-1) * 100).round().long()
-            .repeat(1, K, 1),
+            encode=lambda wav: loudness(wav.unflatten(-1, (-1, FRAME)).abs().mean(-1)).repeat(1, K, 1),
             decode_step=lambda codes, state: codes[:, :1].repeat(1, 1, FRAME) / 100)
         self.model = types.SimpleNamespace(init_cache=lambda B: [[] for _ in range(B)], step=self.step,
                                            hidden_step=self.hidden_step, text_logits=lambda h: h)
@@ -77,8 +76,12 @@ class Parrot:
         return texts, said
 
 
+def loudness(x):
+    return (x * 100).round().long()
+
+
 def heard_words(wav):
-    return [i for i in (wav[FRAME // 2::FRAME] * 100).round().long().unique_consecutive().tolist() if i]
+    return [i for i in loudness(wav[FRAME // 2::FRAME]).unique_consecutive().tolist() if i]
 
 
 def ids(text):
@@ -129,25 +132,25 @@ def read_lines(path):
 
 
 def test_text_is_compared_without_case_and_punctuation():
-    found = normalise("“It's 5 o’clock,” SHE said -- twice…")
-    assert found == ["it's", "5", "o'clock", "she", "said", "twice"]
-    assert units("你好，world！") == ("CER", list("你好world")) and units("Zwölf, ja?") == ("WER", ["zwölf", "ja"])
+    words = normalise("“It's 5 o’clock,” SHE said -- twice…")
+    assert words == ["it's", "5", "o'clock", "she", "said", "twice"]
+    assert units("你好，world！") == ("CER", list("你好world"))
+    assert units("Zwölf, ja?") == ("WER", ["zwölf", "ja"])
     assert units("ni hao", like="你好")[0] == "CER" and normalise("…!") == []
 
 
 @pytest.mark.parametrize("reply, answers, right", [
     ("It is Paris, of course.", ["paris"], True), ("a comparison", ["Paris"], False),
-    ("the river seine", ["The Rhine", "river Seine"], True), ("", ["x"], False), ("是北京。", ["北京"], True),
-    ("twelve", ["one", "two"], False)])
+    ("the river seine", ["The Rhine", "river Seine"], True), ("", ["x"], False),
+    ("是北京。", ["北京"], True), ("twelve", ["one", "two"], False)])
 def test_an_answer_is_contained_word_for_word(reply, answers, right):
     assert contains(reply, answers) == right
 
 
 def test_transcripts_of_clips_of_any_length_in_one_batch():
-    texts = ["the cat is red", "moon",
-             "cat is cat is cat is cat is cat is cat is cat is cat is cat is cat is"]
+    texts = ["the cat is red", "moon", " ".join(["cat is"] * 30)]
     clips = [clip(t) for t in texts]
-    for late in (0, 20):  # 30 words take 30 frames and the clip's half is there beside AFTER
+    for late in (0, 20):  # 60 words take more frames than AFTER; a long clip has more
         assert transcribe(Parrot(late=late), clips) == [" " + t for t in texts]
     together = transcribe(Parrot(late=testsets.QUIET + 1), clips)
     assert together == ["", "", ""], "after two seconds of <wait> a transcript is over"
@@ -206,9 +209,9 @@ def ask(folder, *questions):
 
 def test_questions_are_answered_and_judged(tmp_path, monkeypatch, asr):
     speaker = tmp_path / "tts.py"
-    speaker.write_text("import sys, torch\nsys.path[:0] = %r\nfrom test_testsets import clip, write_audio\n"
-                       "write_audio(sys.argv[2], clip(sys.argv[1]))\n"
-                       % [os.getcwd(), os.path.dirname(__file__)])
+    paths = [ROOT, os.path.dirname(__file__)]
+    speaker.write_text(f"import sys\nsys.path[:0] = {paths!r}\nfrom test_testsets import clip, write_audio\n"
+                       "write_audio(sys.argv[2], clip(sys.argv[1]))\n")
     monkeypatch.setattr(testsets.toy.voices, "normalise", lambda x: x)
     judge = tmp_path / "judge.py"
     judge.write_text("import json, sys\nd = json.load(sys.stdin)\n"
@@ -280,11 +283,13 @@ def only_training(folder):
     ("--hear", lambda f: (f / "0.wav").unlink(), "no audio file"),
     ("--hear", lambda f: (f / "0.wav").write_bytes(b"RIFF"), "0.wav: not an audio file"),
     ("--say", lambda f: None, "name another recogniser with --asr")])
-def test_a_test_set_that_cannot_be_used_is_one_clear_line(recordings, tmp_path, monkeypatch, flag, change,
-                                                             says):
+def test_a_test_set_that_cannot_be_used_is_one_line(recordings, tmp_path, monkeypatch, flag, change, says):
     change(recordings)
     code, _, err = evaluate(monkeypatch, Parrot(), tmp_path, flag, recordings, "--data", tmp_path / "nowhere")
     assert code == 1 and says in err.splitlines()[-1] and err.splitlines()[-1].startswith("error: "), err
+
+
+GOOD = {"audio": "a.wav", "answers": ["x"]}
 
 
 @pytest.mark.parametrize("question, flags, says", [
@@ -293,12 +298,10 @@ def test_a_test_set_that_cannot_be_used_is_one_clear_line(recordings, tmp_path, 
     ({"audio": "a.wav", "answers": ["?"]}, (), "line 1: needs the field 'answers'"),
     ({"answers": ["x"]}, (), 'line 1: is not {"audio" or "text"'), ([], (), "line 1: is not"),
     ({"audio": "c.wav", "answers": ["x"]}, (), "line 1: "),
-    ({"audio": "a.wav", "answers": ["x"]}, ("--judge", "echo none"),
-     "--judge echo none failed: it printed no"),
-    ({"audio": "a.wav", "answers": ["x"]}, ("--judge", "/no/such"), "--judge /no/such: cannot be run"),
-    ({"audio": "a.wav", "answers": ["x"]}, ("--asr", "/no/such {wav}"), "cannot be run"),
-    ({"audio": "a.wav", "answers": ["x"]}, ("--asr", "false {wav}"), "failed"),
-    ({"audio": "a.wav", "answers": ["x"]}, ("--asr", "words"), "{wav} does not occur")])
+    (GOOD, ("--judge", "echo none"), "--judge echo none failed: it printed no number"),
+    (GOOD, ("--judge", "/no/such"), "--judge /no/such: cannot be run"),
+    (GOOD, ("--asr", "/no/such {wav}"), "cannot be run"), (GOOD, ("--asr", "false {wav}"), "failed"),
+    (GOOD, ("--asr", "words"), "{wav} does not occur")])
 def test_questions_and_commands_that_fail_are_one_clear_line(tmp_path, monkeypatch, question, flags, says):
     code, _, err = evaluate(monkeypatch, Parrot(), tmp_path / "out", "--ask", ask(tmp_path, question), *flags)
     assert code == 1 and says in err.splitlines()[-1] and err.splitlines()[-1].startswith("error: "), err
@@ -311,8 +314,7 @@ def test_an_untrained_model_through_the_command_line(world, tmp_path):
     for flag, more, file in (("--hear", (), "heard.jsonl"), ("--say", ("--asr", asr), "said/said.jsonl"),
                              ("--say", ("--asr", asr, "--post-trained"), "said/said.jsonl")):
         code, out, err = run("eval.py", "--checkpoint", world / "flm", flag, world / "toy", "--items", 3,
-                             "--keep",
-                             tmp_path, *more)
+                             "--keep", tmp_path, *more)
         assert code == 0 and len(read_lines(tmp_path / file)) == 3, err
         assert "WER" in out and "exactly" in out
 
@@ -322,7 +324,8 @@ def test_chat_says_a_sentence(world, tmp_path):
                          tmp_path / "said.wav")
     assert code == 0 and out.startswith(f"Wrote {tmp_path}/said.wav ("), err
     assert 0 < len(read_audio(str(tmp_path / "said.wav"))) < 7 * SAMPLE_RATE
-    for text, target, says in (("...", "x.wav", "no words"), ("cat", "x.nothing", "cannot write")):
-        code, _, err = run("chat.py", "--checkpoint", world / "flm", "--say", text,
-                           "--out", tmp_path / target)
+    for text, target, says in (("", "x.wav", "no words"), ("...", "x.wav", "no words"),
+                               ("cat", "x.nothing", "cannot write")):
+        code, _, err = run("chat.py", "--checkpoint", world / "flm", "--say", text, "--out",
+                           tmp_path / target)
         assert code == 1 and len(err.splitlines()) == 1 and says in err
