@@ -24,7 +24,8 @@ from toy.world import KIND_PROPORTIONS
 
 BATCH = 25  # conversations, whatever the number of cores: rounding may depend on it
 # ours, and Full-Duplex-Bench's
-LABELS = ("meta.json", "pause.json", "turn_taking.json", "interrupt.json", "metadata.json")
+LABELS = ("meta.json", "pause.json", "turn_taking.json", "interrupt.json", "metadata.json",
+          "transcription.json")  # the last one lies beside others, but alone where backchannels are wanted
 TASKS = {folder: folder.replace("_", " ") for folder in (  # of v1.5
     "user_backchannel", "talking_to_other", "background_speech")} | {"user_interruption": "user interrupt"}
 
@@ -156,6 +157,8 @@ def full_duplex_bench(path, file, labels, heard):
         if task not in TASKS:
             raise ValueError(f"the folder around it is named {task}, not after a task ({', '.join(TASKS)})")
         return {"scenario": TASKS[task], "end": end, "event": (begin, end)}
+    if file == "transcription.json":
+        return {"scenario": "model backchannel", "end": speech(heard)[-1][1]}
     begin, end = (float(t) for t in (*labels[0]["timestamp"], math.nan)[:2])
     if file == "turn_taking.json":
         return {"scenario": "turn-taking", "end": begin}

@@ -111,7 +111,8 @@ def transcribe(duplex, clips):
     frames = torch.tensor([-(-len(x) // FRAME) for x in clips], device=device)
     ends, T = BEFORE + frames, BEFORE + int((frames + AFTER + frames // 2).max())
     wav = torch.stack([F.pad(x, (BEFORE * FRAME, (T - BEFORE) * FRAME - len(x))) for x in clips])
-    codes = duplex.codec.encode(wav[:, None, :int(ends.max()) * FRAME].to(device))  # (B, K, T)
+    wav = wav[:, None, :int(ends.max()) * FRAME].to(device).split(8)  # eight at a time, to bound the memory
+    codes = torch.cat([duplex.codec.encode(x) for x in wav])  # (B, K, T)
     text, texts = codes.new_full((len(clips),), v.wait), []
     cache, waits = duplex.model.init_cache(len(clips)), torch.zeros_like(ends)
     last = empty = codes.new_full(codes.shape[:2], v.empty)
@@ -169,9 +170,9 @@ def say(duplex, texts, seed=1, post_trained=False):
     row = torch.full((len(texts), BEFORE + max(map(len, tokens)) + 1), v.wait)
     for i, sentence in enumerate(tokens):
         row[i, BEFORE:BEFORE + len(sentence)] = torch.tensor(sentence)
-    row, nothing = row.to(device), torch.where(torch.tensor(post_trained), v.empty, duplex.silence)
-    speak = nothing = nothing.repeat(len(texts), 1)
-    audio, last, quiet = [], torch.zeros_like(limits), torch.zeros_like(limits)
+    nothing = torch.full_like(duplex.silence, v.empty) if post_trained else duplex.silence
+    row, nothing = row.to(device), nothing.repeat(len(texts), 1)
+    speak, audio, last, quiet = nothing, [], torch.zeros_like(limits), torch.zeros_like(limits)
     for t in range(int(limits.max())):
         column = torch.empty(len(texts), ROWS, dtype=torch.long, device=device)
         column[:, TEXT] = row[:, min(t, row.shape[1] - 1)]

@@ -274,8 +274,9 @@ def score_model_interrupt(item, reply, control):
 
 def score_model_backchannel(item, reply, control):
     onsets = [s[0] for s in reply.spans if s[0] < item.end and reply.is_backchannel(s)]
-    return {"TOR": any(a < item.clauses[-1] for a, _ in reply.turns()), "BCR": len(onsets) / item.end,
-            "JSD": jensen_shannon(onsets, item.clauses, item.end)}
+    last = item.clauses[-1] if item.clauses else item.end
+    row = {"TOR": any(a < last for a, _ in reply.turns()), "BCR": len(onsets) / item.end}
+    return row | ({"JSD": jensen_shannon(onsets, item.clauses, item.end)} if item.clauses else {})
 
 
 def jensen_shannon(found, right, end, width=0.2):

@@ -243,7 +243,11 @@ def test_full_duplex_bench_v1(tmp_path):
     add("2", "turn_taking.json", [{"text": "[TURN-TAKING]", "timestamp": [3.0, 4.0]}], [(1, 3)], [(3.5, 6)])
     add("3", "interrupt.json", [{"context": "c", "interrupt": "i", "timestamp": [5.0, 6.5]}],
         [(1, 3), (5, 6.5)], [(3.2, 5.4), (7, 9)])
+    add("4", "transcription.json", {"text": "", "chunks": []}, [(1, 8)], [(2, 2.5), (5, 5.4), (9, 11)])
+    add("5", "transcription.json", {"text": "", "chunks": []}, [(1, 8)], [(2, 5)])
     table = score_all(read_conversations(str(tmp_path)))
+    assert table["model backchannel"]["TOR"]["value"] == 0.5 and "JSD" not in table["model backchannel"]
+    assert table["model backchannel"]["BCR"]["value"] == pytest.approx(1 / 8, abs=0.001)
     assert table["pause"]["TOR"]["value"] == 1
     assert table["turn-taking"]["latency"]["value"] == pytest.approx(0.5, abs=0.04)
     assert table["user interrupt"]["stop latency"]["value"] == pytest.approx(0.4, abs=0.04)
