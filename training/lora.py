@@ -108,6 +108,9 @@ def load(flm, saved, where):
             p.copy_(theirs[name] if name in theirs else saved["model"][name])
     for name, w in merged(flm).items():
         found = saved["model"][name]
+        if found.dtype != w.dtype:
+            precision = "bfloat16" if found.dtype == torch.bfloat16 else "float32"
+            raise ValueError(f"{where}: was trained in {precision}; --precision {precision} goes on with it")
         rounding = 0.01 if found.dtype == torch.bfloat16 else 1e-4  # of another device
         if not torch.allclose(w.cpu().float(), found.float(), rtol=rounding, atol=1e-6):
             raise ValueError(f"{where}: was trained from another --init ({name} differs)")
