@@ -52,12 +52,13 @@ def speak_dialogues(source, out, voices, tts_voices, seed, tts):
         for number, line in enumerate(f, 1):
             try:
                 d = json.loads(line)
+                known = voices_of(d.get("lang", "en"), voices, seed, tts, given)
                 for i, t in enumerate(d["turns"]):
                     if t["role"] != ("user", "model")[i % 2] or not t["text"].strip():
                         raise ValueError("user and model take turns, the user first, and each says something")
                 if not d["turns"] or len(d["turns"]) % 2:
                     raise ValueError("it needs turns, and the last one is the model's")
-                give_voices(d["turns"], *voices_of(d.get("lang", "en"), voices, seed, tts, given), rng)
+                give_voices(d["turns"], *known, rng)
                 for i, t in enumerate(d["turns"]):
                     t["audio"] = f"turns/{number:06d}-{i}.flac"
                     jobs.append((os.path.join(work, t["audio"]), [t["text"]], [], t["voice"]))

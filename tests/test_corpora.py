@@ -69,7 +69,7 @@ def test_from_a_corpus_to_a_conversation(world, tmp_path, kind, stages):
     said, found = learn_and_talk(tmp_path / "data", world / "codec.pt", tmp_path)
     assert found == stages
     for name in {"language", *POST, *FINE} - {*stages}:
-        assert f"\n{name}: skipped, as the data holds little or nothing for" in said
+        assert f"\n{name}: skipped, as the data holds nothing for" in said
     who = {"librispeech": "person", "ljspeech": "person", "transcribe": "machine"}.get(kind)
     assert who is None or f"post-training 1: all clips were transcribed by a {who}" in said
 

@@ -52,7 +52,8 @@ def test_stages_without_data_are_skipped_and_named(world, tmp_path):
     saved = load_checkpoint(str(tmp_path / "o/checkpoint.pt"), "flm")
     assert [s["name"] for s in saved["stages"]] == ["post-training 1", "post-training 2"]
     for name in ("language", "fine-tuning 1", "fine-tuning 2"):
-        assert f"\n{name}: skipped, as the data holds little or nothing for" in out
+        assert f"\n{name}: skipped, as the data holds nothing for" in out
+    assert "response_tts and free_response_tts and recorded; asr alone is under a quarter of it" in out
     data = train.Conversations(str(folder / "encoded"))
     frames = [max(c["frames"], c["speech"] + len(t["tokens"])) for t in
               (data.line(i)["turns"][0] for i in np.flatnonzero(data.encoded.index["split"] == b"train"))

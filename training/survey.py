@@ -15,12 +15,12 @@ def survey(task, stages):
     """(lines to print, the stages that there is something for, with their steps). ValueError
     if there is none."""
     kept = [s for s in stages if task.holds(s, "train")]
-    notes = [f"{s.name}: skipped, as the data holds little or nothing for {' and '.join(s.layouts)}"
-             for s in stages if s not in kept]
     if task.kind != "flm":
         if any(s.epochs for s in stages):
             raise ValueError("--epochs is for a model; the codec has --steps or --minutes")
-        return notes, kept
+        return [], kept
+    notes = [f"{s.name}: skipped, as the data holds {too_little(task.data, s)}"
+             for s in stages if s not in kept]
     frames, context = max(s.frames for s in stages), task.config.context
     if frames > context:
         raise ValueError(f"rows of {frames} frames: the model to start from has a context of {context}; "
@@ -31,6 +31,13 @@ def survey(task, stages):
     notes += [*too_long(task.data, kept), *one_source(task.data, kept)]
     lengths, kept = in_steps(task.data, kept)
     return notes + lengths, kept
+
+
+def too_little(data, stage):
+    """What keeps a stage from being of use."""
+    held = [name for name in stage.layouts if data.holds(name, "train", stage.frames)]
+    missing = " and ".join(name for name in stage.layouts if name not in held)
+    return f"nothing for {missing}" + f"; {' and '.join(held)} alone is under a quarter of it" * bool(held)
 
 
 def clips_of(data, stage, frames):
