@@ -491,7 +491,7 @@ def main():
         if args.plan:
             if args.config == "codec":
                 raise ValueError("--plan is for a model")
-            flags.check_alone(args.config, args.eight_bit, args.lora, args.gpus)
+            flags.check_alone(args.config, args.eight_bit, args.lora, args.gpus > 1)
             return plan.show(args.config, config, stages, args.gpus, args.card, args.utilisation,
                              args.eight_bit, args.lora)
         run(args, config, stages)
@@ -509,7 +509,7 @@ def main():
 def run(args, config, stages):
     check_device(args.device)
     args.device = parallel.begin(args.device)
-    flags.check_alone(args.config, args.eight_bit, args.lora, parallel.world_size())
+    flags.check_alone(args.config, args.eight_bit, args.lora, parallel.is_distributed())
     if args.lora and not args.init:
         raise ValueError("--lora needs a model to start from: --init")
     if args.config == "codec":
