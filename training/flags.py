@@ -33,11 +33,11 @@ def parse(text, kind, name):
         raise ValueError(f"--{name.replace('_', '-')} {text}: is not of type {kind}") from None
 
 
-def check_alone(config, eight_bit, rank, distributed):
-    """ValueError for what trains alone, without torchrun, if that has started it; and for two of these."""
+def check_alone(config, eight_bit, rank, torchrun):
+    """ValueError if what trains in a single process is to train in several, or what excludes each other."""
     alone = {"the codec": config == "codec", "--eight-bit": eight_bit, "--lora": rank}
     alone = [name for name, given in alone.items() if given]
-    if alone and distributed:
+    if alone and torchrun:
         raise ValueError(f"{alone[0]} trains in one process, without torchrun")
     if alone[1:]:
         raise ValueError(f"{' and '.join(alone)} do not go together")
