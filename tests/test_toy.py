@@ -156,7 +156,7 @@ def test_dialogues_as_text_are_spoken(tmp_path):
     ('{"turns": [{"role": "user", "text": "a"}]}', "the last one is the model's"),
     ('{"turns": [{"role": "model", "text": "a"}]}', "take turns"),
     ('{"turns": [{"role": "user"}]}', "text"), ("[1]", "line 2"),
-    ('{"turns": 3}', "line 2"), ("{", "line 2"), ('{"lang": "xx", "turns": []}', "xx")])
+    ('{"turns": 3}', "line 2"), ("{", "line 2"), ('{"lang": "xx", "turns": [{"role": "user", "text": "a"}, {"role": "model", "text": "b"}]}', "xx")])
 def test_broken_dialogues_are_one_clear_error(tmp_path, line, message):
     good = '{"turns": [{"role": "user", "text": "a"}, {"role": "model", "text": "b"}]}'
     (tmp_path / "talks.jsonl").write_text(good + "\n" + line + "\n")
