@@ -109,8 +109,8 @@ class Shard:
             wavs.append(version.throat_of(read_audio(path, start=start, end=end)))
         ends = [version.late + len(x) for x, (*_, version) in zip(wavs, batch)]  # of the speech, in samples
         T = max(-(-end // FRAME) for end in ends) + LEAD + TAIL
-        wavs = [version.record(F.pad(x, (LEAD * FRAME + version.late, (TAIL + T) * FRAME)))[:T * FRAME]
-                for x, (*_, version) in zip(wavs, batch)]
+        wavs = [F.pad(x, (LEAD * FRAME + version.late, T * FRAME)) for x, (*_, version) in zip(wavs, batch)]
+        wavs = [version.record(x[:T * FRAME]) for x, (*_, version) in zip(wavs, batch)]
         codes = self.encode_audio(torch.stack(wavs))
         for (clip, i, version), end, c in zip(batch, ends, codes):
             speech = -(-end // FRAME)
@@ -282,8 +282,8 @@ COMMANDS = (
         ("--sentences", 4000, "user sentences to train on; of the model, a fourth as many"),
         ("--tests", 240, "held-out dialogues of known voices, and as many of new voices"),
         ("--voices", 24, "user voices of espeak-ng to train on"),
-        ("--others", "", "for a quarter of what users say, voices of other synthesisers, such as flite:rms,"
-                         "festival:kal_diphone,tts:Alex (default: flite's, if it is installed)"), SEED, TTS)),
+        ("--others", "", "for two fifths of what users say, voices of other synthesisers, such as flite:rms,"
+                         "festival:kal_diphone,tts:Alex (default: those of world.OTHER_VOICES that are installed)"), SEED, TTS)),
     *CORPORA,
     ("encode", encode, "audio -> codes, text -> tokens", "--data data/libri --tokenizer data/toy/encoded", (
         ("--data", "data/toy", "folder with the manifest"),

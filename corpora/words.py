@@ -76,10 +76,6 @@ def read_word(path, margin=0.04):
     return x
 
 
-def carriers_of(lang, n, seed):
-    return [*lang.user_voices(n, seed), *filter(is_installed, lang.other_voices)]
-
-
 def make_words(source, out, lang, items, sentences, tests, hold_out, seed, tts):
     """Recordings of single words, as Speech Commands (word/speaker_nohash_0.wav) or the
     free-spoken-digit-dataset (3_theo_12.wav) has them -> sentences and requests of the toy world. A speaker
@@ -97,11 +93,9 @@ def make_words(source, out, lang, items, sentences, tests, hold_out, seed, tts):
         raise ValueError(f"{source}: no speaker to train on has recorded three words of the toy world")
     known = {name: sorted(words) for name, words in speakers.items()}
     script = Script({lang: {"train": [train], "seen": [train], "new": [held_out]}}, seed, known, PROPORTIONS)
-    script.add_sentences(lang, "train", sentences)
-    script.add_sentences(lang, "seen", sentences // 40)
-    for split, n in (("train", items), ("seen", tests), ("new", tests if held_out else 0)):
-        script.add_dialogues(lang, split, n)
-    people = People(speakers, carriers_of(language, 24, seed), synthesiser)
+    script.fill(lang, sentences, items, {"seen": tests, "new": tests if held_out else 0})
+    others = [] if tts else filter(is_installed, language.other_voices)
+    people = People(speakers, [*language.user_voices(24, seed), *others], synthesiser)
     hours = script.speak(out, work, people, synthesiser)
     print(f"{len(train)} speakers to train on, {len(held_out)} held out; "
           f"{len(found) - len(speakers)} left out, with fewer than three words")

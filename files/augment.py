@@ -57,8 +57,8 @@ class Microphone:
         band = (0, 2 * NYQUIST) if kind < 0.5 else (rng.uniform(0, 120), rng.uniform(3000, 11_000))
         if kind > 0.85:
             band = rng.uniform(200, 400), rng.uniform(3200, 3800)
-        return Microphone(colour, band, rng.uniform(0.1, 0.7) if rng.random() < 0.5 else 0.0,
-                          rng.uniform(-20, 0), -rng.uniform(5, 45) if rng.random() < 0.7 else -math.inf,
+        return Microphone(colour, band, rng.uniform(0.1, 0.7) if rng.random() < 0.6 else 0.0,
+                          rng.uniform(-15, 3), -rng.triangular(0, 40, 8) if rng.random() < 0.7 else -math.inf,
                           rng.uniform(0, 1), rng.uniform(-20, 8), rng.getrandbits(60))
 
     def __call__(self, x):

@@ -5,6 +5,7 @@
 To keep the world small, the model's voice speaks word by word, each word beginning on a frame. The users
 speak whole sentences at any time.
 """
+import math
 import os
 import random
 import shutil
@@ -106,6 +107,13 @@ class Script:
             else:
                 self.add(code, kind, split, voice, [request], answer)
 
+    def fill(self, code, sentences, items, tests):
+        """Everything in one language: sentences, dialogues, and tests ({split: how many})."""
+        self.add_sentences(code, "train", sentences)
+        self.add_sentences(code, "seen", sentences // 40)
+        for split, n in {"train": items, **tests}.items():
+            self.add_dialogues(code, split, n)
+
     def add_noise(self, n):
         """n stretches of noise, for what a microphone hears between sentences."""
         for i in range(n):
@@ -114,10 +122,11 @@ class Script:
 
     def write_noise(self, work):
         """{audio file: seconds}"""
-        for d in (d for d in self.lines if d["kind"] == "noise"):
-            path = os.path.join(work, d["turns"][0]["audio"])
-            write_audio(path, make_noise(8 * SAMPLE_RATE, None, self.rng), flush=False)
-        return {d["turns"][0]["audio"]: 8.0 for d in self.lines if d["kind"] == "noise"}
+        files = [d["turns"][0]["audio"] for d in self.lines if d["kind"] == "noise"]
+        for file in files:
+            noise = make_noise(8 * SAMPLE_RATE, None, self.rng)
+            write_audio(os.path.join(work, file), noise, flush=False)
+        return dict.fromkeys(files, 8.0)
 
     def pick_style(self, split):
         """Training hears slow and fast, deep and high, flat and lively voices; tests, the usual ones."""
@@ -156,7 +165,6 @@ class Script:
                 seconds[turn["audio"]] = len(x) / SAMPLE_RATE
         return seconds
 
-
     def speak(self, out, work, users, model):
         """Speak everything into the folder `work`, which then becomes `out`. users, model: synthesisers.
         Returns the hours of audio."""
@@ -181,18 +189,15 @@ def make_toy(out, lang, items, tests, sentences, voices, seed, tts, others=""):
     for code in codes:
         some = LANGUAGES[code].user_voices(voices // len(codes), seed)
         more = others or ([] if tts else list(filter(is_installed, LANGUAGES[code].other_voices)))
-        groups = [some, some, some, more or some]
+        groups = [some] * 3 + [more or some] * 2
         users[code] = {"train": groups, "seen": groups, "new": [LANGUAGES[code].new_voices]}
     script = Script(users, seed)
     for i, code in enumerate(codes):
         part = lambda n: n * (i + 1) // len(codes) - n * i // len(codes)
-        script.add_sentences(code, "train", part(sentences))
-        script.add_sentences(code, "seen", part(sentences) // 40)
-        for split, n in (("train", items), ("seen", tests), ("new", tests)):
-            script.add_dialogues(code, split, part(n))
+        script.fill(code, part(sentences), part(items), {"seen": part(tests), "new": part(tests)})
     script.add_noise(max(1, items // 100))
     hours = script.speak(out, work, synthesiser, synthesiser)
-    n, pairs = len(LANGUAGES[codes[-1]].words), len(LANGUAGES[codes[-1]].numbers) * 9 // 2
+    n, pairs = len(LANGUAGES[codes[-1]].words), math.comb(len(LANGUAGES[codes[-1]].numbers), 2)
     voices = ", ".join(v for c in codes for v in LANGUAGES[c].new_voices)
     print(f"Held out: a fifth of the {n}*{n - 1}*{n - 2} word triples, "
           f"{len(HELD_OUT_PAIRS)} of {pairs} number pairs, the voices {voices}.")

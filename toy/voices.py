@@ -1,13 +1,16 @@
-"""Speech synthesis: espeak-ng and, where they are installed, flite and festival; or any other command.
+"""Speech synthesis: espeak-ng and, where they are installed, flite, festival, mbrola, pico and RHVoice; or
+any other command.
 
     text, voice, style --synthesiser--> samples --trim, normalise--> 24 kHz, -23 dB
 
-A voice is one of espeak-ng's, flite:NAME, festival:NAME, or tts:NAME for the command of --tts.
+A voice is one of espeak-ng's, or SYNTHESISER:NAME, such as flite:rms; tts:NAME for the command of --tts.
 """
 import _ctypes
+import contextlib
 import ctypes
 import multiprocessing
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -71,60 +74,41 @@ class Espeak:
         return resample(x[None], self.rate)[0].numpy()
 
 
+# Synthesisers that a machine may have. The text is also on their standard input.
+COMMANDS = {
+    "flite": "flite -voice {voice} --setf duration_stretch={stretch} -o {out} -t {text}",
+    "festival": "text2wave -o {out} -eval (voice_{voice}) "  # slow: it starts anew for each utterance (1.5 s)
+                "-eval \"(Parameter.set 'Duration_Stretch {stretch})\"",
+    "mbrola": "espeak-ng -v mb-{voice} -s {speed} -p {pitch} -w {out} -- {text}",
+    "pico": "pico2wave -l {voice} -w {out} -- {text}",
+    "rhvoice": "RHVoice-test -p {voice} -r {percent} -o {out}"}
+
+
 class Command:
-    """A synthesiser that is a command which writes an audio file."""
-
-    def run(self, words, out):
-        """What the command `words` writes to the file `out`: float32 samples (N,) at 24 kHz."""
-        done = subprocess.run(words, capture_output=True, text=True)
-        if done.returncode or not os.path.exists(out):
-            reason = done.stderr.strip()[-300:] or "it wrote no file"
-            raise ValueError(f"{shlex.join(words)} failed: {reason}")
-        return read_audio(out).numpy()
-
-
-class Flite(Command):
-    """flite's voices; all but kal and kal16 are cut from recordings of people. They have no pitch to set."""
-
-    def speak(self, text, voice, style):
-        with tempfile.TemporaryDirectory() as folder:
-            out, stretch = os.path.join(folder, "speech.wav"), Style().speed / style.speed
-            return self.run(["flite", "-voice", voice, "--setf", f"duration_stretch={stretch:.3f}",
-                             "-t", text, "-o", out], out)
-
-
-class OtherSynthesiser(Command):
-    """Any other synthesiser: a command with {text}, {voice} and {out}, the audio file that it must write."""
+    """A synthesiser that is a command: a template with {out}, the audio file that it must write. It reads the
+    text from its standard input, or as {text}; {voice} is the voice. What it can set: {speed} (words a
+    minute, 165 is usual), {percent} (of the usual speed), {stretch} (of the usual length), {pitch} (0 to
+    99)."""
 
     def __init__(self, template):
         self.words = shlex.split(template)
-        for part in ("{text}", "{out}"):
-            if not any(part in w for w in self.words):
-                raise ValueError(f"--tts {template!r}: {part} does not occur in it")
+        if not any("{out}" in w for w in self.words):
+            raise ValueError(f"--tts {template!r}: {{out}} does not occur in it")
 
     def speak(self, text, voice, style):
+        """float32 samples (N,) at 24 kHz."""
+        usual = Style().speed
         with tempfile.TemporaryDirectory() as folder:
             out = os.path.join(folder, "speech.wav")
-            words = self.words
-            for name, value in (("{text}", text), ("{voice}", voice), ("{out}", out)):
-                words = [w.replace(name, value) for w in words]
-            return self.run(words, out)
-
-
-class Festival(Command):
-    """festival's voices, such as kal_diphone. Slow: it starts anew for each utterance (1.5 s)."""
-
-    def speak(self, text, voice, style):
-        with tempfile.TemporaryDirectory() as folder:
-            out, source = os.path.join(folder, "speech.wav"), os.path.join(folder, "text")
-            with open(source, "w", encoding="utf-8") as f:
-                f.write(text)
-            stretch = f"(Parameter.set 'Duration_Stretch {Style().speed / style.speed:.3f})"
-            return self.run(["text2wave", "-eval", f"(voice_{voice})", "-eval", stretch, source, "-o", out],
-                            out)
-
-
-PROGRAMS = {"flite": "flite", "festival": "text2wave"}  # synthesiser -> its command
+            values = {"text": text, "voice": voice, "out": out, "speed": style.speed, "pitch": style.pitch,
+                      "percent": round(100 * style.speed / usual), "stretch": f"{usual / style.speed:.3f}"}
+            fill = lambda word: re.sub(r"\{(\w+)\}", lambda m: str(values.get(m[1], m[0])), word)
+            words = [fill(w) for w in self.words]
+            done = subprocess.run(words, input=text, capture_output=True, text=True, encoding="utf-8")
+            if done.returncode or not os.path.exists(out):
+                reason = done.stderr.strip()[-300:] or "it wrote no file"
+                raise ValueError(f"{shlex.join(words)} failed: {reason}")
+            return read_audio(out).numpy()
 
 
 class Several:
@@ -132,9 +116,8 @@ class Several:
 
     def __init__(self, tts=None):
         self.espeak = Espeak()
-        self.others = {"flite": Flite(), "festival": Festival()}
-        if tts:
-            self.others["tts"] = OtherSynthesiser(tts)
+        templates = {**COMMANDS, "tts": tts} if tts else COMMANDS
+        self.others = {name: Command(template) for name, template in templates.items()}
 
     def speak(self, text, voice, style):
         name, colon, rest = voice.partition(":")
@@ -143,20 +126,26 @@ class Several:
         if name not in self.others:
             raise ValueError(f"voice {voice}: there is no synthesiser {name}; known are "
                              f"{', '.join(self.others)} (tts is the command of --tts)")
-        if name in PROGRAMS and not is_installed(voice):
-            raise ValueError(f"voice {voice}: {PROGRAMS[name]} is not installed")
+        program = self.others[name].words[0]
+        if not shutil.which(program):
+            raise ValueError(f"voice {voice}: {program} is not installed")
         return self.others[name].speak(text, rest, style)
 
 
 def get_synthesiser(tts, others=()):
     """tts: a command that speaks everything or, if others are given, only the voices that begin with tts:"""
-    return OtherSynthesiser(tts) if tts and not others else Several(tts)
+    return Command(tts) if tts and not others else Several(tts)
 
 
 def is_installed(voice):
-    """Whether the program of a voice is on this machine."""
-    name = voice.partition(":")[0]
-    return bool(shutil.which(PROGRAMS[name])) if name in PROGRAMS else True
+    """Whether a voice of COMMANDS is on this machine: whether it can speak."""
+    name, _, voice = voice.partition(":")
+    command = Command(COMMANDS[name])
+    if not shutil.which(command.words[0]):
+        return False
+    with contextlib.suppress(ValueError):
+        return np.ptp(command.speak("yes", voice, Style())) > 0
+    return False
 
 
 def speak(synthesiser, parts, pauses, voice, style=Style()):
