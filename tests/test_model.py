@@ -237,7 +237,8 @@ def test_attention_in_pieces_is_attention(S, dtype):
     mask = torch.arange(S) <= torch.tensor([0, S // 3, S])[:, None, None, None]
     right = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
     got = model.attend_in_pieces(q, k, v, mask)
-    assert got.dtype == dtype and (got.float() - right).abs().max() < (1e-5 if dtype == torch.float32 else 0.03)
+    close = 1e-5 if dtype == torch.float32 else 0.03
+    assert got.dtype == dtype and (got.float() - right).abs().max() < close
 
 
 def test_a_damaged_frame_outside_the_mask_is_not_seen():
