@@ -1,7 +1,7 @@
 """Does it keep up? A conversation of an hour, many at once, one with echo, and the step beside Kyutai's.
 
     python tests/bench_talk.py hour        held-out requests for an hour, faster than real time
-    python tests/bench_talk.py sessions    1, 2, 4, ... conversations, until a frame takes 80 ms, or memory ends
+    python tests/bench_talk.py sessions    1, 2, 4, ... conversations, until a frame takes over 80 ms
     python tests/bench_talk.py echo        held-out requests while the model hears itself from loudspeakers
     python tests/bench_talk.py step        where the time of a frame goes, and what reading the weights takes
     python tests/bench_talk.py step --config 7b --device cuda     the same with random weights and Mimi itself

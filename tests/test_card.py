@@ -2,10 +2,13 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import bench_card
+import bench_talk
 from bench_card import STAND_INS, Step
 from conftest import ROOT
 
@@ -65,3 +68,15 @@ def test_stand_ins_do_what_the_steps_need(tmp_path, monkeypatch):
            "assert all(m.__file__.startswith(sys.argv[1]) for m in (soundfile, tiktoken))"
     subprocess.run([sys.executable, "-c", code, tmp_path], check=True,
                    env={**os.environ, "PYTHONPATH": str(tmp_path)})
+
+
+def test_out_of_memory_is_a_result(monkeypatch, capsys):
+    def engine(duplex, size):
+        if size > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return SimpleNamespace(join=lambda seed: SimpleNamespace(hear=lambda audio: True), tick=lambda: {})
+    monkeypatch.setattr(bench_talk, "Engine", engine)
+    monkeypatch.setattr(bench_talk, "duplex_of", lambda args: None)
+    bench_talk.sessions(SimpleNamespace(ticks=3, most=64))
+    assert [line.split(": ")[0].strip() for line in capsys.readouterr().out.splitlines()] == [
+        "1 sessions", "2 sessions", "4 sessions"]  # the last one: out of memory
