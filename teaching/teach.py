@@ -23,9 +23,8 @@ import torch
 
 import prepare
 from chat import DuplexModel
-from eval import KINDS, Proportions
-from evals.conversations import converse_all, written
-from evals.turns import LEAD, silence, words_of
+from eval import KINDS, Proportions, understands
+from evals.turns import LEAD, silence
 from files.atomic import check_folder, move_folder
 from files.audio import read_audio
 from files.checkpoint import from_fields, load_checkpoint
@@ -76,17 +75,14 @@ def encode(data, checkpoint, copies, device):
 
 
 def understood(checkpoint, requests, seed, device):
-    """How well a model answers the requests [(audio (N,), answer), ...]: Proportions of those answered
-    "exactly" and of the "words" that are right."""
-    duplex = DuplexModel.load(checkpoint, device)
-    heard = [torch.cat([silence(LEAD), x, silence(LISTEN_ON)]) for x, _ in requests]
-    texts = [text for text, _ in converse_all(duplex, heard, seed, "listening")]
-    scores = Proportions()
-    for text, (_, answer) in zip(texts, requests):
-        wrote = words_of(written(duplex, text))
-        scores.add("exactly", wrote == answer.split())
-        scores.add_errors("words", wrote, answer.split())
-    return scores
+    """How well a model answers requests {who: [(audio (N,), answer), ...]}: {who: Proportions of those
+    answered "exactly" and of the "words" that are right}."""
+    duplex, out = DuplexModel.load(checkpoint, device), {}
+    for who, some in requests.items():
+        items = [(torch.cat([silence(LEAD), x, silence(LISTEN_ON)]), answer.split()) for x, answer in some]
+        out[who] = Proportions()
+        understands(duplex, items, seed, out[who], who, ("exactly", "words"))
+    return out
 
 
 @contextlib.contextmanager
@@ -126,11 +122,11 @@ def teach(checkpoint, folder, out, minutes=5.0, steps=None, old=OLD, seed=1, dev
         for d in read_manifest(f"{data}/old/manifest.jsonl"):
             if d["split"] == "new" and d["kind"] in KINDS:
                 requests["others"].append((read_audio(d["turns"][0]["path"]), d["turns"][1]["text"]))
-        before = {who: understood(checkpoint, some, seed, device) for who, some in requests.items()}
+        before = understood(checkpoint, requests, seed, device)
         task = ModelTask(config, f"{data}/old/encoded,{data}/new/encoded", device, checkpoint, seed)
         stages = [dataclasses.replace(s, steps=steps or s.steps) for s in stages_of(min(128, config.context))]
         train(task, stages, model, None if steps else minutes, seed=seed)
-        after = {who: understood(model, some, seed, device) for who, some in requests.items()}
+        after = understood(model, requests, seed, device)
         move_folder(model, out)
     for who in requests:
         for measure in ("exactly", "words"):

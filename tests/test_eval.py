@@ -176,7 +176,7 @@ def test_understanding_strangers_is_scored(people):
         device=torch.device("cpu"), converse=converse, vocab=types.SimpleNamespace(wait=0),
         tokenizer=types.SimpleNamespace(decode_single_token_bytes=lambda t: f" {words[t - 1]}".encode()))
     scores = Proportions()
-    understands(agent, groups, 7, scores)
+    understands(agent, groups["anna"], 7, scores, "anna", ("anna text", "anna 1 - WER"))
     right = sum(answer == words for _, answer in groups["anna"])
     assert (scores.hits["anna text"], scores.n["anna text"]) == (right, 3) and right >= 1
     assert scores.n["anna 1 - WER"] == sum(len(answer) for _, answer in groups["anna"])
