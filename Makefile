@@ -19,7 +19,7 @@ demo: .venv/ready
 	$(PY) train.py --config codec --minutes $(call left,0.25,0) --resume
 	test data/toy/encoded/meta.json -nt out/codec/checkpoint.pt || $(PY) prepare.py encode
 	$(PY) train.py --config tiny --minutes $(call left,1,5.5) --resume
-	$(PY) eval.py --checkpoint out/tiny --smoke --asr-minutes 1.5
+	$(PY) eval.py --checkpoint out/tiny --smoke
 
 weights: .venv/ready
 	test -d "$(DIGITS)" || { echo "DIGITS=FOLDER names the free-spoken-digit-dataset"; exit 1; }

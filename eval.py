@@ -308,7 +308,7 @@ def main():
     add("--people", help="folder with recordings of single words, as for prepare.py words")
     add("--speakers", help="those of --people who were never trained on (default: all)")
     add("--asr", help="another recogniser: a command with {wav} that prints the words")
-    add("--asr-minutes", type=float, help="training time of the default recogniser, if it is not trained yet")
+    add("--asr-minutes", type=float, help="train a recogniser so long, instead of the one in weights/")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:1")
     args = parser.parse_args()
     try:

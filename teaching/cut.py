@@ -1,5 +1,5 @@
-"""Cuts recordings of sentences at their words. Synthesisers say the same words one by one, so that it is known
-where each begins; dynamic time warping finds the same places in the recording.
+"""Cuts recordings of sentences at their words. A synthesiser says the same words one by one, so that it is
+known where each begins; dynamic time warping finds the same places in the recording.
 
     recording   --log-mel--.
                            +-- the path of least distance --> where each word begins
@@ -29,8 +29,8 @@ def features(x):
 
 
 def align(a, b):
-    """For each step of a (S, F) the first of b (T, F) that it is compared with on the path whose distances sum
-    to least, from both beginnings to both ends."""
+    """For each step of a (S, F) the first of b (T, F) that it is compared with on the path whose distances
+    sum to least, from both beginnings to both ends."""
     cost = torch.cdist(a, b).tolist()
     S, T, far = len(a), len(b), float("inf")
     total, came = [[far] * T for _ in range(S)], [[0] * T for _ in range(S)]
@@ -51,8 +51,8 @@ def align(a, b):
 
 
 def find_starts(x, parts, synthesiser):
-    """Where each of these parts of text begins in samples x (N,), in samples: the median over VOICES, moved to
-    the softest place nearby."""
+    """Where each of these parts of text begins in samples x (N,), in samples: the median over VOICES, moved
+    to the softest place nearby."""
     guesses, heard = [], features(x)
     for voice in VOICES:
         spoken = [normalise(trim(synthesiser.speak(part, voice, Style()))) for part in parts]
