@@ -35,7 +35,7 @@ weights: .venv/ready
 	$(PY) train.py --config codec --data data/wide,data/people --augment 0.75 --minutes 35 --out out/wide --resume
 	$(PY) prepare.py encode --data data/wide --codec out/wide/checkpoint.pt --copies 3 --augment 0.75
 	$(PY) prepare.py encode --data data/people --codec out/wide/checkpoint.pt --tokenizer data/wide/encoded --copies 4 --augment 0.75
-	$(PY) train.py --config mini --data data/wide/encoded,data/people/encoded --minutes 60 --resume
+	$(PY) train.py --config mini --data data/wide/encoded,data/people/encoded --minutes 52 --resume
 	$(PY) -m live.packed out/mini weights/talk.safetensors --note "make weights DIGITS=free-spoken-digit-dataset"
 	$(PY) -m evals.recogniser --data data/wide --minutes 12 --out weights/recogniser.safetensors
 
