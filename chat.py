@@ -115,8 +115,8 @@ class DuplexModel:
         text, speak = self.model.step(column, state.cache, lambda logits: self.sample_text(logits, state),
                                       lambda logits, k: self.sample_code(logits, k, state))
         frame = torch.where(self.delayed, speak, state.speak)  # acoustic codes come one step later
-        said = (frame < self.vocab.codebook_size).all(1, keepdim=True)  # a release's first frame is no codes
-        frame = torch.where(said, frame, self.silence)
+        if self.release:  # its first frame is no codes
+            frame = torch.where((frame < self.vocab.codebook_size).all(1, keepdim=True), frame, self.silence)
         for old, new in ((state.text, text), (state.speak, speak), (state.listen, codes)):
             old.copy_(new)
         return text, self.codec.decode_step(frame[..., None], state.codec)

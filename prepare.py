@@ -312,7 +312,8 @@ COMMANDS = (
         ("--tests", 240, "held-out dialogues of known voices, and as many of new voices"),
         ("--voices", 24, "user voices of espeak-ng to train on"),
         ("--others", "", "for two fifths of what users say, voices of other synthesisers, such as flite:rms,"
-                         "festival:kal_diphone,tts:Alex (default: those of world.OTHER_VOICES that are installed)"), SEED, TTS)),
+                         "tts:Alex (default: those of toy/world.py's OTHER_VOICES that are installed)"),
+        SEED, TTS)),
     *CORPORA,
     ("encode", encode, "audio -> codes, text -> tokens", "--data data/libri --tokenizer data/toy/encoded", (
         ("--data", "data/toy", "folder with the manifest"),

@@ -1,7 +1,9 @@
 """Trains the tiny codec in minutes: batches of clips, and the losses of their reconstruction.
 
-    clips (B, 1, N) --encoder, quantiser, decoder--> (B, 1, N)     spectra and waveforms are compared
+    clips (B, 1, N) --encoder, quantiser, decoder--> (B/4, 1, N)   spectra and waveforms are compared
                               '-- first codebook --> letters          CTC: the words that were said
+
+All clips of a batch are heard, and every fourth is decoded.
 
 CodecTask has the methods of train.py's ModelTask, so one loop trains both.
 """

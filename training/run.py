@@ -306,7 +306,7 @@ class Run:
             saved, files = parallel.read(path)
         else:
             path, saved = self.path, load_checkpoint(self.path, self.task.kind)
-        if "progress" not in saved:
+        if not {"progress", "seed", "stages", "data", "precision"} <= saved.keys():
             raise ValueError(f"{path}: was written by an older version; --out names another folder")
         if saved["config"] != dataclasses.asdict(self.task.config) or saved["data"] != self.task.fingerprint:
             raise ValueError(f"{path}: was trained with another config or on other data; "
@@ -324,6 +324,8 @@ class Run:
         else:
             self.task.load(saved, path)
             self.optimizer.load_state_dict(saved["optimizer"])
+        if self.progress["stage"] == len(self.stages) and parallel.rank() == 0:
+            print(f"{self.out}: is trained to the end; to train anew, remove it or name another with --out")
 
     def check_plan(self, saved, path):
         """ValueError if this run would go on in other stages, with other data, or by another clock."""
