@@ -30,6 +30,7 @@ from evals.turns import LEAD, report_turns, score_all, silence
 from files.atomic import replace_when_done
 from files.audio import read_audio, seconds_of, write_audio
 from files.command import Command
+from files.fields import parse_json
 from files.manifest import check_line, clip_key
 from files.tokenizer import NO_SPACES, encode_words
 from mimi import FRAME
@@ -225,7 +226,7 @@ def read_questions(path, tts):
     with open(path, encoding="utf-8") as f:
         for number, line in enumerate(tqdm(f, "questions", unit="line", leave=False), 1):
             try:
-                d = json.loads(line)
+                d = parse_json(line)
                 check_question(d)
                 if "audio" in d:
                     wav = read_audio(os.path.join(os.path.dirname(path), d["audio"]))

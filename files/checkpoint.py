@@ -21,6 +21,7 @@ from files.fields import FLAG, check_fields, list_of, number, short, text, whole
 NAMES = re.compile(r"collections OrderedDict|__builtin__ set"
                    r"|torch (\w+Storage|Size|device|b?float\w+|u?int\d+|bool)"
                    r"|torch\._utils _rebuild_(tensor_v2|parameter|wrapper_subclass)"
+                   r"|torch\._tensor _rebuild_from_type_v2"
                    r"|torch\.serialization _get_layout|torchao\.\S+ \w+")
 PICKLE = 1 << 21  # bytes of it, at most
 CODES = 8  # in a frame, of every model

@@ -18,7 +18,7 @@ import numpy as np
 
 from files.atomic import read_array, read_json, replace_when_done
 from files.checkpoint import is_safetensors, load_checkpoint
-from files.fields import SECONDS, check_fields, list_of, parse_json, text, whole
+from files.fields import SECONDS, check_fields, list_of, parse_json, short, text, whole
 from files.manifest import spoken_parts
 from files.tokenizer import load_tokenizer
 
@@ -91,9 +91,8 @@ def read_folder(folder):
     """meta.json with the paths of the codec and the tokeniser and its "text_size"; and the index. All files
     are there."""
     meta = read_json(os.path.join(folder, "meta.json"))
-    if not isinstance(meta, dict) or meta.get("version") != VERSION:
-        found = meta.get("version") if isinstance(meta, dict) else None
-        raise ValueError(f"{folder}: is of version {found!r:.20}, not {VERSION}; "
+    if isinstance(meta, dict) and meta.get("version") != VERSION:
+        raise ValueError(f"{folder}: is of version {short(meta.get('version'))}, not {VERSION}; "
                          "run `python prepare.py encode` again")
     try:
         check_fields(meta, META, what="meta.json")
@@ -137,8 +136,8 @@ def check_index(index, sizes, folder):
     for i in np.flatnonzero(beyond)[:1]:
         shard, byte = index["shard"][i], index["byte"][i]
         raise ValueError(f"{folder}/{shard:05}.jsonl from byte {byte}: damaged, not a line; encode it again")
-    short = index["turns"].astype(int) * 16 > index["size"]
-    if index["size"].sum(dtype=np.uint64) > sizes.sum() or short.any():
+    too_short = index["turns"].astype(int) * 16 > index["size"]
+    if index["size"].sum(dtype=np.uint64) > sizes.sum() or too_short.any():
         raise ValueError(f"{folder}/index.npy: damaged; encode it again")
 
 

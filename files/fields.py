@@ -4,6 +4,7 @@ A kind is (its name for error messages, a function that tells whether a value is
 """
 import json
 import math
+import re
 import reprlib
 
 
@@ -29,7 +30,9 @@ def list_of(kind, longest=1 << 20, least=0):
 
 
 # in a message it must not look like something else
-FILE = "a file's name", lambda x: isinstance(x, str) and 0 < len(x) < 4096 and x.isprintable()
+FILE = "a file's name", lambda x: (
+    isinstance(x, str) and 0 < len(x) < 4096
+    and not re.search("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", x))
 FLAG = "true or false", lambda x: isinstance(x, bool)
 SECONDS = "a number of seconds", number(0, 1e6)[1]
 

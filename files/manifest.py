@@ -103,7 +103,8 @@ def sound_of(part):
 
 
 FACTS = {"annotated": FLAG, "lang": text(40), "kind": text(40)}  # of a line
-FIELDS = {**dict.fromkeys(("role", "text"), ("text", text()[1])), **dict.fromkeys(("audio", "codes"), FILE),
+FIELDS = {**dict.fromkeys(("role", "text"), ("text", text()[1])),
+          **dict.fromkeys(("audio", "codes"), ("text", FILE[1])),
           **dict.fromkeys(("start", "end", "cut", "at"), SECONDS)}
 
 

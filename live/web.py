@@ -72,7 +72,7 @@ class Limits:
     idle: float = 30.0  # seconds without a frame
     request: float = 10.0  # seconds that a connection may take until its request
     send: float = 5.0  # seconds until the client accepts a message
-    connections: int = 64  # of strangers
+    connections: int = 64  # of strangers and of conversations
     address: int = 16  # of these, from one address
     linger: float = 5.0  # seconds until a connection is gone after its answer
 
@@ -364,7 +364,7 @@ class Server:
         neighbours = [p for p, (_, a) in self.strangers.items() if a == address]
         if len(neighbours) > self.limits.address:
             self.disconnect(neighbours[0])
-        elif len(self.strangers) > self.limits.connections:
+        elif len(self.strangers) + len(self.clients) > self.limits.connections:
             self.disconnect(next(iter(self.strangers)))
         self.loop.call_later(self.limits.request, self.disconnect, protocol, "asked for nothing in time")
 
