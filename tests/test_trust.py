@@ -89,7 +89,7 @@ def with_pickle(source, target, pickle, kind=zipfile.ZIP_STORED):
 @pytest.mark.parametrize("pickle", fuzz.BOMBS)
 def test_bombs_in_a_checkpoint_are_refused_before_they_take_memory(world, tmp_path, pickle):
     with_pickle(world / "flm/checkpoint.pt", tmp_path / "bad.pt", pickle)
-    with pytest.raises(ValueError, match="bad.pt: not a checkpoint"):
+    with pytest.raises(ValueError, match="bad.pt: (not a checkpoint|is not a flm checkpoint)"):
         load_checkpoint(str(tmp_path / "bad.pt"), "flm")
     assert not os.path.exists("trueq")
 
@@ -99,7 +99,8 @@ def test_a_compressed_checkpoint_and_one_with_a_flipped_bit_are_refused(world, t
     with pytest.raises(ValueError, match="larger than the file"):
         load_checkpoint(str(tmp_path / "bad.pt"), "flm")
     data = bytearray((world / "flm/checkpoint.pt").read_bytes())
-    data[len(data) // 2] ^= 16
+    weights = torch.load(world / "flm/checkpoint.pt", weights_only=True)["model"]["head.weight"]
+    data[data.index(weights.numpy().tobytes()) + 100] ^= 16
     (tmp_path / "bad.pt").write_bytes(data)
     with pytest.raises(ValueError, match="is damaged"):
         load_checkpoint(str(tmp_path / "bad.pt"), "flm", mmap=True)
@@ -165,8 +166,8 @@ def test_parts_of_several_models_are_told_apart(world, tmp_path):
     (lambda s: s.update(pattern="("), "not a tokeniser"),
     (lambda s: s.update(specials=["<wait>"]), "special tokens"),
     (lambda s: s.update(specials=[""]), "special tokens"),
-    (lambda s: s["ranks"].update(AA="0"), "ranks"),
-    (lambda s: s["ranks"].update(AA=True), "ranks"),
+    (lambda s: s["ranks"].update({"AAA=": "0"}), "ranks"),
+    (lambda s: s["ranks"].update({"AAA=": True}), "ranks"),
     (lambda s: s["ranks"].popitem(), "."),
     (lambda s: s.clear(), "needs the field 'ranks'")])
 def test_a_tokeniser_that_lies_is_one_clear_error(world, tmp_path, change, says):
