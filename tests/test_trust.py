@@ -42,9 +42,9 @@ def readers():
 def test_a_few_damaged_inputs_for_every_reader():
     pytest.importorskip("safetensors")
     lines = []
-    found = fuzz.table(8, 1, readers(), show=lines.append)
+    found = fuzz.table(6, 1, readers(), show=lines.append)
     assert len(found) >= 10 and is_clean(found), "\n".join(lines)
-    assert all(f["read"] + f["refused"] == 8 for f in found.values())
+    assert all(f["read"] + f["refused"] == 6 for f in found.values())
     assert sum(f["refused"] for f in found.values()) > 20 and sum(f["read"] for f in found.values()) > 5
 
 
@@ -165,6 +165,7 @@ def test_parts_of_several_models_are_told_apart(world, tmp_path):
     (lambda s: s.update(pattern="(?<=a)b"), "cannot be trusted"),
     (lambda s: s.update(pattern="(a)\\1"), "cannot be trusted"),
     (lambda s: s.update(pattern="("), "not a tokeniser"),
+    (lambda s: s.update(pattern="a*"), "cannot split"),
     (lambda s: s.update(specials=["<wait>"]), "special tokens"),
     (lambda s: s.update(specials=[""]), "special tokens"),
     (lambda s: s["ranks"].update({"AAA=": "0"}), "ranks"),
