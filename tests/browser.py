@@ -76,14 +76,15 @@ class Browser:
 
 
 @contextlib.asynccontextmanager
-async def chromium(folder, microphone=None, allowed=True):
-    """A Browser whose microphone repeats a WAV file, or beeps. Unless `allowed`, pages get no microphone."""
+async def chromium(folder, microphone=None, allowed=True, flags=()):
+    """A Browser whose microphone repeats a WAV file, or beeps. Unless `allowed`, pages get no microphone.
+    flags: others for its command line."""
     command = [CHROMIUM, "--headless=new", "--remote-debugging-port=0", f"--user-data-dir={folder}",
                "--no-first-run", "--disable-gpu",
                "--use-fake-device-for-media-stream", "--autoplay-policy=no-user-gesture-required",
                "--mute-audio",
                f"--use-fake-ui-for-media-stream{'' if allowed else '=deny'}",
-               "--disable-background-networking", "--disable-dev-shm-usage"]
+               "--disable-background-networking", "--disable-dev-shm-usage", *flags]
     if microphone:
         command.append(f"--use-file-for-fake-audio-capture={microphone}")
     if sys.platform == "linux" and os.geteuid() == 0:
