@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -32,7 +33,6 @@ from page.step import ExportedStep
 from chat import DuplexModel
 from files.atomic import check_folder, move_folder, replace_when_done, write_text
 from kernels.sampling import Sampling
-from live.packed import half
 from mimi import FRAME
 from streams import K
 
@@ -45,8 +45,9 @@ RUNTIME = "onnxruntime-web@1.30.0"
 INTEGRITY = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 ORT_JS, ORT_WASM = "ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm"
 
-FOLDER = rf"index\.html|model\.onnx|(local|worker|offline)\.js|{ORT_JS}|{ORT_WASM}".replace(".", r"\.")
+FOLDER = "|".join(map(re.escape, ("index.html", "model.onnx", *SCRIPTS, ORT_JS, ORT_WASM)))
 LARGE = 1024  # numbers of a tensor that is worth narrowing
+MOST = 1 << 28  # parameters of a model that a browser may be asked to hold: a gigabyte, widened
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -55,17 +56,20 @@ LARGE = 1024  # numbers of a tensor that is worth narrowing
 
 def export_step(duplex, weights="float16"):
     """The graph of a step, an onnx.ModelProto, and the state that a conversation starts with, {name: tensor}.
-    weights: float16 or int8. ValueError if a package is missing."""
+    weights: float32, float16 or int8. ValueError if a package is missing or the model is too large."""
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401  torch.onnx.export needs it
     except ImportError:
         raise ValueError("the export needs the extra 'page': pip install '.[page]'") from None
+    numbers = sum(p.numel() for module in (duplex.model, duplex.codec) for p in module.parameters())
+    if numbers > MOST:
+        raise ValueError(f"the model has {numbers / 1e6:.0f} M parameters, too many for a page (at most "
+                         f"{MOST / 1e6:.0f} M)")
     step = ExportedStep(duplex).eval()
-    with torch.no_grad():
-        for name, x in [*step.named_parameters(), *step.named_buffers()]:
-            if not name.endswith(("embedding", "neg_half_squared_norm", "window", "mel")):
-                x.copy_(half(name, x))
+    if weights != "float32":
+        for p in step.parameters():  # the codebooks are none: rounding them would change codes
+            p.data = p.data.half().float()
     start = step.start
     inputs = torch.zeros(1, 1, FRAME), torch.zeros(1, 1 + K, dtype=torch.float64), list(start.values())
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns about packages that nothing here needs
@@ -177,14 +181,10 @@ def page_of(web, facts):
 
 def build(duplex, out, archive, weights):
     """Writes the folder. Returns the facts."""
-    from google.protobuf.message import Error as ProtobufError
     out, work = check_folder(out, FOLDER, replace=True)
     files = runtime(archive)
     graph, start = export_step(duplex, weights)
-    try:
-        files["model.onnx"] = graph.SerializeToString()
-    except (ProtobufError, ValueError):  # its format ends at 2 GB
-        raise ValueError("the model is too large for a page; this is for models like tiny and mini") from None
+    files["model.onnx"] = graph.SerializeToString()
     for name in SCRIPTS:
         with open(os.path.join(HERE, name), "rb") as f:
             files[name] = f.read()
@@ -206,7 +206,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("checkpoint", help="folder that train.py or live.packed wrote")
     parser.add_argument("out", help="folder to write; one that this command wrote is replaced")
-    parser.add_argument("--weights", choices=("float16", "int8"), default="float16",
+    parser.add_argument("--weights", choices=("float32", "float16", "int8"), default="float16",
                         help="how the file stores them; computation is in float32 (default: %(default)s)")
     parser.add_argument("--runtime", default=f"out/{RUNTIME.replace('@', '-')}.tgz",
                         help="npm's archive of ONNX Runtime Web; fetched if missing (default: %(default)s)")

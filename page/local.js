@@ -70,6 +70,7 @@ bar.hidden = true
 bar.setAttribute("aria-label", "Loading")
 $("floor").after(bar)
 if (!facts.toy) $("card").replaceChildren($("card").querySelector("summary"))
+$("hint")?.remove() // the page cannot be taught
 const note = document.createElement("p")
 note.textContent = `The model runs in this page. The first Talk loads ${megabytes(facts.download)} MB `
   + `(${megabytes(facts.zipped)} MB where the server compresses); after that it works without a network. `

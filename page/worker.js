@@ -96,7 +96,7 @@ const ARRAYS = { int64: BigInt64Array, float32: Float32Array, bool: Uint8Array }
 function begin(number) {
   seed = BigInt(number)
   frames = 0
-  utf8 = new TextDecoder()
+  utf8 = new TextDecoder("utf-8", { ignoreBOM: true })
   state = {}
   for (const { name, type, dims, values } of facts.state) {
     const array = new ARRAYS[type](dims.reduce((a, b) => a * b, 1))

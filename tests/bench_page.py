@@ -2,8 +2,11 @@
 
     python -m page.export out/talk out/page
     taskset -c 0 python tests/bench_page.py out/page [--seconds 120] [--input user.wav]
+    python tests/bench_page.py out/page --same out/talk --items 1
 
-With --input the recording is played again and again; otherwise the page hears noise.
+With --input the recording is played again and again; otherwise the page hears noise. With --same, the page
+and the checkpoint that it was made of hear eval.py's scenarios (pauses, interruptions, backchannels): how
+much of what they write and say is equal, and the measures of both.
 """
 import argparse
 import asyncio
@@ -16,8 +19,12 @@ import tempfile
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from chat import DuplexModel  # noqa: E402
+from evals.conversations import written  # noqa: E402
+from evals.turns import Reply, ScenarioMaker, report_turns, run_scenarios, score_all, speech  # noqa: E402
 from files.audio import read_audio  # noqa: E402
-from test_static_page import opened  # noqa: E402
+from mimi import FRAME  # noqa: E402
+from test_static_page import opened, talk_through  # noqa: E402
 
 BENCH = """{
     const bytes = Uint8Array.from(atob("AUDIO"), c => c.charCodeAt(0)), N = bytes.length / 2 / FRAME
@@ -57,7 +64,7 @@ def memory(profile):
 
 async def bench(folder, seconds, wav):
     frames = int(seconds * 12.5)
-    samples = base64.b64encode((wav[:len(wav) // 1920 * 1920] * 32767).short().numpy().tobytes()).decode()
+    samples = base64.b64encode((wav[:len(wav) // FRAME * FRAME] * 32767).short().numpy().tobytes()).decode()
     with tempfile.TemporaryDirectory() as profile:
         async with opened(folder, profile) as (tab, *_):
             await tab.value(BENCH.replace("AUDIO", samples).replace("FRAMES", str(frames)))
@@ -66,15 +73,55 @@ async def bench(folder, seconds, wav):
             await tab.until(f"times.length >= {frames}", 10 * seconds + 60)
             print(f"{memory(profile):.0f} MB at the end")
             times = torch.tensor(json.loads(await tab.value("JSON.stringify(times)")))[10:]
-    print(f"{len(times)} frames: median {times.median():.1f} ms, 99th percentile {times.quantile(0.99):.1f} ms, "
-          f"most {times.max():.1f} ms")
+    print(f"{len(times)} frames: median {times.median():.1f} ms, 99th percentile {times.quantile(0.99):.1f}, "
+          f"most {times.max():.1f}")
+
+
+async def same(folder, checkpoint, items):
+    duplex = DuplexModel.load(checkpoint)
+    dialogues = [{"split": "seen", "lang": "en", "turns": [{"role": "user", "voice": v}]}
+                 for v in ("en-us+f1", "en-us+m3", "en-gb")]
+    heard, pages, chats, least = [], [], [], 1.0
+    def by_chat(batch, _):
+        replies = []
+        for item in batch:
+            item.audio = (item.audio * 32768).round().clamp(-32768, 32767) / 32768  # as it reaches the page
+            text, said = duplex.converse(item.audio[None])
+            replies.append(Reply(speech(said[0]), written(duplex, text[0])))
+            heard.append((item, said[0]))
+        return replies
+    conversations = run_scenarios(by_chat, ScenarioMaker(dialogues, None, 1), items)
+    with tempfile.TemporaryDirectory() as profile:
+        async with opened(folder, profile) as (tab, *_):
+            for item, reply in conversations:
+                right = next(said for other, said in heard if other is item)
+                frames = torch.nn.functional.pad(item.audio, (0, -len(item.audio) % FRAME))
+                pieces, said = await talk_through(tab, frames.view(-1, 1, 1, FRAME), 600)
+                said = torch.cat([torch.zeros(FRAME), torch.from_numpy(said).float()])[:len(right)]
+                correlation = torch.corrcoef(torch.stack([said, right]))[0, 1].item()
+                least = min(least, correlation)
+                pages.append((item, Reply(speech(said), pieces)))
+                chats.append((item, reply))
+                print(f"{item.name}: text {'equal' if pieces == reply.written else 'differs'}, "
+                      f"correlation of the audio {correlation:.6f}", flush=True)
+    scores = [score_all(side) for side in (chats, pages)]
+    report_turns(scores[1], "page")
+    equal = sum(a[1].written == b[1].written for a, b in zip(chats, pages))
+    print(f"{equal} of {len(chats)} monologues equal, correlation at least {least:.6f}; "
+          f"measures {'equal' if scores[0] == scores[1] else 'differ'}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("folder", help="that page.export wrote")
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--input", help="an audio file")
+    parser.add_argument("--same", help="the checkpoint that the page was made of")
+    parser.add_argument("--items", type=int, default=1, help="of each scenario, for --same")
     args = parser.parse_args()
-    asyncio.run(bench(args.folder, args.seconds, read_audio(args.input) if args.input
-                      else torch.randn(20 * 24_000).clamp(-9, 9) * 0.05))
+    if args.same:
+        asyncio.run(same(args.folder, args.same, args.items))
+    else:
+        wav = read_audio(args.input) if args.input else torch.randn(20 * 24_000).clamp(-9, 9) * 0.05
+        asyncio.run(bench(args.folder, args.seconds, wav))

@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-from page.export import RUNTIME, build, export_step, narrow, page_of, runtime
+from page.export import (FOLDER, ORT_JS, ORT_WASM, RUNTIME, SCRIPTS, build, export_step, narrow, page_of,
+                         runtime)
 from page.step import ExportedStep, draw
 from chat import DuplexModel
 from conftest import ROOT, run
+from files.atomic import check_folder
 from files.audio import write_audio
 from kernels.sampling import Sampling, random_bits, reference
 from live.transcript import Transcript
@@ -194,6 +196,17 @@ def test_another_runtime_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match="install npm"):
         runtime(str(tmp_path / "none.tgz"))
+
+
+def test_only_a_page_is_replaced(tmp_path):
+    page = tmp_path / "page"
+    page.mkdir()
+    for name in ("index.html", "model.onnx", *SCRIPTS, ORT_JS, ORT_WASM):
+        (page / name).touch()
+    assert check_folder(str(page), FOLDER, replace=True)[0] == str(page)
+    (page / "index.htmlx").touch()
+    with pytest.raises(ValueError, match="is not ours"):
+        check_folder(str(page), FOLDER, replace=True)
 
 
 def test_errors_of_the_command(world, tmp_path):
