@@ -8,8 +8,10 @@ Any static host can serve the folder; browsers give a microphone to pages from h
     index.html      live/web.html, with a strict content security policy and the facts about the model
     local.js        stands in for the page's WebSocket
     worker.js       runs the model; offline.js keeps the page for times without a network
-    model.onnx      chat.py's step as a graph (step.py) with narrow weights, widened when it is loaded
-    ort...          ONNX Runtime Web, from npm: its JavaScript and its WebAssembly
+    model.bin       chat.py's step as an ONNX graph (step.py) with narrow weights, widened when it is loaded
+    ort..., runtime.bin     ONNX Runtime Web, from npm: its JavaScript and its WebAssembly
+
+The two large files are compressed here, by gzip, so that it does not take a server that compresses.
 """
 import argparse
 import base64
@@ -45,7 +47,8 @@ RUNTIME = "onnxruntime-web@1.30.0"
 INTEGRITY = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 ORT_JS, ORT_WASM = "ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm"
 
-FOLDER = "|".join(map(re.escape, ("index.html", "model.onnx", *SCRIPTS, ORT_JS, ORT_WASM)))
+FILES = ("index.html", "model.bin", "runtime.bin", *SCRIPTS, ORT_JS)
+FOLDER = "|".join(map(re.escape, FILES))
 LARGE = 1024  # numbers of a tensor that is worth narrowing
 MOST = 1 << 28  # parameters of a model that a browser may be asked to hold: a gigabyte, widened
 
@@ -117,8 +120,8 @@ def narrow(graph, int8):
 
 
 def runtime(path):
-    """The two files of ONNX Runtime Web, {name: bytes}, from npm's archive at `path`, which npm fetches if it
-    is not there. ValueError if it is another archive than the pinned one."""
+    """ONNX Runtime Web's JavaScript and WebAssembly, from npm's archive at `path`, which npm fetches if it is
+    not there. ValueError if it is another archive than the pinned one."""
     if not os.path.isfile(path):
         npm = shutil.which("npm")
         if npm is None:
@@ -135,23 +138,22 @@ def runtime(path):
         if base64.b64encode(hashlib.sha512(f.read()).digest()).decode() != INTEGRITY:
             raise ValueError(f"{path}: is not {RUNTIME} as pinned here, or is damaged; remove it")
     with tarfile.open(path) as archive:
-        return {name: archive.extractfile(f"package/dist/{name}").read() for name in (ORT_JS, ORT_WASM)}
+        return [archive.extractfile(f"package/dist/{name}").read() for name in (ORT_JS, ORT_WASM)]
 
 
-def facts_of(duplex, start, files):
-    """What the page has to know about the model, for JSON. files: {name: bytes} of all that is loaded."""
+def facts_of(duplex, start, large, download):
+    """What the page has to know about the model, for JSON. large: {name: bytes} of what it unpacks;
+    download: bytes of all files as they are sent."""
     def describe(name, x):
         kind = {torch.int64: "int64", torch.float32: "float32", torch.bool: "bool"}[x.dtype]
         values = {"values": x.flatten().tolist()} if x.any() else {}
         return {"name": name, "type": kind, "dims": list(x.shape), **values}
     v = duplex.vocab
-    loaded = {name: {"bytes": len(files[name]), "sha256": hashlib.sha256(files[name]).hexdigest()}
-              for name in ("model.onnx", ORT_WASM)}
+    files = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+             for name, data in large.items()}
     return {"state": [describe(*pair) for pair in start.items()], "draws": 1 + K, "wait": v.wait,
             "tokens": [token_bytes(duplex.tokenizer, i) for i in range(v.text_size)],
-            "files": loaded, "toy": v.text_size <= TOY_VOCAB,
-            "download": sum(map(len, files.values())),
-            "zipped": sum(len(gzip.compress(data, 6, mtime=0)) for data in files.values())}
+            "files": files, "toy": v.text_size <= TOY_VOCAB, "download": download}
 
 
 def token_bytes(tokenizer, token):
@@ -182,15 +184,16 @@ def page_of(web, facts):
 def build(duplex, out, archive, weights):
     """Writes the folder. Returns the facts."""
     out, work = check_folder(out, FOLDER, replace=True)
-    files = runtime(archive)
+    script, wasm = runtime(archive)
     graph, start = export_step(duplex, weights)
-    files["model.onnx"] = graph.SerializeToString()
+    large = {"model.bin": graph.SerializeToString(), "runtime.bin": wasm}
+    files = {ORT_JS: script, **{name: gzip.compress(data, mtime=0) for name, data in large.items()}}
     for name in SCRIPTS:
         with open(os.path.join(HERE, name), "rb") as f:
             files[name] = f.read()
     with open(WEB, encoding="utf-8") as f:
         web = f.read()
-    facts = facts_of(duplex, start, files)
+    facts = facts_of(duplex, start, large, sum(map(len, files.values())))
     shutil.rmtree(work, ignore_errors=True)
     os.makedirs(work)
     write_text(os.path.join(work, "index.html"), page_of(web, facts))
@@ -223,8 +226,8 @@ def main():
         facts = build(duplex, args.out, args.runtime, args.weights)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
-    print(f"Wrote {args.out}: {facts['download'] / 1e6:.1f} MB to load, {facts['zipped'] / 1e6:.1f} MB with "
-          f"gzip; next: python -m http.server --bind 127.0.0.1 --directory {args.out}")
+    print(f"Wrote {args.out}: {facts['download'] / 1e6:.1f} MB to load; next: python -m http.server "
+          f"--bind 127.0.0.1 --directory {args.out}")
 
 
 if __name__ == "__main__":

@@ -72,9 +72,8 @@ $("floor").after(bar)
 if (!facts.toy) $("card").replaceChildren($("card").querySelector("summary"))
 $("hint")?.remove() // the page cannot be taught
 const note = document.createElement("p")
-note.textContent = `The model runs in this page. The first Talk loads ${megabytes(facts.download)} MB `
-  + `(${megabytes(facts.zipped)} MB where the server compresses); after that it works without a network. `
-  + "Nothing that you say is sent anywhere."
+note.textContent = `The model runs in this page. The first Talk loads ${megabytes(facts.download)} MB; `
+  + "after that it works without a network. Nothing that you say is sent anywhere."
 $("card").append(note)
 $("card").hidden = false
 navigator.serviceWorker?.register("offline.js").catch(() => {}) // missed only when there is no network

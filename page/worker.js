@@ -62,20 +62,19 @@ async function get(name, { bytes, sha256 }, report) { // kept for the next time,
     throw new Sentence(`${name} could not be loaded. Is there a network?`)
   })
   if (!answer.ok) throw new Sentence(`${name} could not be loaded: the server answers ${answer.status}.`)
-  const data = new Uint8Array(bytes), reader = answer.body.getReader()
-  let at = 0
-  for (let part; !(part = await reader.read()).done; at += part.value.length) {
-    if (at + part.value.length > bytes)
-      throw new Sentence(`${name} is not the file that this page was made with.`)
-    data.set(part.value, at)
-    report(at)
-  }
-  if (at !== bytes) throw new Sentence(`${name} is cut off: ${at} of ${bytes} bytes. Reload the page.`)
-  if (await digest(data) !== sha256) {
+  const data = new Uint8Array(bytes)
+  try {
+    const body = kept ? kept.body : answer.body.pipeThrough(new DecompressionStream("gzip"))
+    const reader = body.getReader()
+    for (let at = 0, part; !(part = await reader.read()).done; report(at)) {
+      data.set(part.value, at) // RangeError if there is too much
+      at += part.value.length
+    }
+    if (await digest(data) !== sha256) throw Error("its sum is another")
+  } catch (error) {
     await cache?.delete(url)
-    throw new Sentence(`${name} is damaged. Reload the page.`)
+    throw new Sentence(`${name} is cut off or damaged. Reload the page. (${error.message})`)
   }
-  report(at)
   if (cache && !kept) {
     for (const { url: old } of await cache.keys())
       if (old.startsWith(url.split("?")[0])) await cache.delete(old)

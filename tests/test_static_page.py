@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from page.export import (FOLDER, ORT_JS, ORT_WASM, RUNTIME, SCRIPTS, build, export_step, narrow, page_of,
-                         runtime)
+from page.export import FILES, FOLDER, RUNTIME, build, export_step, narrow, page_of, runtime
 from page.step import ExportedStep, draw
 from chat import DuplexModel
 from conftest import ROOT, run
@@ -201,7 +200,7 @@ def test_another_runtime_is_refused(tmp_path, monkeypatch):
 def test_only_a_page_is_replaced(tmp_path):
     page = tmp_path / "page"
     page.mkdir()
-    for name in ("index.html", "model.onnx", *SCRIPTS, ORT_JS, ORT_WASM):
+    for name in FILES:
         (page / name).touch()
     assert check_folder(str(page), FOLDER, replace=True)[0] == str(page)
     (page / "index.htmlx").touch()
@@ -336,7 +335,7 @@ def test_a_recording_is_played_without_a_microphone(served, tmp_path):
 
     async def talk():
         async with opened(folder, tmp_path / "profile", allowed=False) as (tab, address, asked):
-            assert not any("model.onnx" in path for path in asked)  # nothing large before the first Talk
+            assert not any("model.bin" in path for path in asked)  # nothing large before the first Talk
             await tab.value("$('talk').click()")
             message = await tab.until(
                 "!talk && /refused/.test($('floor').textContent) && $('floor').textContent")
@@ -350,7 +349,7 @@ def test_a_recording_is_played_without_a_microphone(served, tmp_path):
             assert await tab.value("begin(new File(['nothing'], 'a.wav'))") is None
             assert "no audio" in await tab.until("!talk && $('floor').textContent")
             paths = {path.split("?")[0] for path in asked}
-            assert paths <= {"/", *(f"/{name}" for name in os.listdir(folder))} and "/model.onnx" in paths
+            assert paths <= {"/", *(f"/{name}" for name in os.listdir(folder))} and "/model.bin" in paths
     asyncio.run(talk())
 
 
@@ -381,12 +380,12 @@ def test_no_request_leaves_the_page(served, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault, message", [
-    ("cut", "model.onnx is cut off"), ("damaged", "model.onnx is damaged"),
+    ("cut", "model.bin is cut off or damaged"), ("damaged", "model.bin is cut off or damaged"),
     ("missing", "the server answers 404"), ("no runtime", "The model does not run in this browser"),
     ("no wasm", "Here is no WebAssembly")])
 def test_faults_are_sentences(served, tmp_path, fault, message):
     folder = shutil.copytree(served[0], tmp_path / "page")
-    model = folder / "model.onnx"
+    model = folder / "model.bin"
     data = bytearray(model.read_bytes())
     if fault == "cut":
         model.write_bytes(data[:len(data) // 2])
@@ -403,5 +402,5 @@ def test_faults_are_sentences(served, tmp_path, fault, message):
         async with opened(str(folder), tmp_path / "profile", flags=flags) as (tab, *_):
             await tab.value("$('talk').click()")
             said = await tab.until("!talk && !$('talk').disabled && $('floor').textContent", 60)
-            assert message in said and said.endswith(".")
+            assert message in said and said.endswith((".", ")"))
     asyncio.run(talk())
