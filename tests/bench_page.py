@@ -80,7 +80,7 @@ async def bench(folder, seconds, wav):
 async def same(folder, checkpoint, items):
     duplex = DuplexModel.load(checkpoint)
     dialogues = [{"split": "seen", "lang": "en", "turns": [{"role": "user", "voice": v}]}
-                 for v in ("en-us+f1", "en-us+m3", "en-gb")]
+                 for v in ("en-us+f1", "en-us+m3", "en-us+f3")]
     heard, pages, chats, least = [], [], [], 1.0
     def by_chat(batch, _):
         replies = []

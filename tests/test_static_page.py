@@ -354,6 +354,25 @@ def test_a_recording_is_played_without_a_microphone(served, tmp_path):
 
 
 @pytest.mark.slow
+def test_once_loaded_it_works_without_a_network(served, tmp_path):
+    from browser import chromium
+    frames, ready = noises(5), "typeof talk !== 'undefined' && document.readyState === 'complete'"
+
+    async def talk():
+        async with chromium(str(tmp_path / "profile")) as browser:
+            with serving(served[0]) as (address, _):
+                tab = await browser.open(address)
+                await tab.until(ready)
+                first = await talk_through(tab, frames)
+                await tab.until("navigator.serviceWorker.controller && true", 60)
+            await tab.call("Page.reload")
+            await tab.until(f"typeof result === 'undefined' && {ready}")
+            again = await talk_through(tab, frames)
+            assert again[0] == first[0] and np.array_equal(again[1], first[1])
+    asyncio.run(talk())
+
+
+@pytest.mark.slow
 def test_no_request_leaves_the_page(served, tmp_path):
     """Neither from the page nor from a worker that it starts, even if a script in them tried."""
     folder, _ = served
