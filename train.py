@@ -163,11 +163,11 @@ class Conversations:
             self.heard[split] = [clips(index, some, b"user") for some in by]
             self.said[split] = [clips(index, some, b"model") for some in by]
         self.line = functools.lru_cache(20_000)(self.encoded.line)
+        self.sources = functools.cache(self.find_sources)
         self.fingerprint = f"{meta['codec_sha256'][:16]} {meta['tokenizer_sha256'][:16]} {len(index)} lines"
         self.used = None  # a list while ModelTask.clips_of asks which codes a batch reads
 
-    @functools.lru_cache
-    def sources(self, layout, split, frames):
+    def find_sources(self, layout, split, frames):
         """What a layout is made of: numbers of lines, or clips; of these only such as fit into a row of
         `frames` with their transcripts."""
         found = {"tts": self.said, "asr": self.heard, "recorded": self.recorded, "response_tts": self.free,

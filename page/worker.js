@@ -30,7 +30,7 @@ function explain(error) {
   const text = String(error?.message ?? error)
   if (error instanceof RangeError || /memory|bad_alloc|allocat/i.test(text))
     return "This device has too little free memory for the model. Close other pages, then reload this one."
-  return `The model does not run in this browser: ${text.slice(0, 200)}`
+  return `The model does not run in this browser: ${text.slice(0, 200)}.`
 }
 
 async function load(given) {
