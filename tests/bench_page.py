@@ -49,17 +49,18 @@ BENCH = """{
 }"""
 
 
-def memory(profile):
-    """Resident memory in MB of the browser's processes for pages, by their command lines."""
-    total = 0
-    for pid in filter(str.isdigit, os.listdir("/proc")):
+def renderers(profile):
+    """(resident memory in MB, seconds of processor time) of the browser's processes for pages."""
+    megabytes = ticks = 0
+    for process in (f"/proc/{pid}" for pid in filter(str.isdigit, os.listdir("/proc"))):
         try:
-            with open(f"/proc/{pid}/cmdline") as f, open(f"/proc/{pid}/statm") as g:
-                if "--type=renderer" in (line := f.read()) and profile in line:
-                    total += int(g.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+            line, pages, times = (open(f"{process}/{name}").read() for name in ("cmdline", "statm", "stat"))
         except OSError:
-            pass
-    return total
+            continue  # it has ended
+        if "--type=renderer" in line and profile in line:
+            megabytes += int(pages.split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+            ticks += sum(map(int, times.rsplit(")")[1].split()[11:13]))
+    return megabytes, ticks / os.sysconf("SC_CLK_TCK")
 
 
 async def bench(folder, seconds, wav):
@@ -69,9 +70,12 @@ async def bench(folder, seconds, wav):
         async with opened(folder, profile) as (tab, *_):
             await tab.value(BENCH.replace("AUDIO", samples).replace("FRAMES", str(frames)))
             await tab.until("times.length > 50", 300)
-            print(f"loaded after {await tab.value('loaded') / 1000:.1f} s; {memory(profile):.0f} MB")
+            before, (begin, used) = await tab.value("times.length"), renderers(profile)
+            print(f"loaded after {await tab.value('loaded') / 1000:.1f} s; {begin:.0f} MB")
             await tab.until(f"times.length >= {frames}", 10 * seconds + 60)
-            print(f"{memory(profile):.0f} MB at the end")
+            end, used = renderers(profile)[0], renderers(profile)[1] - used
+            each = 1000 * used / (frames - before)
+            print(f"{end:.0f} MB at the end; {each:.1f} ms of a processor for each frame")
             times = torch.tensor(json.loads(await tab.value("JSON.stringify(times)")))[10:]
     print(f"{len(times)} frames: median {times.median():.1f} ms, 99th percentile {times.quantile(0.99):.1f}, "
           f"most {times.max():.1f}")

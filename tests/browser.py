@@ -76,15 +76,14 @@ class Browser:
 
 
 @contextlib.asynccontextmanager
-async def chromium(folder, microphone=None, allowed=True, flags=()):
-    """A Browser whose microphone repeats a WAV file, or beeps. Unless `allowed`, pages get no microphone.
-    flags: others for its command line."""
+async def chromium(folder, microphone=None, allowed=True):
+    """A Browser whose microphone repeats a WAV file, or beeps. Unless `allowed`, pages get no microphone."""
     command = [CHROMIUM, "--headless=new", "--remote-debugging-port=0", f"--user-data-dir={folder}",
                "--no-first-run", "--disable-gpu",
                "--use-fake-device-for-media-stream", "--autoplay-policy=no-user-gesture-required",
                "--mute-audio",
                f"--use-fake-ui-for-media-stream{'' if allowed else '=deny'}",
-               "--disable-background-networking", "--disable-dev-shm-usage", *flags]
+               "--disable-background-networking", "--disable-dev-shm-usage"]
     if microphone:
         command.append(f"--use-file-for-fake-audio-capture={microphone}")
     if sys.platform == "linux" and os.geteuid() == 0:
