@@ -4,7 +4,6 @@
 const $ = id => document.getElementById(id)
 const FRAME_BYTES = 4 + 2 * 1920
 const facts = JSON.parse($("facts-of-model").textContent)
-const megabytes = bytes => (bytes / 1e6).toFixed(1)
 let worker = null // outlives conversations: the model is loaded once
 
 globalThis.LocalSocket = class {
@@ -36,7 +35,7 @@ globalThis.LocalSocket = class {
   }
   progress({ loaded, total }) {
     Object.assign(bar, { hidden: false, max: total, value: loaded })
-    $("floor").textContent = `Loading: ${megabytes(loaded)} of ${megabytes(total)} MB.`
+    $("floor").textContent = `Loading: ${Math.floor(100 * loaded / total)}%.`
   }
   fail(reason) {
     if (this.readyState === WebSocket.CLOSED) return
@@ -72,7 +71,7 @@ $("floor").after(bar)
 if (!facts.toy) $("card").replaceChildren($("card").querySelector("summary"))
 $("hint")?.remove() // the page cannot be taught
 const note = document.createElement("p")
-note.textContent = `The model runs in this page. The first Talk loads ${megabytes(facts.download)} MB; `
+note.textContent = `The model runs in this page. The first Talk loads ${(facts.download / 1e6).toFixed(1)} MB; `
   + "after that it works without a network. Nothing that you say is sent anywhere."
 $("card").append(note)
 $("card").hidden = false

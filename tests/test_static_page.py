@@ -339,7 +339,7 @@ def test_a_recording_is_played_without_a_microphone(served, tmp_path):
             await tab.value("$('talk').click()")
             message = await tab.until(
                 "!talk && /refused/.test($('floor').textContent) && $('floor').textContent")
-            assert message.endswith("Or play a recording.")
+            assert message.endswith("Or play a file.")
             await tab.value(play)
             await tab.until(loud, 120)
             await tab.value("$('restart').click()")
