@@ -250,8 +250,8 @@ class Conversations:
         return streams.free_response_tts(turns, gaps, interrupts, backchannels, self.vocab)
 
     def row(self, stage, shares, split, rng):
-        """A row (17, T) packed with samples of the layouts, and which frames the depth transformer learns
-        from, (T-1,)."""
+        """A row (17, T) packed with samples of the layouts, which frames the depth transformer learns from,
+        (T-1,), and which tokens and codes of what the model says carry a loss, (9, T-1)."""
         grids = []
         while (room := stage.frames - sum(g.shape[1] for g in grids)) > 0:
             layout = rng.choices(list(shares), list(shares.values()))[0]
@@ -259,14 +259,14 @@ class Conversations:
             if layout == "asr" and grid.shape[1] > room:  # it would be cut before its transcript
                 grid = blank(room, self.vocab, self.vocab.empty)
             grids.append(grid)
-        grid, rng = pack(grids, stage.frames, self.vocab), np.random.default_rng(rng.getrandbits(64))
-        learn = frames_to_learn(grid, self.vocab, stage.depth, rng)
+        (grid, loss), rng = pack(grids, stage.frames, self.vocab), np.random.default_rng(rng.getrandbits(64))
+        learn = frames_to_learn(grid, self.vocab, stage.depth, rng) & loss[SPEAK, 1:].any(0)
         if split == "train" and stage.frame_dropout:
             mask_heard(grid, stage.frame_dropout, self.vocab.empty, rng)
-        return grid, learn
+        return grid, learn, loss[:LISTEN.start, 1:]
 
     def batch(self, stage, progress, split, rng, rows=None):
-        """(B, 17, T) and (B, T-1): see row. rows: which of the batch's rows to make (default: all); each has
+        """(B, 17, T), (B, T-1) and (B, 9, T-1): see row. rows: which of the batch's rows to make (default: all); each has
         random numbers of its own, so that it does not depend on who makes the others. progress: how much
         of the stage is over, 0 to 1."""
         shares = {name: max(0, a + (b - a) * progress) for name, (a, b) in stage.layouts.items()
@@ -315,21 +315,21 @@ def mask_heard(grid, share, empty, rng):
 # the loss
 
 
-def kinds_of_target(grid, learn, v):
+def kinds_of_target(grid, learn, loss, v):
     """What each target of a batch is, as masks: a monologue token or <wait>, (B, T-1); a semantic code (N, 1)
     or an acoustic one (N, K-1) of the N frames to learn from. An empty code is neither and carries no
-    loss."""
-    wait = grid[:, TEXT, 1:] == v.wait
-    real = grid[:, SPEAK, 1:].transpose(1, 2)[learn] != v.empty
-    return {"text": ~wait, "wait": wait, "semantic": real[:, :1], "acoustic": real[:, 1:]}
+    loss, and nor does anything where the mask `loss` is False."""
+    wait, counts = grid[:, TEXT, 1:] == v.wait, loss[:, TEXT]
+    real = ((grid[:, SPEAK, 1:] != v.empty) & loss[:, SPEAK]).transpose(1, 2)[learn]
+    return {"text": counts & ~wait, "wait": counts & wait, "semantic": real[:, :1], "acoustic": real[:, 1:]}
 
 
-def eq_3(flm, grid, learn, v, gamma, totals):
-    """Eq. 3 for some rows of a batch, to be summed over all of them. totals (4,): how many targets of each
+def eq_3(flm, grid, learn, loss, v, gamma, totals):
+    """Eq. 3 for some rows of a batch, to be summed over all of them; loss: see Conversations.row. totals (4,): how many targets of each
     kind the whole batch has. The two kinds of text token share one mean, over the monologue tokens.
     Returns (loss, its parts)."""
     text, right, codes = flm(grid, learn)
-    masks = kinds_of_target(grid, learn, v)
+    masks = kinds_of_target(grid, learn, loss, v)
     n = dict(zip(masks, totals.clamp(min=1)))
     values = {"text": text, "wait": text, "semantic": codes[:, :1], "acoustic": codes[:, 1:]}
     sums = {name: (values[name] * mask).sum() for name, mask in masks.items()}
@@ -389,8 +389,8 @@ class ModelTask:
     def loss(self, stage, micro, totals):
         """(loss, its parts to be logged, what after_step wants) of a micro-batch: see eq_3."""
         self.model.recompute = stage.recompute
-        grid, learn = (x.to(self.device, non_blocking=True) for x in micro)
-        return *eq_3(self.model, grid, learn, self.vocab, stage.wait, totals.float()), None
+        grid, learn, mask = (x.to(self.device, non_blocking=True) for x in micro)
+        return *eq_3(self.model, grid, learn, mask, self.vocab, stage.wait, totals.float()), None
 
     def after_step(self, kept, step):
         pass

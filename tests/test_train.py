@@ -214,7 +214,7 @@ def test_the_variants_of_the_papers_questions(world, monkeypatch):
     assert len({*sizes}) == 1
     for stages in questions.VARIANTS.values():
         for s in stages:
-            grid, _ = task.batch(dataclasses.replace(s, batch=2), 0.5, "train", random.Random(0))
+            grid, *_ = task.batch(dataclasses.replace(s, batch=2), 0.5, "train", random.Random(0))
             assert grid.shape == (2, 17, s.frames)
     u = Utterance([7, 8], np.arange(6)[:, None].repeat(8, 1), 5, [0, 3])
     grid = questions.aligned_tts(u, task.vocab)
