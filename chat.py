@@ -31,6 +31,8 @@ from files.audio import SAMPLE_RATE, check_output, read_audio, write_audio
 from files.device import check_device
 from files.tokenizer import load_tokenizer
 from kernels.sampling import Sampling, sample
+from layouts.prompts import make_prompt
+from layouts.typed import typed_tokens
 from live.graph import capture
 from live.transcript import PrintedTranscript
 from mimi import FRAME, Mimi, tensors
@@ -76,6 +78,7 @@ class DuplexModel:
         self.sampling = [text, *([audio] * K if isinstance(audio, Sampling) else audio)]
         self.delayed = DELAYED.to(self.device)
         self.silence = torch.tensor(vocab.silence[-1], device=self.device)
+        self.prompt = None  # (17, P) columns that every conversation begins with: layouts/prompts.py
 
     @staticmethod
     def load(folder, device="cpu", text=Sampling(), audio=Sampling(), codec=None):
@@ -96,9 +99,17 @@ class DuplexModel:
         full = lambda value, *shape: torch.full((B, *shape), value, device=self.device)
         pad = v.codebook_size  # before the first code; in our own models the same as "empty"
         speak = torch.where(self.delayed | self.release, pad, self.silence).repeat(B, 1)
-        return ConversationState(self.model.init_cache(B), self.codec.init_state(B), full(v.wait), speak,
-                                 listen=full(pad, K), recent=full(-1, 1 + K, RECENT),
-                                 seed=torch.tensor(list(seeds), device=self.device), failed=full(False))
+        state = ConversationState(self.model.init_cache(B), self.codec.init_state(B), full(v.wait), speak,
+                                  listen=full(pad, K), recent=full(-1, 1 + K, RECENT),
+                                  seed=torch.tensor(list(seeds), device=self.device), failed=full(False))
+        for row in range(B) if self.prompt is not None else ():
+            self.prefill(state, row, self.prompt)
+        return state
+
+    @torch.inference_mode()
+    def prefill(self, state, row, prompt):
+        """Begin conversation `row` with a prompt (17, P), all columns at once; no other row changes."""
+        self.model.hidden(torch.as_tensor(prompt, device=self.device)[None], state.cache.row(row))
 
     @torch.inference_mode()
     def step(self, wav, state):
@@ -142,16 +153,21 @@ class DuplexModel:
         wav = torch.zeros(len(state.seed), 1, FRAME, device=self.device)
         return capture(step, wav, state.small_tensors())
 
-    def converse(self, wav, seed=1, each=lambda t, text: None):
+    def converse(self, wav, seed=1, each=lambda t, text: None, typed=()):
         """Whole conversations, frame by frame: (B, N) heard -> text tokens (B, T) and audio said (B, N), on
         one clock. each(t, text (B,)) is called after every frame. The seed of
-        conversation b is seed + b. ValueError if logits are NaN or infinite."""
+        conversation b is seed + b. typed: tokens for the text row from its start (layouts/typed.py).
+        ValueError if logits are NaN or infinite."""
         B, N = wav.shape
         wav = F.pad(wav, (0, -N % FRAME)).to(self.device)[:, None]
         state, texts, audio = self.init_state(range(seed, seed + B)), [], [wav.new_zeros(B, 1, FRAME)]
         step = self.compiled_step(state)
         for t, frame in enumerate(wav.split(FRAME, -1)):
+            if t < len(typed):
+                state.text.fill_(typed[t])
             text, said = step(frame)
+            if t + 1 < len(typed):  # is typed in the next column
+                text = torch.full_like(text, self.vocab.wait)
             each(t, text)
             texts.append(text.clone())
             audio.append(said.clone())
@@ -164,15 +180,15 @@ class DuplexModel:
 # a conversation with a file
 
 
-def talk_to_file(duplex, source, target, stereo, picture, seed):
-    """Writes the audio said to `target`, the monologue beside it as JSON lines, and a picture if wanted."""
-    heard = read_audio(source)
+def talk_to_file(duplex, heard, target, stereo, picture, seed, typed=()):
+    """heard (N,), and tokens typed. Writes the audio said to `target`, the monologue beside it as JSON lines,
+    and a picture if wanted."""
     frames, transcript, begin = -(-len(heard) // FRAME), PrintedTranscript(duplex), time.perf_counter()
     with tqdm(total=frames, unit="frame", leave=False, disable=None) as bar:
         def each(t, text):
             transcript.add(t, text.item())
             bar.update()
-        _, said = duplex.converse(heard[None], seed, each)
+        _, said = duplex.converse(heard[None], seed, each, typed)
     seconds = time.perf_counter() - begin
     transcript.print_line()
     write_audio(target, torch.stack([heard, said[0]]) if stereo else said[0])
@@ -198,11 +214,14 @@ def build_parser():
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument("--input", help="any audio file: what the user says")
     way.add_argument("--say", metavar="TEXT", help="what the model is to say, in TTS style")
+    way.add_argument("--type", metavar="TEXT", help="what the user types instead of speaking")
     way.add_argument("--web", action="store_true", help="serve a page to talk on")
     way.add_argument("--mic", action="store_true", help="microphone and loudspeaker of this machine")
     add("--output", default="reply.wav", help="audio file for what the model says")
     add("--stereo", action="store_true", help="write both voices: left the user, right the model")
     add("--picture", help="draw the conversation into this file (.png, .svg)")
+    add("--role", default="", help="text that the conversation begins with: layouts/prompts.py")
+    add("--voice", metavar="FILE", help="audio that it begins with: the voice that the model is to have")
     add("--open", action="store_true", help="open the page of --web in a browser")
     add("--host", default="127.0.0.1", help="address for --web; any but this machine's own requires a token")
     add("--port", type=int, default=8000)
@@ -225,7 +244,7 @@ def main():
         flags = given("temperature", "top_k", "top_p")
         Sampling(**flags, **given("penalty"))  # an error before the model is loaded
         device = check_device(args.device)
-        if args.input or args.say is not None:
+        if args.input or args.say is not None or args.type is not None:
             check_output(args.output)
             if args.picture:
                 from evals.plot import check_picture
@@ -233,6 +252,8 @@ def main():
         duplex = DuplexModel.load(args.checkpoint, device, codec=args.codec)
         duplex.sampling = [replace(how, **flags) for how in duplex.sampling]
         duplex.sampling[0] = replace(duplex.sampling[0], **given("penalty"))
+        if args.role or args.voice:
+            duplex.prompt = make_prompt(duplex, args.role, args.voice)
         if args.web:
             from live.web import serve  # needs an extra
             serve(duplex, args.host, args.port, args.sessions, args.token, args.open, args.checkpoint)
@@ -244,8 +265,12 @@ def main():
             wav, = say(duplex, [args.say], args.seed)
             write_audio(args.output, wav)
             print(f"Wrote {args.output} ({len(wav) / SAMPLE_RATE:.2f} s)")
+        elif args.type is not None:
+            typed = [duplex.vocab.wait] * 6 + typed_tokens(args.type, duplex.vocab, duplex.tokenizer)
+            heard = torch.zeros(round(len(typed) * FRAME + 6 * SAMPLE_RATE))
+            talk_to_file(duplex, heard, args.output, args.stereo, args.picture, args.seed, typed)
         else:
-            talk_to_file(duplex, args.input, args.output, args.stereo, args.picture, args.seed)
+            talk_to_file(duplex, read_audio(args.input), args.output, args.stereo, args.picture, args.seed)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
 

@@ -16,10 +16,11 @@ changes between the four stages of training.
 
     python streams.py        prints each layout as a table
 
-K = 8 codebooks, T frames. Layouts build undelayed rows; `delay` applies the delays when a grid is complete. An
-entry x that is read but not learned from is written as -1 - x (see `given`), until `pack` makes a mask of it.
+K = 8 codebooks, T frames. Layouts build undelayed rows; `delay` applies the delays when a grid is complete.
+An entry x that is read but not learned from is -1 - x (see `given`), until `pack` makes a mask of it.
 """
 import dataclasses
+import runpy
 from dataclasses import dataclass
 
 import numpy as np
@@ -271,6 +272,7 @@ def main():
                 user, interjections=((3, said([5], 61, 2)),)), model)], [1], v)),
             ("Word-aligned (Moshi, for comparison)", word_aligned([(user, model)], [1], v))):
         show(title, delay(grid, v.empty), v, words)
+    runpy.run_module("layouts.show", run_name="__main__")  # those of other papers
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import dataclasses
 import functools
 import math
 import os
+import pkgutil
 import random
 import sys
 import textwrap
@@ -37,6 +38,7 @@ import streams
 from files.audio import SAMPLE_RATE
 from files.device import check_device
 from files.encoded import read_encoded
+from files.tokenizer import load_tokenizer
 from mimi import FRAME, Mimi
 from published.release import start_from
 from streams import K, LISTEN, SPEAK, TEXT, Utterance, Vocab, blank, pack
@@ -144,6 +146,7 @@ class Conversations:
         if meta["codebooks"] != K:
             raise ValueError(f"{folders}: has {meta['codebooks']} codes in a frame, streams.py K = {K}")
         self.vocab = Vocab.own(meta["text_size"], meta["codebook_size"], tuple(map(tuple, meta["silence"])))
+        self.tokenizer = load_tokenizer(meta["tokenizer"])
         # For each split: numbers of lines, or (line, turn) of clips: [transcribed by a machine, by a person].
         # heard, said: clips of users and of the model; dialogues: those without interjections, free: all;
         # recorded: stereo. "seen" is the held-out split: requests that were never trained on, in voices that
@@ -223,6 +226,8 @@ class Conversations:
         gaps = [rng.randint(2, 20) for _ in turns]
         if layout == "free_response_tts":
             grid = self.free_conversation(turns, gaps, split, rng)
+        elif ":" in layout:  # file:function in layouts/, which makes its own choices
+            grid = pkgutil.resolve_name(f"layouts.{layout}")(turns, gaps, self, rng)
         else:
             grid = getattr(streams, layout)(turns, gaps, v)
         if len(self.noise[split]) and rng.random() < NOISE:
@@ -266,9 +271,9 @@ class Conversations:
         return grid, learn, loss[:LISTEN.start, 1:]
 
     def batch(self, stage, progress, split, rng, rows=None):
-        """(B, 17, T), (B, T-1) and (B, 9, T-1): see row. rows: which of the batch's rows to make (default: all); each has
-        random numbers of its own, so that it does not depend on who makes the others. progress: how much
-        of the stage is over, 0 to 1."""
+        """(B, 17, T), (B, T-1) and (B, 9, T-1): see row. rows: which of the batch's rows to make (default:
+        all); each has random numbers of its own, so that it does not depend on who makes the others.
+        progress: how much of the stage is over, 0 to 1."""
         shares = {name: max(0, a + (b - a) * progress) for name, (a, b) in stage.layouts.items()
                   if self.holds(name, split, stage.frames)}
         if not any(shares.values()):
@@ -324,12 +329,12 @@ def kinds_of_target(grid, learn, loss, v):
     return {"text": counts & ~wait, "wait": counts & wait, "semantic": real[:, :1], "acoustic": real[:, 1:]}
 
 
-def eq_3(flm, grid, learn, loss, v, gamma, totals):
-    """Eq. 3 for some rows of a batch, to be summed over all of them; loss: see Conversations.row. totals (4,): how many targets of each
-    kind the whole batch has. The two kinds of text token share one mean, over the monologue tokens.
-    Returns (loss, its parts)."""
+def eq_3(flm, grid, learn, mask, v, gamma, totals):
+    """Eq. 3 for some rows of a batch, to be summed over all of them. grid, learn, mask: Conversations.batch.
+    totals (4,): how many targets of each kind the whole batch has. The two kinds of text token share one
+    mean, over the monologue tokens. Returns (loss, its parts)."""
     text, right, codes = flm(grid, learn)
-    masks = kinds_of_target(grid, learn, loss, v)
+    masks = kinds_of_target(grid, learn, mask, v)
     n = dict(zip(masks, totals.clamp(min=1)))
     values = {"text": text, "wait": text, "semantic": codes[:, :1], "acoustic": codes[:, 1:]}
     sums = {name: (values[name] * mask).sum() for name, mask in masks.items()}

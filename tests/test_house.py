@@ -14,6 +14,7 @@ BOOK = ["streams", "model", "mimi", "prepare", "train", "chat", "eval"]
 # The latest file of the book that each room has to import; None: it needs none of them.
 LATEST = {
     "files": None,  # reads and writes what others hand to it
+    "layouts": "streams",  # arranges utterances in its grid
     "kernels": None,  # logits in, tokens out
     "training": "model",  # allocates and shards it
     "published": "model",  # loads and exports it
