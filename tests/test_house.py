@@ -22,6 +22,7 @@ LATEST = {
     "corpora": "mimi",  # conversations are a whole number of frames long
     "live": "mimi",  # audio comes and goes in frames; the engine is handed the rest
     "evals": "train",  # the recogniser is trained by the same loop
+    "questions": "eval",  # trains variants, and measures them
     "teaching": "eval",  # fine-tunes a model, and scores it before and after
 }
 

@@ -1,4 +1,4 @@
-"""The layouts of other papers against worked examples by hand, and streaming against teacher forcing for each."""
+"""The layouts of other papers: worked examples by hand, and streaming against teacher forcing for each."""
 import dataclasses
 import random
 import sys
@@ -56,7 +56,8 @@ def test_an_interrupted_answer_ends_with_break_where_the_model_falls_silent():
 
 
 def test_a_typed_turn():
-    grid = typed([(USER, MODEL), (USER, MODEL)], [1, 2], Data, iter("ts"), lambda user, turn: next(turn) == "t")
+    first = iter([True, False])
+    grid = typed([(USER, MODEL), (USER, MODEL)], [1, 2], Data, None, lambda user, rng: next(first))
     text = [W, A, 3, 4, R, 5, 6, 7] + [W] * 9 + [5, 6, 7] + [W] * 4
     packed, loss = pack([grid], len(text), V)
     assert packed[TEXT].tolist() == text
@@ -66,7 +67,8 @@ def test_a_typed_turn():
 
 
 def test_a_prompt():
-    packed, loss = pack([prompt([8, 9], said([], 40, 3).codes, V), response_tts([(USER, MODEL)], [1], V)], 17, V)
+    before = prompt([8, 9], said([], 40, 3).codes, V)
+    packed, loss = pack([before, response_tts([(USER, MODEL)], [1], V)], 17, V)
     assert packed[TEXT].tolist() == [8, 9, W, W, W, W] + [W, W, W, W, 5, 6, 7, W, W, W, W]
     assert packed[SPEAK][0].tolist() == [E, E, 40, 41, 42, E] + [0] * 6 + [30, 31, 32, 33, 34]
     assert packed[SPEAK][1].tolist() == [E, E, E, 40, 41, 42, E] + [0] * 6 + [30, 31, 32, 33]
@@ -195,7 +197,7 @@ def test_a_conversation_after_a_prompt_is_the_layout_of_training(duplex, tmp_pat
     P = start.shape[1]
     fill = duplex.vocab.empty
     assert (start[SPEAK] == fill).all() and (start[TEXT, -1] == duplex.vocab.wait)
-    assert (read[0, 2:LISTEN.start, 0] == fill).all(), "acoustic codes of the prompt's last column, which has none"
+    assert (read[0, 2:LISTEN.start, 0] == fill).all(), "the prompt's last column has no acoustic codes"
     grid = torch.cat([torch.from_numpy(start)[None], read], -1)
     with torch.no_grad():
         logits = duplex.model.text_logits(duplex.model.hidden(grid))[0, P:, :duplex.vocab.text_size]
@@ -219,7 +221,8 @@ def test_a_prompt_never_reaches_another_row(duplex):
                 out[sessions.index(s)].append((text, said))
         return out
     engine = Engine(duplex, 3)
-    together = frames(engine, [engine.join(i, p) for i, p in enumerate(prompts)], [voice(i) for i in range(3)])
+    sessions = [engine.join(i, p) for i, p in enumerate(prompts)]
+    together = frames(engine, sessions, [voice(i) for i in range(3)])
     for i, prompt_ in enumerate(prompts):
         for (a, x), (b, y) in zip(together[i], alone(i, prompt_), strict=True):
             assert a == b and (x - y).abs().max() < 1e-4
@@ -260,5 +263,6 @@ def test_the_commands(world, tmp_path):
     assert code == 0 and f"Wrote {out}" in text, err
     code, _, err = run("chat.py", "--checkpoint", world / "flm", "--input", clip, "--role", "cat " * 99)
     assert code == 1 and "shorten the role or the voice" in err and len(err.splitlines()) == 1
-    code, _, err = run("chat.py", "--checkpoint", world / "flm", "--input", clip, "--voice", tmp_path / "no.wav")
+    no = tmp_path / "no.wav"
+    code, _, err = run("chat.py", "--checkpoint", world / "flm", "--input", clip, "--voice", no)
     assert code == 1 and "no.wav" in err
