@@ -386,7 +386,7 @@ async def first_to_fail(*work):
 
 
 def read_message(data):
-    """(type, text) of a JSON message of the page's, which may lack the text. Raises Ended if it is another."""
+    """(type, text) of a JSON message of the page's; the text may be missing. Raises Ended for any other."""
     try:
         message = json.loads(data)
         kind, text = message["type"], message.get("text", "")

@@ -6,8 +6,8 @@
 
 Each variant trains the tiny model with the same data, number of steps and seeds, on fewer voices and without
 chants and stories, so that a run takes minutes; then it is evaluated in the same held-out conversations. The
-tables that are printed have means and standard deviations over seeds. To ask one of your own, write its variants
-as in layouts.py, and its name below. A new layout is a function in layouts/.
+tables that are printed have means and standard deviations over seeds. To ask one of your own, write its
+variants as in layouts.py, and its name below. A new layout is a function in layouts/.
 
     paper      what each stage is for, word-aligned text (FLM-Audio, RQ1 and RQ2)
     long       the same with twice the steps

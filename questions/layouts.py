@@ -15,7 +15,7 @@ STATES = {
     "SHIFT, BREAK": Variant(stages(fine_2={**FADED, "states:states": (1, 1)})),
 }
 
-# Half of the requests typed; and those to count never spoken but in ASR style: are they understood when spoken?
+# Half of the requests typed; and those to count spoken in ASR style alone: are they understood when spoken?
 COUNTS = {"typed:typed_counts": (1, 1)}
 TYPED = {
     "spoken": Variant(stages(fine_1=ANSWER, fine_2=ANSWER)),
@@ -29,8 +29,9 @@ def in_roles(task, duplex, recogniser, items):
     found = answers(task, duplex, recogniser, items)
     for role, order in ROLES.items():
         duplex.prompt = make_prompt(duplex, role)
-        heard = [torch.cat([silence(LEAD), read_audio(d["turns"][0]["path"]),
-                            silence(2 * len(read_audio(d["turns"][1]["path"])) / SAMPLE_RATE)]) for d in items]
+        turns = [[read_audio(turn["path"]) for turn in d["turns"][:2]] for d in items]
+        heard = [torch.cat([silence(LEAD), user, silence(2.5 + 2 * len(model) / SAMPLE_RATE)])
+                 for user, model in turns]
         said = converse_all(duplex, heard, 7, role or "no role")
         right = [words_of(written(duplex, text)) == order(d["turns"][1]["text"].split())
                  for d, (text, _) in zip(items, said)]
@@ -38,7 +39,7 @@ def in_roles(task, duplex, recogniser, items):
     return found
 
 
-ROLE_TITLES = {"text": "no prompt", "as asked": "as asked", **{r: r for r in ROLES if r}, "in time": "in time"}
+ROLE_TITLES = {"text": "no prompt", **{role: role for role in ["as asked", *ROLES] if role}}
 PROMPTS = {
     "recipe": Variant(stages(), measure=in_roles, titles=ROLE_TITLES),
     "roles": Variant(stages(fine_2={**FADED, "response_tts": (0.3, 0.3), "prompts:prompted": (1, 1)}),

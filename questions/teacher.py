@@ -1,7 +1,8 @@
 """A teacher (Hello-Chat): the model as it was after the language stage, which knows text and nothing else.
 
-Where an answer follows its transcript (<asr> ... <answer> ...), it stands in the grid as in the text alone. There
-the student also learns the teacher's distribution (KL divergence); or a share of text is replayed in later stages.
+Where an answer follows its transcript (<asr> ... <answer> ...), it stands in the grid as in the text alone.
+There the student also learns the teacher's distribution (KL divergence); or a share of text is replayed in the
+later stages.
 """
 import os
 import random
@@ -38,19 +39,19 @@ class TaughtTask(train.ModelTask):
     def loss(self, stage, micro, totals):
         total, parts, kept = super().loss(stage, micro, totals)
         places = [(b, *run) for b, row in enumerate(micro[0]) for run in runs(row[TEXT], self.vocab)]
-        if self.teacher is None or stage.name == "language" or not places:
+        if self.teacher is None or stage.name == "language":
             return total, parts, kept
         student = self.model.text_logits(self.model.hidden(micro[0][..., :-1].to(self.device)))
-        kl = 0.0
+        kl = student.new_zeros(())
         for b, begin, answer, end in places:
             alone = blank(end - begin, self.vocab, self.vocab.empty)
             alone[TEXT] = micro[0][b, TEXT, begin:end]
             with torch.no_grad():
                 target = self.teacher.text_logits(self.teacher.hidden(torch.from_numpy(alone)[None]))[0]
-            mine = student[b, answer:end - 1].log_softmax(-1)
-            kl = kl + F.kl_div(mine, target[answer - begin:-1].log_softmax(-1), reduction="sum", log_target=True)
-        kl = kl / totals[0].clamp(min=1)
-        return total + kl.to(total.dtype), {**parts, "kl": kl.detach().to(total.dtype)}, kept
+            pair = student[b, answer:end - 1].log_softmax(-1), target[answer - begin:-1].log_softmax(-1)
+            kl = kl + F.kl_div(*pair, reduction="sum", log_target=True)
+        kl = (kl / totals[0].clamp(min=1)).to(total.dtype)
+        return total + kl, {**parts, "kl": kl.detach()}, kept
 
 
 def start_teacher(task, out, seed, stages):

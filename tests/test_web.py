@@ -171,7 +171,8 @@ async def test_a_role_and_typed_text(duplex):
 
 
 @pytest.mark.parametrize("data", ["", "[", "[" * 3000, "3", "{}", '{"type": "restart", "text": 3}',
-                                  '{"type": "x"}', '{"type": "type", "text": "' + "a" * 121 + '"}', '{"type": ["type"]}'])
+                                  '{"type": "x"}', '{"type": ["type"]}',
+                                  '{"type": "type", "text": "' + "a" * 121 + '"}'])
 def test_what_is_not_a_message_of_the_pages(data):
     with pytest.raises(web.Ended, match="not a message"):
         web.read_message(data)
