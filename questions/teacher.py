@@ -1,8 +1,8 @@
 """A teacher (Hello-Chat): the model as it was after the language stage, which knows text and nothing else.
 
 Where an answer follows its transcript (<asr> ... <answer> ...), it stands in the grid as in the text alone.
-There the student also learns the teacher's distribution (KL divergence); or a share of text is replayed in the
-later stages.
+There the student also learns the teacher's distribution (KL divergence); or a share of text is replayed in
+the later stages.
 """
 import os
 import random

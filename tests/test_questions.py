@@ -1,4 +1,4 @@
-"""Experiments: a variant trains, is measured and gives a row of its table; the teacher's positions by hand."""
+"""Experiments: a variant trains, is measured and gives a row of its table; the teacher's places by hand."""
 import random
 
 import pytest
