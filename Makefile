@@ -37,7 +37,7 @@ weights: .venv/ready
 	$(PY) prepare.py encode --data data/people --codec out/wide/checkpoint.pt --tokenizer data/wide/encoded --copies 4 --augment 0.75
 	$(PY) train.py --config mini --data data/wide/encoded,data/people/encoded --minutes 52 --resume
 	$(PY) -m live.packed out/mini weights/talk.safetensors --note "make weights DIGITS=free-spoken-digit-dataset"
-	$(PY) -m evals.recogniser --data data/wide --minutes 12 --out weights/recogniser.safetensors
+	$(PY) -m evals.recogniser --data data/wide --minutes 9 --out weights/recogniser.safetensors
 
 test: .venv/ready
 	$(PY) -m pytest -q

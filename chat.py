@@ -16,7 +16,9 @@ frame t can be played in frame t+1 at the earliest, and that is where it stands 
 B conversations in a batch, K codebooks, N samples, T frames.
 """
 import argparse
+import itertools
 import json
+import math
 import os
 import sys
 import time
@@ -27,7 +29,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from files.atomic import replace_when_done
-from files.audio import SAMPLE_RATE, check_output, read_audio, write_audio
+from files.audio import SAMPLE_RATE, check_output, read_blocks, regroup, seconds_of, write_audio, write_blocks
+from files.checkpoint import check_together
 from files.device import check_device
 from files.tokenizer import load_tokenizer
 from kernels.sampling import Sampling, sample
@@ -91,6 +94,7 @@ class DuplexModel:
         model, vocab, _ = FLM.load(os.path.join(folder, "checkpoint.pt"), device)
         codec = Mimi.load(codec or os.path.join(folder, "codec.pt"), device)
         tokenizer = load_tokenizer(os.path.join(folder, "tokenizer.json"))
+        check_together(folder, vocab, codec.config, tokenizer)
         return DuplexModel(model, vocab, codec, tokenizer, text, audio)
 
     def init_state(self, seeds):
@@ -159,39 +163,54 @@ class DuplexModel:
         conversation b is seed + b. typed: tokens for the text row from its start (layouts/typed.py).
         ValueError if logits are NaN or infinite."""
         B, N = wav.shape
-        wav = F.pad(wav, (0, -N % FRAME)).to(self.device)[:, None]
-        state, texts, audio = self.init_state(range(seed, seed + B)), [], [wav.new_zeros(B, 1, FRAME)]
+        frames = F.pad(wav, (0, -N % FRAME)).to(self.device).split(FRAME, -1)
+        texts, audio = [], [frames[0].new_zeros(B, FRAME)]
+        for t, (text, said) in enumerate(self.answer(frames, seed, B, typed)):
+            each(t, text)
+            texts.append(text)
+            audio.append(said)
+        return torch.stack(texts, 1).cpu(), torch.cat(audio, -1)[:, :N].cpu()
+
+    def answer(self, frames, seed=1, B=1, typed=()):
+        """The same for as many frames (B, 1920) as come: yields text tokens (B,) and audio (B, 1920) for
+        each, to be heard beside the next one."""
+        state = self.init_state(range(seed, seed + B))
         step = self.compiled_step(state)
-        for t, frame in enumerate(wav.split(FRAME, -1)):
+        for t, frame in enumerate(frames):
             if t < len(typed):
                 state.text.fill_(typed[t])
-            text, said = step(frame)
-            if t + 1 < len(typed):  # is typed in the next column
-                text = torch.full_like(text, self.vocab.wait)
-            each(t, text)
-            texts.append(text.clone())
-            audio.append(said.clone())
+            text, said = step(frame[:, None])
+            text = torch.full_like(text, self.vocab.wait) if t + 1 < len(typed) else text.clone()
+            yield text, said[:, 0].clone()  # (where the next token is typed, the model's is not shown)
         if state.failed.any():
             raise ValueError("the model's logits are not numbers; its weights are damaged")
-        return torch.stack(texts, 1).cpu(), torch.cat(audio, -1)[:, 0, :N].cpu()
 
 
 # ------------------------------------------------------------------------------------------------------------
 # a conversation with a file
 
 
-def talk_to_file(duplex, heard, target, stereo, picture, seed, typed=()):
-    """heard (N,), and tokens typed. Writes the audio said to `target`, the monologue beside it as JSON lines,
-    and a picture if wanted."""
-    frames, transcript, begin = -(-len(heard) // FRAME), PrintedTranscript(duplex), time.perf_counter()
-    with tqdm(total=frames, unit="frame", leave=False, disable=None) as bar:
-        def each(t, text):
+def talk_to_file(duplex, source, target, stereo, picture, seed, typed=()):
+    """source: a file or, if the user types, how many frames of silence. Writes the audio said to `target`,
+    the monologue beside it as JSON lines, and a picture if wanted. Only a picture takes memory for the length of
+    the file."""
+    frames = source if typed else math.ceil(seconds_of(source) * FRAME_RATE)
+    blocks = [torch.zeros(1, FRAME)] * source if typed else read_blocks(source)
+    transcript, begin = PrintedTranscript(duplex), time.perf_counter()
+    said_before, n, kept = torch.zeros(1, FRAME), 0, []
+    heard, fed = itertools.tee(regroup(blocks, FRAME))
+    fed = (F.pad(x, (0, FRAME - x.shape[1])).to(duplex.device) for x in fed)
+    with (write_blocks(target, 1 + stereo) as write,
+          tqdm(total=frames, unit="frame", leave=False, disable=None) as bar):
+        for t, ((text, said), x) in enumerate(zip(duplex.answer(fed, seed, typed=typed), heard)):
             transcript.add(t, text.item())
+            both = torch.cat([x, said_before[:, :x.shape[1]]])
+            write(both if stereo else both[1])
+            said_before, n = said.cpu(), n + x.shape[1]
+            kept += [both] * bool(picture)
             bar.update()
-        _, said = duplex.converse(heard[None], seed, each, typed)
     seconds = time.perf_counter() - begin
     transcript.print_line()
-    write_audio(target, torch.stack([heard, said[0]]) if stereo else said[0])
     notes = os.path.splitext(target)[0] + ".jsonl"
     with replace_when_done(notes) as temporary, open(temporary, "w", encoding="utf-8") as f:
         f.writelines(json.dumps(piece, ensure_ascii=False) + "\n" for piece in transcript.pieces)
@@ -200,8 +219,8 @@ def talk_to_file(duplex, heard, target, stereo, picture, seed, typed=()):
     print(f"{frames} frames at {speed:.0f} a second: {speed / FRAME_RATE:.1f} times real time on {where}")
     if picture:
         from evals.plot import draw_conversation  # needs an extra
-        draw_conversation(picture, heard, said[0], transcript.pieces)
-    length = f"{len(heard) / SAMPLE_RATE:.2f} s{', left heard, right said' if stereo else ''}"
+        draw_conversation(picture, *torch.cat(kept, 1), transcript.pieces)
+    length = f"{n / SAMPLE_RATE:.2f} s{', left heard, right said' if stereo else ''}"
     print(f"Wrote {target} ({length}) and {notes}" + (f" and {picture}" if picture else ""))
 
 
@@ -267,10 +286,10 @@ def main():
             print(f"Wrote {args.output} ({len(wav) / SAMPLE_RATE:.2f} s)")
         elif args.type is not None:
             typed = [duplex.vocab.wait] * 6 + typed_tokens(args.type, duplex.vocab, duplex.tokenizer)
-            heard = torch.zeros(round(len(typed) * FRAME + 6 * SAMPLE_RATE))
-            talk_to_file(duplex, heard, args.output, args.stereo, args.picture, args.seed, typed)
+            frames = len(typed) + 75
+            talk_to_file(duplex, frames, args.output, args.stereo, args.picture, args.seed, typed)
         else:
-            talk_to_file(duplex, read_audio(args.input), args.output, args.stereo, args.picture, args.seed)
+            talk_to_file(duplex, args.input, args.output, args.stereo, args.picture, args.seed)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
 

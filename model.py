@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from files.checkpoint import from_fields, load_checkpoint, load_weights
+from files.checkpoint import check_vocab, check_weights, from_fields, load_checkpoint, load_weights
 from streams import K, SPEAK, TEXT, Vocab
 
 
@@ -384,9 +384,11 @@ class FLM(nn.Module):
         saved = load_checkpoint(path, "flm", mmap=True)  # the optimiser's part of it is not read
         with torch.device("meta"):
             model = FLM(from_fields(FLMConfig, saved["config"], path))
-        model.to_empty(device=device).init_weights(given=saved["model"])
-        load_weights(model, saved["model"], path)
-        return model.eval(), from_fields(Vocab, saved["vocab"], path), saved
+        vocab = from_fields(Vocab, saved["vocab"], path)
+        check_vocab(vocab, model.config, path)
+        check_weights(model, saved["model"], path)  # before it gets memory
+        load_weights(model.to_empty(device=device), saved["model"], path)
+        return model.eval(), vocab, saved
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ It learns from the original recordings only, never from the codec or the model. 
 words of its data, so its scores are optimistic; as the ceiling, eval.py prints its scores on the originals
 and on their codec reconstructions. One that knows the toy world is in weights/; it was made by
 
-    python -m evals.recogniser --data data/wide --minutes 12 --out weights/recogniser.safetensors
+    python -m evals.recogniser --data data/wide --minutes 9 --out weights/recogniser.safetensors
 
 and other data get one of their own.
 """
@@ -186,7 +186,8 @@ def main():
     add("--out", default="recogniser.safetensors", help="the file to write")
     args = parser.parse_args()
     try:
-        recogniser = train_recogniser(args.data, os.path.splitext(args.out)[0], args.minutes, "cpu")
+        run = f"out/recogniser-{os.path.basename(os.path.normpath(args.data))}"
+        recogniser = train_recogniser(args.data, run, args.minutes, "cpu")
         save_recogniser(recogniser, words_of(args.data), args.out)
         print(f"Wrote {args.out} ({os.path.getsize(args.out) / 1e6:.1f} MB)")
     except (ValueError, OSError) as e:

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from files.augment import Microphone, change_throat, draw_ratio
-from files.audio import SAMPLE_RATE, read_audio
+from files.audio import SAMPLE_RATE, read_audio, seconds_of
 from files.checkpoint import load_weights
-from files.manifest import read_manifest, seconds_of, clip_key
+from files.manifest import clip_key, read_manifest
 from mimi import FRAME, Mimi, mel_filters
 
 

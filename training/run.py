@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from files.atomic import copy
 from files.checkpoint import load_checkpoint, save_checkpoint
+from files.fields import check_fields, whole
 from training import parallel
 
 LOG_EVERY = 10  # steps
@@ -58,7 +59,12 @@ class Run:
             if not resume:
                 raise ValueError(f"{out}: holds a run already; --resume goes on with it, "
                                  "--out names another folder")
-            self.restore()
+            try:
+                self.restore()
+            except (KeyError, TypeError, IndexError, AttributeError, RuntimeError) as e:
+                reason = " ".join(f"{type(e).__name__}: {e}".split())[:150]
+                raise ValueError(f"{out}: its checkpoint is damaged ({reason}); --out names another folder") \
+                    from None
         self.threads = None
         if task.device == "cpu" and not parallel.is_distributed():
             cores = torch.get_num_threads()
@@ -311,6 +317,7 @@ class Run:
         if saved["config"] != dataclasses.asdict(self.task.config) or saved["data"] != self.task.fingerprint:
             raise ValueError(f"{path}: was trained with another config or on other data; "
                              "--out names another folder")
+        check_fields(saved["progress"], {"stage": whole(0, len(self.stages)), "step": whole()}, what="progress")
         self.check_plan(saved, path)
         if saved["precision"] != self.precision and (self.task.precision or parallel.is_distributed()):
             raise ValueError(f"{path}: was trained in {saved['precision']}; "
