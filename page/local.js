@@ -75,5 +75,6 @@ note.textContent = `The model runs in this page. The first Talk loads ${(facts.d
   + "after that it works without a network. Nothing that you say is sent anywhere."
 $("card").append(note)
 $("card").hidden = false
+for (const id of ["typed", "role"]) $(id).hidden = true // a server's model alone reads them
 navigator.serviceWorker?.register("offline.js").catch(() => {}) // missed only when there is no network
 }

@@ -14,6 +14,7 @@ BOOK = ["streams", "model", "mimi", "prepare", "train", "chat", "eval"]
 # The latest file of the book that each room has to import; None: it needs none of them.
 LATEST = {
     "files": None,  # reads and writes what others hand to it
+    "layouts": "streams",  # arranges utterances in its grid
     "kernels": None,  # logits in, tokens out
     "training": "model",  # allocates and shards it
     "published": "model",  # loads and exports it
@@ -22,6 +23,7 @@ LATEST = {
     "live": "mimi",  # audio comes and goes in frames; the engine is handed the rest
     "page": "chat",  # exports its step
     "evals": "train",  # the recogniser is trained by the same loop
+    "questions": "eval",  # trains variants, and measures them
     "teaching": "eval",  # fine-tunes a model, and scores it before and after
 }
 
