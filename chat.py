@@ -16,7 +16,9 @@ frame t can be played in frame t+1 at the earliest, and that is where it stands 
 B conversations in a batch, K codebooks, N samples, T frames.
 """
 import argparse
+import itertools
 import json
+import math
 import os
 import sys
 import time
@@ -27,10 +29,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from files.atomic import replace_when_done
-from files.audio import SAMPLE_RATE, check_output, read_audio, write_audio
+from files.audio import SAMPLE_RATE, check_output, read_blocks, regroup, seconds_of, write_audio, write_blocks
+from files.checkpoint import check_together
 from files.device import check_device
 from files.tokenizer import load_tokenizer
 from kernels.sampling import Sampling, sample
+from layouts.prompts import make_prompt
+from layouts.typed import typed_tokens
 from live.graph import capture
 from live.transcript import PrintedTranscript
 from mimi import FRAME, Mimi, tensors
@@ -78,6 +83,7 @@ class DuplexModel:
         self.sampling = [text, *([audio] * K if isinstance(audio, Sampling) else audio)]
         self.delayed = DELAYED.to(self.device)
         self.silence = torch.tensor(vocab.silence[-1], device=self.device)
+        self.prompt = None  # (17, P) columns that every conversation begins with: layouts/prompts.py
 
     @staticmethod
     def load(folder, device="cpu", text=Sampling(), audio=Sampling(), codec=None):
@@ -90,6 +96,7 @@ class DuplexModel:
         model, vocab, _ = FLM.load(os.path.join(folder, "checkpoint.pt"), device)
         codec = Mimi.load(codec or os.path.join(folder, "codec.pt"), device)
         tokenizer = load_tokenizer(os.path.join(folder, "tokenizer.json"))
+        check_together(folder, vocab, codec.config, tokenizer)
         return DuplexModel(model, vocab, codec, tokenizer, text, audio)
 
     def init_state(self, seeds):
@@ -98,9 +105,17 @@ class DuplexModel:
         full = lambda value, *shape: torch.full((B, *shape), value, device=self.device)
         pad = v.codebook_size  # before the first code; in our own models the same as "empty"
         speak = torch.where(self.delayed | self.release, pad, self.silence).repeat(B, 1)
-        return ConversationState(self.model.init_cache(B), self.codec.init_state(B), full(v.wait), speak,
-                                 listen=full(pad, K), recent=full(-1, 1 + K, RECENT),
-                                 seed=torch.tensor(list(seeds), device=self.device), failed=full(False))
+        state = ConversationState(self.model.init_cache(B), self.codec.init_state(B), full(v.wait), speak,
+                                  listen=full(pad, K), recent=full(-1, 1 + K, RECENT),
+                                  seed=torch.tensor(list(seeds), device=self.device), failed=full(False))
+        for row in range(B) if self.prompt is not None else ():
+            self.prefill(state, row, self.prompt)
+        return state
+
+    @torch.inference_mode()
+    def prefill(self, state, row, prompt):
+        """Begin conversation `row` with a prompt (17, P), all columns at once; no other row changes."""
+        self.model.hidden(torch.as_tensor(prompt, device=self.device)[None], state.cache.row(row))
 
     @torch.inference_mode()
     def step(self, wav, state):
@@ -113,8 +128,8 @@ class DuplexModel:
         text, speak = self.model.step(column, state.cache, lambda logits: self.sample_text(logits, state),
                                       lambda logits, k: self.sample_code(logits, k, state))
         frame = torch.where(self.delayed, speak, state.speak)  # acoustic codes come one step later
-        said = (frame < self.vocab.codebook_size).all(1, keepdim=True)  # a release's first frame is no codes
-        frame = torch.where(said, frame, self.silence)
+        if self.release:  # its first frame is no codes
+            frame = torch.where((frame < self.vocab.codebook_size).all(1, keepdim=True), frame, self.silence)
         for old, new in ((state.text, text), (state.speak, speak), (state.listen, codes)):
             old.copy_(new)
         return text, self.codec.decode_step(frame[..., None], state.codec)
@@ -144,40 +159,60 @@ class DuplexModel:
         wav = torch.zeros(len(state.seed), 1, FRAME, device=self.device)
         return capture(step, wav, state.small_tensors())
 
-    def converse(self, wav, seed=1, each=lambda t, text: None):
+    def converse(self, wav, seed=1, each=lambda t, text: None, typed=()):
         """Whole conversations, frame by frame: (B, N) heard -> text tokens (B, T) and audio said (B, N), on
         one clock. each(t, text (B,)) is called after every frame. The seed of
-        conversation b is seed + b. ValueError if logits are NaN or infinite."""
+        conversation b is seed + b. typed: tokens for the text row from its start (layouts/typed.py).
+        ValueError if logits are NaN or infinite."""
         B, N = wav.shape
-        wav = F.pad(wav, (0, -N % FRAME)).to(self.device)[:, None]
-        state, texts, audio = self.init_state(range(seed, seed + B)), [], [wav.new_zeros(B, 1, FRAME)]
-        step = self.compiled_step(state)
-        for t, frame in enumerate(wav.split(FRAME, -1)):
-            text, said = step(frame)
+        frames = F.pad(wav, (0, -N % FRAME)).to(self.device).split(FRAME, -1)
+        texts, audio = [], [frames[0].new_zeros(B, FRAME)]
+        for t, (text, said) in enumerate(self.answer(frames, seed, B, typed)):
             each(t, text)
-            texts.append(text.clone())
-            audio.append(said.clone())
+            texts.append(text)
+            audio.append(said)
+        return torch.stack(texts, 1).cpu(), torch.cat(audio, -1)[:, :N].cpu()
+
+    def answer(self, frames, seed=1, B=1, typed=()):
+        """The same for as many frames (B, 1920) as come: yields text tokens (B,) and audio (B, 1920) for
+        each, to be heard beside the next one."""
+        state = self.init_state(range(seed, seed + B))
+        step = self.compiled_step(state)
+        for t, frame in enumerate(frames):
+            if t < len(typed):
+                state.text.fill_(typed[t])
+            text, said = step(frame[:, None])
+            text = torch.full_like(text, self.vocab.wait) if t + 1 < len(typed) else text.clone()
+            yield text, said[:, 0].clone()  # (where the next token is typed, the model's is not shown)
         if state.failed.any():
             raise ValueError("the model's logits are not numbers; its weights are damaged")
-        return torch.stack(texts, 1).cpu(), torch.cat(audio, -1)[:, 0, :N].cpu()
 
 
 # ------------------------------------------------------------------------------------------------------------
 # a conversation with a file
 
 
-def talk_to_file(duplex, source, target, stereo, picture, seed):
-    """Writes the audio said to `target`, the monologue beside it as JSON lines, and a picture if wanted."""
-    heard = read_audio(source)
-    frames, transcript, begin = -(-len(heard) // FRAME), PrintedTranscript(duplex), time.perf_counter()
-    with tqdm(total=frames, unit="frame", leave=False, disable=None) as bar:
-        def each(t, text):
+def talk_to_file(duplex, source, target, stereo, picture, seed, typed=()):
+    """source: a file or, if the user types, how many frames of silence. Writes the audio said to `target`,
+    the monologue beside it as JSON lines, and a picture if wanted. Only a picture takes memory for the length
+    of the file."""
+    frames = source if typed else math.ceil(seconds_of(source) * FRAME_RATE)
+    blocks = [torch.zeros(1, FRAME)] * source if typed else read_blocks(source)
+    transcript, begin = PrintedTranscript(duplex), time.perf_counter()
+    said_before, n, kept = torch.zeros(1, FRAME), 0, []
+    heard, fed = itertools.tee(regroup(blocks, FRAME))
+    fed = (F.pad(x, (0, FRAME - x.shape[1])).to(duplex.device) for x in fed)
+    with (write_blocks(target, 1 + stereo) as write,
+          tqdm(total=frames, unit="frame", leave=False, disable=None) as bar):
+        for t, ((text, said), x) in enumerate(zip(duplex.answer(fed, seed, typed=typed), heard)):
             transcript.add(t, text.item())
+            both = torch.cat([x, said_before[:, :x.shape[1]]])
+            write(both if stereo else both[1])
+            said_before, n = said.cpu(), n + x.shape[1]
+            kept += [both] * bool(picture)
             bar.update()
-        _, said = duplex.converse(heard[None], seed, each)
     seconds = time.perf_counter() - begin
     transcript.print_line()
-    write_audio(target, torch.stack([heard, said[0]]) if stereo else said[0])
     notes = os.path.splitext(target)[0] + ".jsonl"
     with replace_when_done(notes) as temporary, open(temporary, "w", encoding="utf-8") as f:
         f.writelines(json.dumps(piece, ensure_ascii=False) + "\n" for piece in transcript.pieces)
@@ -186,8 +221,8 @@ def talk_to_file(duplex, source, target, stereo, picture, seed):
     print(f"{frames} frames at {speed:.0f} a second: {speed / FRAME_RATE:.1f} times real time on {where}")
     if picture:
         from evals.plot import draw_conversation  # needs an extra
-        draw_conversation(picture, heard, said[0], transcript.pieces)
-    length = f"{len(heard) / SAMPLE_RATE:.2f} s{', left heard, right said' if stereo else ''}"
+        draw_conversation(picture, *torch.cat(kept, 1), transcript.pieces)
+    length = f"{n / SAMPLE_RATE:.2f} s{', left heard, right said' if stereo else ''}"
     print(f"Wrote {target} ({length}) and {notes}" + (f" and {picture}" if picture else ""))
 
 
@@ -200,11 +235,14 @@ def build_parser():
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument("--input", help="any audio file: what the user says")
     way.add_argument("--say", metavar="TEXT", help="what the model is to say, in TTS style")
+    way.add_argument("--type", metavar="TEXT", help="what the user types instead of speaking")
     way.add_argument("--web", action="store_true", help="serve a page to talk on")
     way.add_argument("--mic", action="store_true", help="microphone and loudspeaker of this machine")
     add("--output", default="reply.wav", help="audio file for what the model says")
     add("--stereo", action="store_true", help="write both voices: left the user, right the model")
     add("--picture", help="draw the conversation into this file (.png, .svg)")
+    add("--role", default="", help="text that the conversation begins with: layouts/prompts.py")
+    add("--voice", metavar="FILE", help="audio that it begins with: the voice that the model is to have")
     add("--open", action="store_true", help="open the page of --web in a browser")
     add("--host", default="127.0.0.1", help="address for --web; any but this machine's own requires a token")
     add("--port", type=int, default=8000)
@@ -227,7 +265,7 @@ def main():
         flags = given("temperature", "top_k", "top_p")
         Sampling(**flags, **given("penalty"))  # an error before the model is loaded
         device = check_device(args.device)
-        if args.input or args.say is not None:
+        if args.input or args.say is not None or args.type is not None:
             check_output(args.output)
             if args.picture:
                 from evals.plot import check_picture
@@ -235,6 +273,8 @@ def main():
         duplex = DuplexModel.load(args.checkpoint, device, codec=args.codec)
         duplex.sampling = [replace(how, **flags) for how in duplex.sampling]
         duplex.sampling[0] = replace(duplex.sampling[0], **given("penalty"))
+        if args.role or args.voice:
+            duplex.prompt = make_prompt(duplex, args.role, args.voice)
         if args.web:
             from live.web import serve  # needs an extra
             serve(duplex, args.host, args.port, args.sessions, args.token, args.open, args.checkpoint)
@@ -246,6 +286,10 @@ def main():
             wav, = say(duplex, [args.say], args.seed)
             write_audio(args.output, wav)
             print(f"Wrote {args.output} ({len(wav) / SAMPLE_RATE:.2f} s)")
+        elif args.type is not None:
+            typed = [duplex.vocab.wait] * 6 + typed_tokens(args.type, duplex.vocab, duplex.tokenizer)
+            frames = len(typed) + 75
+            talk_to_file(duplex, frames, args.output, args.stereo, args.picture, args.seed, typed)
         else:
             talk_to_file(duplex, args.input, args.output, args.stereo, args.picture, args.seed)
     except (ValueError, OSError) as e:

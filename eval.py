@@ -134,14 +134,14 @@ def hearing(duplex, items, scores, split):
         scores.add_errors(f"{split} hearing 1 - CER", "".join(found), "".join(right))
 
 
-def understands(duplex, groups, seed, scores):
-    """groups: see make_strangers"""
-    for name, items in groups.items():
-        conversations = converse_all(duplex, [heard for heard, _ in items], seed, name)
-        for (_, right), (text, _) in zip(items, conversations):
-            wrote = words_of(written(duplex, text))
-            scores.add(f"{name} text", wrote == right)
-            scores.add_errors(f"{name} 1 - WER", wrote, right)
+def understands(duplex, items, seed, scores, name, measures):
+    """items: [(audio (N,) heard, the right words of the answer), ...]. measures: the names of exactly right
+    answers and of right words."""
+    conversations = converse_all(duplex, [heard for heard, _ in items], seed, name)
+    for (_, right), (text, _) in zip(items, conversations):
+        wrote = words_of(written(duplex, text))
+        scores.add(measures[0], wrote == right)
+        scores.add_errors(measures[1], wrote, right)
 
 
 def turn_taking(duplex, dialogues, tts, seed, n, keep, voices=None):
@@ -219,7 +219,8 @@ def evaluate(duplex, args):
         conversations = evaluate_answers(duplex, args, scores)
     if only("strangers"):
         groups = make_strangers(args.people, args.speakers, args.tts, args.seed, n)
-        understands(duplex, groups, args.seed, scores)
+        for name, items in groups.items():
+            understands(duplex, items, args.seed, scores, name, (f"{name} text", f"{name} 1 - WER"))
     if only("turns"):
         voices = args.voices and args.voices.split(",")
         table = turn_taking(duplex, read_dialogues(args), args.tts, args.seed, n, args.keep, voices)
@@ -307,7 +308,7 @@ def main():
     add("--people", help="folder with recordings of single words, as for prepare.py words")
     add("--speakers", help="those of --people who were never trained on (default: all)")
     add("--asr", help="another recogniser: a command with {wav} that prints the words")
-    add("--asr-minutes", type=float, help="training time of the default recogniser, if it is not trained yet")
+    add("--asr-minutes", type=float, help="train a recogniser so long, instead of the one in weights/")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:1")
     args = parser.parse_args()
     try:

@@ -35,10 +35,11 @@ from tqdm import tqdm
 
 from files.audio import SAMPLE_RATE, read_audio, write_audio
 from files.device import check_device
-from files.checkpoint import from_fields, is_safetensors, load_checkpoint, load_weights
+from files.checkpoint import check_weights, from_fields, is_safetensors, load_checkpoint, load_weights
 from published import kyutai
 
 FRAME = 1920  # samples in one frame: 80 ms
+WINDOW = 960  # of a spectrogram: 40 ms
 
 # Codes are the nearest vectors, and the ten bits of TF32 would choose others here and there: float32 as a CPU
 # has it. (Matrix products are float32 unless someone allows less; convolutions are not.)
@@ -60,6 +61,15 @@ class MimiConfig:
     codebooks: int = 8  # 1 semantic, the rest acoustic; the release trained 32
     codebook_size: int = 2048
     codebook_dim: int = 256
+
+    def __post_init__(self):
+        spectral = self.frontend == "spectral" and len(self.ratios) == 2 and self.ratios[0] <= WINDOW // 2
+        if not (spectral or self.frontend == "seanet") or math.prod(self.ratios) * 2 != FRAME:
+            raise ValueError(f"front end {self.frontend} with strides {self.ratios}: none with 12.5 frames a "
+                             "second")
+        if self.dim % (2 * self.heads) or self.width < 2:
+            raise ValueError(f"dim {self.dim}, heads {self.heads}, width {self.width}: heads must divide dim "
+                             "into even parts, and width is at least 2")
 
 
 CONFIGS = {
@@ -189,9 +199,8 @@ def seanet_block(n):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# front end 2: a spectrogram at 100 Hz, and back (trains in minutes)
+# front end 2: a spectrogram at 100 Hz, and back (trains in minutes): a window every ratios[0] = 240 samples
 
-WINDOW = 960  # samples of one Fourier window: 40 ms, a new one every ratios[0] = 240 samples
 MELS = 80
 
 
@@ -462,7 +471,6 @@ class Mimi(nn.Module):
     def __init__(self, config: MimiConfig):
         super().__init__()
         c = self.config = config
-        assert math.prod(c.ratios) * 2 == FRAME, f"{c.ratios} does not give 12.5 frames a second"
         encoder, decoder = {"seanet": (seanet_encoder, seanet_decoder),
                             "spectral": (spectral_encoder, spectral_decoder)}[c.frontend]
         self.encoder = StreamingSequential(
@@ -542,8 +550,11 @@ class Mimi(nn.Module):
         tokenizer-e351c8d8-checkpoint125.safetensors or the transformers library's kyutai/mimi
         model.safetensors. Raises ValueError for any tensor that is unknown, missing or of another shape."""
         weights, available = kyutai.read_weights(path)
-        mimi = Mimi(dataclasses.replace(config, codebooks=available))
-        kyutai.load_weights(mimi, weights, config.heads, path)
+        config = dataclasses.replace(config, codebooks=available)
+        with torch.device("meta"):
+            weights = kyutai.fit(Mimi(config), weights, config.heads, path)  # before it gets memory
+        mimi = Mimi(config)
+        load_weights(mimi, weights, path)
         mimi.keep_codebooks(num_codebooks, path)
         return mimi.to(device).eval()
 
@@ -554,7 +565,10 @@ class Mimi(nn.Module):
         if is_safetensors(path):
             return Mimi.from_pretrained(path, num_codebooks or 8, device=device)
         saved = load_checkpoint(path, "codec")
-        mimi = Mimi(from_fields(MimiConfig, saved["config"], path))
+        config = from_fields(MimiConfig, saved["config"], path)
+        with torch.device("meta"):
+            check_weights(Mimi(config), saved["model"], path)  # before it gets memory
+        mimi = Mimi(config)
         load_weights(mimi, saved["model"], path)
         mimi.keep_codebooks(num_codebooks or mimi.config.codebooks, path)
         return mimi.to(device).eval()

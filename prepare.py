@@ -30,11 +30,11 @@ from tqdm import tqdm
 
 from corpora.commands import CORPORA, SEED, TTS
 from files.atomic import check_folder, copy, move_folder, read_json, replace_when_done, write_text
-from files.audio import SAMPLE_RATE, read_audio
+from files.audio import SAMPLE_RATE, read_audio, read_blocks, regroup, seconds_of
 from files.augment import Version
 from files.device import check_device
 from files.encoded import ENCODED, SHARD, VERSION, sha256, write_index
-from files.manifest import check_codec, clip_key, read_codes, read_manifest, seconds_of, spoken_parts
+from files.manifest import check_codec, clip_key, read_codes, read_manifest, spoken_parts
 from files.tokenizer import dump_tokenizer, encode_words, get_tokenizer, load_tokenizer, words_of
 from mimi import FRAME, Mimi
 from toy.script import make_toy
@@ -58,6 +58,7 @@ class Shard:
         self.number, self.codec, self.tokenizer = number, codec, tokenizer
         self.codes, self.frames = [np.zeros((0, codec.config.codebooks), np.int16)], 0
         self.places = {}  # clip -> the places of its copies
+        self.broken = {}  # clip -> the error of reading it
 
     def add(self, codes):
         """(T, K) -> their place"""
@@ -69,6 +70,17 @@ class Shard:
         """(B, N) -> (B, T, K)"""
         device = next(self.codec.parameters()).device
         return self.codec.encode(wavs[:, None].to(device)).mT.cpu().numpy()
+
+    def encode_conversation(self, path):
+        """A file of two channels, however long -> (2, T, K)"""
+        state, codes = self.codec.init_state(2), []
+        for wav in regroup(read_blocks(path, mono=False), 125 * FRAME):
+            if len(wav) != 2:
+                raise ValueError(f"{path}: has {len(wav)} channels; a conversation has two, "
+                                 "the model left, the user right")
+            wav = F.pad(wav, (0, -wav.shape[1] % FRAME))[:, None].to(self.codec.codebooks().device)
+            codes.append(self.codec.encode_step(wav, state).mT.cpu().numpy())
+        return np.concatenate(codes, 1)
 
     def encode_clips(self, lines, copies, augment):
         """Encode every clip of these lines. One of a user to train with is encoded `copies` times, and begins
@@ -99,14 +111,24 @@ class Shard:
     def add_codes(self, lines):
         """The parts of these lines that are codes already."""
         for part in (part for d in lines for part in spoken_parts(d) if "codes" in part):
-            codes = read_codes(part["path"])
+            try:
+                codes = read_codes(part["path"])
+            except (ValueError, OSError) as e:
+                self.broken[clip_key(part)] = e
+                continue
             self.places[clip_key(part)] = [{**self.add(codes), "speech": len(codes), "late": 0}]
 
     def encode_batch(self, batch):
         """batch: [(clip, number of the copy, Version)]"""
-        wavs = []
-        for (path, start, end), _, version in batch:
-            wavs.append(version.throat_of(read_audio(path, start=start, end=end)))
+        wavs, batch = [], [job for job in batch if job[0] not in self.broken]
+        for clip, _, version in [*batch]:
+            try:
+                wavs.append(version.throat_of(read_audio(clip[0], start=clip[1], end=clip[2])))
+            except (ValueError, OSError) as e:
+                self.broken[clip] = e
+        batch = [job for job in batch if job[0] not in self.broken]
+        if not batch:
+            return
         ends = [version.late + len(x) for x, (*_, version) in zip(wavs, batch)]  # of the speech, in samples
         T = max(-(-end // FRAME) for end in ends) + LEAD + TAIL
         wavs = [F.pad(x, (LEAD * FRAME + version.late, T * FRAME)) for x, (*_, version) in zip(wavs, batch)]
@@ -118,6 +140,8 @@ class Shard:
             self.places[clip][i] = {**place, "speech": speech, "late": version.late}
 
     def places_of(self, turn):
+        if clip_key(turn) in self.broken:
+            raise self.broken[clip_key(turn)]
         places = self.places[clip_key(turn)]
         if turn.get("role") != "model":
             return {"copies": places}
@@ -132,11 +156,7 @@ class Shard:
             if "interjections" in d:
                 line["interjections"] = [{"at": t["at"], **part(t)} for t in d["interjections"]]
             return line
-        wav = read_audio(d["path"], mono=False)
-        if len(wav) != 2:
-            raise ValueError(f"{d['path']}: has {len(wav)} channels; a conversation has two, "
-                             "the model left, the user right")
-        line["speak"], line["listen"] = (self.add(c) for c in self.encode_audio(wav))
+        line["speak"], line["listen"] = (self.add(c) for c in self.encode_conversation(d["path"]))
         line["sentences"] = [{"frame": frame(s["start"]), **tokens_of(s, self.tokenizer),
                               **({"cut": frame(s["cut"])} if "cut" in s else {})}
                              for s in d["sentences"] if s["role"] == "model"]
@@ -174,7 +194,14 @@ def encode_shard(task):
     shard = Shard(number, codec, tokenizer)
     shard.encode_clips(lines, copies, augment)
     shard.add_codes(lines)
-    encoded = [shard.encode_line(d) for d in lines]
+    encoded = []
+    for d in lines:
+        try:
+            encoded.append(shard.encode_line(d))
+        except (ValueError, OSError) as e:  # a sound that is broken inside
+            if not skip_broken:
+                raise ValueError(f"{e} (--skip-broken leaves it out)") from None
+            tqdm.write(f"skipped: {e}", sys.stderr)
     path = os.path.join(work, f"{number:05}")
     with replace_when_done(path + ".npy") as temporary, open(temporary, "wb") as f:
         np.save(f, np.concatenate(shard.codes))
@@ -211,10 +238,12 @@ def encode(data, codec, tokenizer, vocab_size, copies, augment, skip_broken, pro
     encode_shards(meta["shards"], processes or (os.cpu_count() if device == "cpu" else 1),
                   (manifest, work, copies, augment, skip_broken, device))
     frames = write_index(work, len(meta["shards"]))
+    kept = len(np.load(os.path.join(work, "index.npy")))
     move_folder(work, out)
     hours, took = frames * FRAME / SAMPLE_RATE / 3600, (time.monotonic() - begun) / 3600
     speed = f"{hours / took:.0f} hours an hour{peak_memory()}"
-    print(f"Wrote {frames} frames ({hours:.2f} hours of audio, {speed}) of {lines} lines to {out}")
+    print(f"Wrote {frames} frames ({hours:.2f} hours of audio, {speed}) of {kept} lines to {out}"
+          + (f"; {lines - kept} lines with broken sounds are left out" if lines > kept else ""))
 
 
 def survey(manifest, skip_broken, codec):
@@ -283,7 +312,8 @@ COMMANDS = (
         ("--tests", 240, "held-out dialogues of known voices, and as many of new voices"),
         ("--voices", 24, "user voices of espeak-ng to train on"),
         ("--others", "", "for two fifths of what users say, voices of other synthesisers, such as flite:rms,"
-                         "festival:kal_diphone,tts:Alex (default: those of world.OTHER_VOICES that are installed)"), SEED, TTS)),
+                         "tts:Alex (default: those of toy/world.py's OTHER_VOICES that are installed)"),
+        SEED, TTS)),
     *CORPORA,
     ("encode", encode, "audio -> codes, text -> tokens", "--data data/libri --tokenizer data/toy/encoded", (
         ("--data", "data/toy", "folder with the manifest"),

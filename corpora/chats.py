@@ -15,6 +15,7 @@ from collections import Counter
 from tqdm import tqdm
 
 from files.atomic import check_folder, replace_when_done
+from files.fields import parse_json, text as a_text
 
 ROLES = {"human": "user", "user": "user", "prompter": "user", "gpt": "model", "assistant": "model",
          "chatgpt": "model", "bot": "model", "model": "model"}
@@ -25,19 +26,20 @@ MARKS = re.compile(r"^\s*(?:#+|[-*+•]|\d+[.)])\s+|\*\*?|__", re.MULTILINE)  # 
 
 def read_objects(path):
     """Yield (where, object) of a .jsonl or of a .json with one list."""
+    where = path
     with open(path, encoding="utf-8") as f:
-        first = f.read(4096).lstrip()
-        f.seek(0)
         try:
+            first = f.read(4096).lstrip()
+            f.seek(0)
             if first.startswith("["):
-                yield from ((f"{path}, item {i}", d) for i, d in enumerate(json.load(f), 1))
+                yield from ((f"{path}, item {i}", d) for i, d in enumerate(parse_json(f.read()), 1))
                 return
             for number, line in enumerate(f, 1):
                 if line.strip():
                     where = f"{path}, line {number}"
-                    yield where, json.loads(line)
-        except (ValueError, RecursionError) as e:
-            raise ValueError(f"{where if not first.startswith('[') else path}: is not JSON ({e})") from None
+                    yield where, parse_json(line)
+        except ValueError as e:
+            raise ValueError(f"{where}: is not JSON ({e})") from None
 
 
 def turns_of(d, where):
@@ -53,7 +55,7 @@ def turns_of(d, where):
             pairs = [("user", asked), ("assistant", d["output"])]
         else:
             pairs = [(("user", "assistant")[i % 2], text) for i, text in enumerate(d["data"])]
-        if not all(isinstance(role, str) and isinstance(text, str) for role, text in pairs):
+        if not all(isinstance(role, str) and a_text(1 << 20)[1](text) for role, text in pairs):
             raise TypeError("a role or a text is not a string")
     except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{where}: in none of the layouts ShareGPT, OpenAI, Alpaca, UltraChat "

@@ -1,10 +1,10 @@
 """Written dialogues -> spoken dialogues, by a synthesiser."""
-import json
 import os
 import random
 import shutil
 
 from files.atomic import check_folder
+from files.fields import parse_json
 from files.manifest import SPOKEN, write_manifest
 from toy.voices import get_synthesiser, speak_all
 from toy.world import LANGUAGES
@@ -51,10 +51,10 @@ def speak_dialogues(source, out, voices, tts_voices, seed, tts):
     with open(source, encoding="utf-8") as f:
         for number, line in enumerate(f, 1):
             try:
-                d = json.loads(line)
+                d = parse_json(line)
                 known = voices_of(d.get("lang", "en"), voices, seed, tts, given)
                 for i, t in enumerate(d["turns"]):
-                    if t["role"] != ("user", "model")[i % 2] or not t["text"].strip():
+                    if t["role"] != ("user", "model")[i % 2] or not t["text"].strip() or "\0" in t["text"]:
                         raise ValueError("user and model take turns, the user first, and each says something")
                 if not d["turns"] or len(d["turns"]) % 2:
                     raise ValueError("it needs turns, and the last one is the model's")

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from files.atomic import check_folder
 from files.audio import SAMPLE_RATE, read_audio, write_audio
-from files.augment import decibels, make_noise
+from files.augment import Version, decibels, make_noise
 from files.manifest import SPOKEN, clip_key, read_manifest, write_manifest
 from mimi import FRAME
 from streams import REACTION, TEXT_LEAD
@@ -27,8 +27,8 @@ def change_gain(x, rng):
 def leak(listen, speak, rng):
     """The loudspeaker's audio (N,) comes back into the microphone's: weaker (gain 0 to 0.2) and later (0.1 to
     0.5 s)."""
-    delay = round(rng.uniform(0.1, 0.5) * SAMPLE_RATE)
-    echo = F.pad(speak, (delay, 0))[:len(listen)] * rng.uniform(0, 0.2)
+    version = Version.echo(rng)
+    echo = version.record(F.pad(speak, (version.late, 0)))[:len(listen)]
     return listen + F.pad(echo, (0, len(listen) - len(echo)))
 
 

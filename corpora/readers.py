@@ -5,7 +5,8 @@ import os
 
 from tqdm import tqdm
 
-from files.atomic import check_folder, replace_when_done
+from files.atomic import check_folder, read_json, replace_when_done
+from files.fields import FILE, SECONDS, check_fields, parse_json
 from files.tokenizer import NO_SPACES
 
 
@@ -32,12 +33,16 @@ def conversations(path):
     with open(path, encoding="utf-8") as f:
         for number, line in enumerate(f, 1):
             try:
-                audio = os.path.join(os.path.dirname(path), json.loads(line)["path"])
-                with open(os.path.splitext(audio)[0] + ".json", encoding="utf-8") as g:
-                    words = [(w.strip(), float(a), float(b), speaker)
-                             for w, (a, b), speaker in json.load(g)["alignments"] if w.strip()]
-            except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
-                raise ValueError(f"{path}, line {number}: {e}") from None
+                d = parse_json(line)
+                check_fields(d, {"path": FILE})
+                audio = os.path.join(os.path.dirname(path), d["path"])
+                heard = read_json(os.path.splitext(audio)[0] + ".json")["alignments"]
+                words = [(w.strip(), float(a), float(b), speaker)
+                         for w, (a, b), speaker in heard if w.strip()]
+                if not all(SECONDS[1](a) and SECONDS[1](b) and a <= b for _, a, b, _ in words):
+                    raise ValueError("a word has no start and end in seconds")
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, OSError) as e:
+                raise ValueError(f"{path}, line {number}: {str(e):.300}") from None
             yield {"audio": audio, "sentences": sentences_of(words)}
 
 

@@ -7,8 +7,7 @@ Lines are marked as transcribed by a machine ("annotated": false): post-training
 import glob
 import json
 import os
-import shlex
-import subprocess
+import shutil
 import sys
 import tempfile
 
@@ -16,32 +15,24 @@ import soundfile
 from tqdm import tqdm
 
 from files.atomic import check_folder, replace_when_done
-from files.audio import read_audio, write_audio
-
-LONGEST = 600  # seconds that the command may take
+from files.audio import read_blocks, write_audio
+from files.command import PLAIN, Command
 
 
 class AsrCommand:
     """A recogniser: a command with {wav}, the audio file, that prints what it hears."""
 
     def __init__(self, template):
-        self.words = shlex.split(template)
-        if not any("{wav}" in w for w in self.words):
-            raise ValueError(f"--asr {template!r}: {{wav}} does not occur in it")
+        self.command = Command("--asr", template, ["wav"])
 
     def hear_file(self, path):
         """What it prints, in one line. ValueError if it fails."""
-        command = [w.replace("{wav}", path) for w in self.words]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL,
-                                  timeout=LONGEST)
-        except subprocess.TimeoutExpired:
-            raise ValueError(f"--asr {shlex.join(command)} took over {LONGEST} s") from None
-        except OSError as e:
-            raise ValueError(f"--asr {shlex.join(self.words)}: cannot be run ({e})") from None
-        if done.returncode:
-            raise ValueError(f"--asr {shlex.join(command)} failed: {done.stderr.strip()[-300:]}")
-        return " ".join(done.stdout.split())
+        if not self.command.joins("wav") or PLAIN.fullmatch(path):
+            return " ".join(self.command(wav=path).split())
+        with tempfile.TemporaryDirectory() as folder:  # a shell would see more than one word in this name
+            ending = os.path.splitext(path)[1]
+            copy = os.path.join(folder, "speech" + (ending if PLAIN.fullmatch(ending) else ""))
+            return " ".join(self.command(wav=shutil.copyfile(path, copy)).split())
 
     def hear_samples(self, wav):
         """The same for samples (N,)."""
@@ -86,7 +77,8 @@ def transcribe(source, out, asr, lang, skip_broken):
         log.write("\n" if done else "")  # after a torn line
         for audio in tqdm([audio for audio in files if audio not in done], "transcribe", unit="file"):
             try:
-                read_audio(audio)  # raises an error if it is broken
+                for _ in read_blocks(audio):  # raises an error if it is broken
+                    pass
                 done[audio] = command.hear_file(audio)
             except (ValueError, OSError) as e:
                 if not skip_broken:

@@ -42,11 +42,12 @@ def find_words(folder, lang):
 
 
 class People:
-    """A synthesiser that joins recordings of words, with natural gaps. What a speaker did not record is
-    spoken by one of the carriers, voices of another synthesiser."""
+    """A synthesiser that joins recordings of words {speaker: {word: [audio file, ...]}}, with natural gaps
+    (seconds, from and to). What a speaker did not record is spoken by one of the carriers, voices of another
+    synthesiser."""
 
-    def __init__(self, speakers, carriers, synthesiser):
-        self.speakers, self.carriers, self.synthesiser = speakers, carriers, synthesiser
+    def __init__(self, speakers, carriers, synthesiser, gaps=(0.02, 0.25)):
+        self.speakers, self.carriers, self.synthesiser, self.gaps = speakers, carriers, synthesiser, gaps
 
     def speak(self, text, voice, style):
         """float32 samples (N,) at 24 kHz: another choice of recordings for each style."""
@@ -59,7 +60,7 @@ class People:
             else:
                 part = read_word(rng.choice(known[words[0]]))
             words = words[max(1, n):]
-            gap = np.zeros(round(rng.uniform(0.02, 0.25) * SAMPLE_RATE * bool(words)), np.float32)
+            gap = np.zeros(round(rng.uniform(*self.gaps) * SAMPLE_RATE * bool(words)), np.float32)
             out += [normalise(trim(part)), gap]
         return np.concatenate(out)
 

@@ -133,7 +133,7 @@ def read_conversation(path, file):
         if os.path.isfile(os.path.join(path, "reply.jsonl")):
             with open(os.path.join(path, "reply.jsonl"), encoding="utf-8") as f:
                 monologue = [(float(d["time"]), str(d["text"])) for d in map(json.loads, f)]
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as e:
         reason = f"{type(e).__name__}: {e}"
         raise ValueError(f"{os.path.join(path, file)}: not what --folder reads ({reason})") from None
     return item, Reply(speech(said), monologue)

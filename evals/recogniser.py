@@ -3,12 +3,20 @@
     waveform -> log-mel frames (100 Hz) -> non-causal convolutions -> letters (50 Hz) -> words
 
 It learns from the original recordings only, never from the codec or the model. It knows nothing but the
-toy world, so its scores are optimistic; as the ceiling, eval.py prints its scores on the originals and on
-their codec reconstructions.
+words of its data, so its scores are optimistic; as the ceiling, eval.py prints its scores on the originals
+and on their codec reconstructions. One that knows the toy world is in weights/; it was made by
+
+    python -m evals.recogniser --data data/wide --minutes 9 --out weights/recogniser.safetensors
+
+and other data get one of their own.
 """
+import argparse
 import dataclasses
+import importlib.util
+import json
 import os
 import random
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +24,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from corpora.transcribe import AsrCommand
-from files.checkpoint import load_weights
+from files.atomic import replace_when_done
+from files.checkpoint import load_weights, open_safetensors
+from files.manifest import read_manifest
 from toy.codec import Clips, letters_loss
 from mimi import MELS, LogMel
 from train import Stage, train
@@ -108,6 +118,8 @@ class RecogniserTask:
 
 
 RECOGNISER = (Stage("recogniser", 700, 16, 2e-3, 0),)
+SHIPPED = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
+                       "weights", "recogniser.safetensors")
 
 
 class OtherRecogniser(AsrCommand):
@@ -118,12 +130,69 @@ class OtherRecogniser(AsrCommand):
         return "".join(c if c.isalnum() or c == "'" else " " for c in text).split()
 
 
+def train_recogniser(data, out, minutes, device):
+    task = RecogniserTask(RecogniserConfig(), data, device)
+    train(task, RECOGNISER, out, minutes, resume=True)
+    return task.model.eval().to("cpu")
+
+
+def words_of(data):
+    """All words of a manifest's turns."""
+    return {w for d in read_manifest(os.path.join(data, "manifest.jsonl"))
+            for turn in d.get("turns", ()) for w in turn["text"].lower().split()}
+
+
+def save_recogniser(recogniser, words, path):
+    """Write it in half precision, with the words that it knows."""
+    from safetensors.torch import save_file
+    facts = {"letters": recogniser.letters, "words": json.dumps(sorted(words))}
+    with replace_when_done(path) as temporary:
+        save_file({name: x.half() for name, x in recogniser.state_dict().items()}, temporary, facts)
+
+
+def load_recogniser(path, words):
+    """A recogniser that knows these words, or None. Raises ValueError or OSError if the file is damaged."""
+    file = open_safetensors(path)
+    facts = file.metadata() or {}
+    try:
+        known, config = set(json.loads(facts["words"])), RecogniserConfig(letters=facts["letters"])
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{path}: is not what `python -m evals.recogniser` writes ({e!r})") from None
+    recogniser = Recogniser(config)
+    load_weights(recogniser, {name: file.get_tensor(name).float() for name in file.keys()}, path)
+    return recogniser.eval() if words <= known else None
+
+
 def get_recogniser(command, data, out, minutes, device):
+    """A command; or else, unless it shall be trained for some minutes, the one in weights/ if it knows the
+    words of the data; or else one that is trained on them now."""
     if command:
         return OtherRecogniser(command)
     if not os.path.isfile(os.path.join(data, "manifest.jsonl")):
         raise FileNotFoundError(f"{data}/manifest.jsonl: not there for our recogniser to learn from; "
                                 "`python prepare.py toy` makes it, or name another recogniser with --asr")
-    task = RecogniserTask(RecogniserConfig(), data, device)
-    train(task, RECOGNISER, out, minutes, resume=True)
-    return task.model.eval().to("cpu")
+    recogniser = None
+    if minutes is None and os.path.isfile(SHIPPED) and importlib.util.find_spec("safetensors"):
+        recogniser = load_recogniser(SHIPPED, words_of(data))
+    return recogniser or train_recogniser(data, out, minutes, device)
+
+
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("--data", default="data/toy", help="folder with the manifest of the recordings to learn from")
+    add("--minutes", type=float, default=12.0)
+    add("--out", default="recogniser.safetensors", help="the file to write")
+    args = parser.parse_args()
+    try:
+        run = f"out/recogniser-{os.path.basename(os.path.normpath(args.data))}"
+        recogniser = train_recogniser(args.data, run, args.minutes, "cpu")
+        save_recogniser(recogniser, words_of(args.data), args.out)
+        print(f"Wrote {args.out} ({os.path.getsize(args.out) / 1e6:.1f} MB)")
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -17,7 +17,6 @@ import re
 import shlex
 import shutil
 import statistics
-import subprocess
 import unicodedata
 
 import torch
@@ -29,8 +28,10 @@ from evals.conversations import (BATCH, converse_all, find_conversations, read_c
                                  save_monologue, written)
 from evals.turns import LEAD, report_turns, score_all, silence
 from files.atomic import replace_when_done
-from files.audio import read_audio, write_audio
-from files.manifest import check_line, clip_key, seconds_of
+from files.audio import read_audio, seconds_of, write_audio
+from files.command import Command
+from files.fields import parse_json
+from files.manifest import check_line, clip_key
 from files.tokenizer import NO_SPACES, encode_words
 from mimi import FRAME
 from streams import LISTEN, ROWS, SPEAK, TEXT, TEXT_LEAD
@@ -225,7 +226,7 @@ def read_questions(path, tts):
     with open(path, encoding="utf-8") as f:
         for number, line in enumerate(tqdm(f, "questions", unit="line", leave=False), 1):
             try:
-                d = json.loads(line)
+                d = parse_json(line)
                 check_question(d)
                 if "audio" in d:
                     wav = read_audio(os.path.join(os.path.dirname(path), d["audio"]))
@@ -296,15 +297,10 @@ def ask(duplex, questions, scores, recogniser, judge, out, seed):
 
 def mark(judge, case):
     """The number that the command prints last."""
-    try:
-        done = subprocess.run(shlex.split(judge), input=json.dumps(case, ensure_ascii=False),
-                              capture_output=True, text=True)
-    except OSError as e:
-        raise ValueError(f"--judge {judge}: cannot be run ({e})") from None
-    numbers = re.findall(r"-?\d+(?:\.\d+)?", done.stdout)
-    if done.returncode or not numbers:
-        reason = " ".join(done.stderr.split())[-300:] or f"it printed no number but {done.stdout[:100]!r}"
-        raise ValueError(f"--judge {judge} failed: {reason}")
+    printed = Command("--judge", judge)(json.dumps(case, ensure_ascii=False))
+    numbers = re.findall(r"-?\d+(?:\.\d+)?", printed)
+    if not numbers:
+        raise ValueError(f"--judge {judge} failed: it printed no number but {printed[:100]!r}")
     return float(numbers[-1])
 
 

@@ -16,7 +16,9 @@ import os
 
 import numpy as np
 
-from files.atomic import read_json, replace_when_done
+from files.atomic import read_array, read_json, replace_when_done
+from files.checkpoint import is_safetensors, load_checkpoint
+from files.fields import SECONDS, check_fields, list_of, parse_json, short, text, whole
 from files.manifest import spoken_parts
 from files.tokenizer import load_tokenizer
 
@@ -30,6 +32,15 @@ LINE = np.dtype([
     ("turns", "<u2"), ("role", "S6"),  # the number of turns, and who has the first: user, model or either
     ("frames", "<u4"),  # that its longest clip and the text of that take in ASR style
     ("annotated", "?"), ("interjections", "?"), ("sentences", "?")])  # has sentences: a recorded conversation
+
+# What the files may say: see files/fields.py.
+FRAMES = whole(0, 1 << 22)
+META = {"version": whole(VERSION, VERSION), "codec_sha256": text(64), "tokenizer_sha256": text(64),
+        "codebooks": whole(1, 256), "codebook_size": whole(2, 1 << 15),
+        "silence": list_of(list_of(whole(0, 1 << 15), 256), 1000, least=1),
+        "shards": list_of(list_of(whole(0, 1 << 50)))}
+PLACE = {"shard": whole(), "offset": whole(0, 1 << 40), "frames": FRAMES}
+OBJECTS = list_of(("an object", lambda x: isinstance(x, dict)), 10_000)
 
 
 def write_index(folder, shards):
@@ -66,9 +77,6 @@ def read_encoded(folders):
         except FileNotFoundError as e:
             name = e.filename or str(e).split(":")[0]
             raise FileNotFoundError(f"{name}: not there; `python prepare.py encode` makes it") from None
-        except (KeyError, TypeError) as e:
-            reason = f"{type(e).__name__}: {e}"
-            raise ValueError(f"{folder}: is not what `python prepare.py encode` writes ({reason})") from None
         metas.append(meta)
         for name in ("codec", "tokenizer"):
             if meta[name + "_sha256"] != metas[0][name + "_sha256"]:
@@ -83,26 +91,77 @@ def read_folder(folder):
     """meta.json with the paths of the codec and the tokeniser and its "text_size"; and the index. All files
     are there."""
     meta = read_json(os.path.join(folder, "meta.json"))
-    if meta["version"] != VERSION:
-        raise ValueError(f"{folder}: is of version {meta['version']}, not {VERSION}; "
+    if isinstance(meta, dict) and meta.get("version") != VERSION:
+        raise ValueError(f"{folder}: is of version {short(meta.get('version'))}, not {VERSION}; "
                          "run `python prepare.py encode` again")
+    try:
+        check_fields(meta, META, what="meta.json")
+        check_silence(meta)
+    except ValueError as e:
+        raise ValueError(f"{folder}: is not what `python prepare.py encode` writes ({e})") from None
     for name, file in (("codec", "codec.pt"), ("tokenizer", "tokenizer.json")):
         meta[name] = os.path.join(folder, file)
         if sha256(meta[name]) != meta[name + "_sha256"]:
             raise ValueError(f"{folder}: was encoded with another {name} than {meta[name]} now is; "
                              "encode it again")
+    sizes = meta["codebooks"], meta["codebook_size"]
+    if not is_safetensors(meta["codec"]):
+        c = load_checkpoint(meta["codec"], "codec", mmap=True)["config"]
+        if (c.get("codebooks"), c.get("codebook_size")) != sizes:
+            raise ValueError(f"{folder}: holds other codes than those of its codec; encode it again")
     meta["text_size"] = load_tokenizer(meta["tokenizer"]).n_vocab
+    sizes = []  # of the shards' lines, in bytes
     for shard in range(len(meta["shards"])):
-        for ending in ("npy", "jsonl"):
-            os.stat(os.path.join(folder, f"{shard:05}.{ending}"))
+        path = os.path.join(folder, f"{shard:05}")
+        os.stat(path + ".npy")
+        sizes.append(os.stat(path + ".jsonl").st_size)
     path = os.path.join(folder, "index.npy")
-    try:
-        index = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as e:
-        raise ValueError(f"{path}: damaged; encode it again ({e})") from None
-    if index.dtype != LINE or index.size and index["shard"].max() >= len(meta["shards"]):
+    index = read_array(path, "encode it again")
+    if index.dtype != LINE or index.ndim != 1 or index.size and index["shard"].max() >= len(sizes):
         raise ValueError(f"{path}: is of another version; encode it again")
+    check_index(index, np.array(sizes, np.uint64), folder)
     return meta, index
+
+
+def check_silence(meta):
+    for frame in meta["silence"]:
+        if len(frame) != meta["codebooks"] or max(frame) >= meta["codebook_size"]:
+            raise ValueError("its silence is no frames of its codes")
+
+
+def check_index(index, sizes, folder):
+    """ValueError unless all lines are within their files (of these sizes), and long enough for their
+    turns."""
+    beyond = index["byte"] + index["size"] > sizes[index["shard"]] if len(index) else ()
+    for i in np.flatnonzero(beyond)[:1]:
+        shard, byte = index["shard"][i], index["byte"][i]
+        raise ValueError(f"{folder}/{shard:05}.jsonl from byte {byte}: damaged, not a line; encode it again")
+    too_short = index["turns"].astype(int) * 16 > index["size"]
+    if index["size"].sum(dtype=np.uint64) > sizes.sum() or too_short.any():
+        raise ValueError(f"{folder}/index.npy: damaged; encode it again")
+
+
+def check_encoded(line, row, text_size):
+    """ValueError unless a line has the turns that its row of the index says, with tokens of the vocabulary,
+    and places of codes as training reads them."""
+    tokens = list_of(whole(0, text_size - 1))
+    check_fields(line, {"split": text(5)}, dict.fromkeys(("turns", "interjections", "sentences"), OBJECTS))
+    if ("sentences" in line) != row["sentences"] or len(line.get("turns", ())) != row["turns"]:
+        raise ValueError("its turns are not those of the index")
+    for turn in line.get("turns", ()):
+        check_fields(turn, {"role": text(6), "tokens": tokens, "copies": OBJECTS},
+                     {"echoes": OBJECTS, "starts": list_of(FRAMES)})
+    for part in line.get("interjections", ()):
+        check_fields(part, {"at": SECONDS, "tokens": tokens, "copies": OBJECTS})
+    for sentence in line.get("sentences", ()):
+        check_fields(sentence, {"frame": FRAMES, "tokens": tokens}, {"cut": FRAMES})
+    for part in spoken_parts(line):
+        for copy in part["copies"]:
+            check_fields(copy, {**PLACE, "speech": FRAMES, "late": whole(0, 10_000)})
+        if not part["copies"] or len(part.get("starts", part["tokens"])) != len(part["tokens"]):
+            raise ValueError("a turn needs copies, and a start for each token")
+    for place in places(line):
+        check_fields(place, PLACE)
 
 
 class EncodedData:
@@ -134,11 +193,15 @@ class EncodedData:
             f.seek(byte)
             text = f.read(size)
         try:
-            line = json.loads(text)
+            line = parse_json(text)
+            check_encoded(line, self.index[i], self.meta["text_size"])
             for place in places(line):
                 place["shard"] += first
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}.jsonl from byte {byte}: damaged, not a line; encode it again") from None
+                if place["shard"] >= len(self.shards):
+                    raise ValueError("there is no such shard")
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise ValueError(f"{path}.jsonl from byte {byte}: damaged, not a line; encode it again "
+                             f"({str(e):.100})") from None
         return line
 
     def where(self, place):
@@ -152,9 +215,11 @@ class EncodedData:
         with open(self.shards[place["shard"]][0] + ".npy", "rb") as f:
             f.seek(8)
             header = 10 + int.from_bytes(f.read(2), "little")  # bytes, as NumPy's format says
-            f.seek(header + place["offset"] * K * 2)
-            codes = np.fromfile(f, "<i2", n * K)
-        if len(codes) < n * K or codes.size and not 0 <= codes.min() <= codes.max() < size:
+            begin = header + place["offset"] * K * 2
+            there = begin + n * K * 2 <= os.fstat(f.fileno()).st_size  # if not, nothing is allocated for them
+            f.seek(begin)
+            codes = np.fromfile(f, "<i2", n * K if there else 0)
+        if not there or codes.size and not 0 <= codes.min() <= codes.max() < size:
             raise ValueError(f"{self.where(place)}: damaged, not {n} frames of codes below {size}; "
                              "encode it again")
         return codes.reshape(n, K)

@@ -17,14 +17,14 @@ Without it one line in a hundred is "seen".
 """
 import itertools
 import json
-import math
 import os
 import sys
 
 import numpy as np
-import soundfile
 
-from files.atomic import move_folder, replace_when_done
+from files.atomic import move_folder, read_array, replace_when_done
+from files.audio import seconds_of
+from files.fields import FILE, FLAG, SECONDS, list_of, lines_of, parse_json, short, text
 
 SPLITS = ("train", "seen", "new")
 CODEC = 8, 2048  # codebooks and their size, of codes in a manifest: Kyutai's Mimi
@@ -34,18 +34,22 @@ SPOKEN = r"manifest\.jsonl|user|model|words|turns|talks"  # the names in the fol
 def read_manifest(path, skip_broken=False, begin=(0, 0), lines=None):
     """Yield the lines of a manifest as check_line returns them, from `begin` (byte, line number) on, at most
     `lines`. A broken line or a missing audio file is a ValueError with the line's number, or, with
-    skip_broken, a message on stderr."""
+    skip_broken, a message on stderr; in the end it says how many there were."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such manifest; `python prepare.py toy` makes one")
+    broken = 0
     with open(path, "rb") as f:
         f.seek(begin[0])
-        for number, line in enumerate(itertools.islice(f, lines), begin[1] + 1):
+        for number, line in enumerate(itertools.islice(lines_of(f), lines), begin[1] + 1):
             try:
                 yield check_line(line, number, os.path.dirname(path))
             except (ValueError, OSError) as e:
                 if not skip_broken:
                     raise ValueError(f"{path}, line {number}: {e} (--skip-broken leaves it out)") from None
                 print(f"skipped {path}, line {number}: {e}", file=sys.stderr)
+                broken += 1
+    if broken:
+        print(f"{path}: {broken} broken lines are left out", file=sys.stderr)
 
 
 def check_line(line, number, folder):
@@ -53,7 +57,7 @@ def check_line(line, number, folder):
     "end"}]}, perhaps with "interjections": [{"text", "path", "at"}]; or, for a recorded conversation,
     {"split", "annotated", "path", "sentences": [{"role", "text", "start", "end"}]}. A recording becomes a
     single turn of the role "either". Raises ValueError or OSError."""
-    d = json.loads(line)
+    d = parse_json(line)
     if not isinstance(d, dict):
         raise ValueError("is not an object {...}")
     if "turns" not in d and "sentences" not in d:
@@ -62,9 +66,10 @@ def check_line(line, number, folder):
     d.setdefault("split", "seen" if number % 100 == 1 else "train")
     d.setdefault("annotated", True)
     if d["split"] not in SPLITS:
-        raise ValueError(f"there is no split {d['split']!r}; known are {', '.join(SPLITS)}")
-    if not isinstance(d["annotated"], bool):
-        raise ValueError(f"annotated is true or false, not {d['annotated']!r}")
+        raise ValueError(f"there is no split {short(d['split'])}; known are {', '.join(SPLITS)}")
+    for key, (kind, valid) in FACTS.items():
+        if key in d and not valid(d[key]):
+            raise ValueError(f"{key} is {kind}, not {short(d[key])}")
     turns, parts = "turns" in d, d.get("turns", d.get("sentences"))
     if not isinstance(parts, list) or not parts:
         raise ValueError("needs a list of turns or of sentences, or is a recording with audio and text")
@@ -87,6 +92,8 @@ def check_line(line, number, folder):
         part["path"] = os.path.join(folder, part[sound])
         if not os.path.isfile(part["path"]):
             raise FileNotFoundError(f"no audio file {part['path']}")
+        if sound == "audio":
+            seconds_of(part["path"], part.get("start", 0.0), part.get("end"))  # an error if it is broken
     return d
 
 
@@ -95,17 +102,10 @@ def sound_of(part):
     return "codes" if isinstance(part, dict) and "codes" in part else "audio"
 
 
-def is_text(x):
-    return isinstance(x, str)
-
-
-def is_seconds(x):
-    """A finite number from 0 on: JSON in Python may hold NaN and Infinity, and true counts as a number."""
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and 0 <= x < math.inf
-
-
-FIELDS = {**dict.fromkeys(("role", "text", "audio", "codes"), ("text", is_text)),
-          **dict.fromkeys(("start", "end", "cut", "at"), ("a number of seconds", is_seconds))}
+FACTS = {"annotated": FLAG, "lang": text(40), "kind": text(40)}  # of a line
+FIELDS = {**dict.fromkeys(("role", "text"), ("text", text()[1])),
+          **dict.fromkeys(("audio", "codes"), ("text", FILE[1])),
+          **dict.fromkeys(("start", "end", "cut", "at"), SECONDS)}
 
 
 def check_part(part, what, needed):
@@ -116,7 +116,7 @@ def check_part(part, what, needed):
             raise ValueError(f"the {what} needs the field {key!r}")
         optional = key == "end" and key not in needed and part.get(key) is None  # up to the end of the file
         if key in part and not valid(part[key]) and not optional:
-            raise ValueError(f"the {what}'s field {key!r} is {kind}, not {part[key]!r}")
+            raise ValueError(f"the {what}'s field {key!r} is {kind}, not {short(part[key])}")
     if part.get("role", "either") not in ("user", "model", "either"):
         raise ValueError(f"a role is user or model, not {part['role']!r}")
     if "codes" in part and {"audio", "start", "end"} & part.keys():
@@ -127,8 +127,7 @@ def check_part(part, what, needed):
     if part.get("cut", start) < start:
         raise ValueError(f"a sentence that starts at {start} s cannot be cut at {part['cut']} s")
     starts = part.get("starts", [0.0] * len(words))
-    if not isinstance(starts, list) or not all(map(is_seconds, starts)) or len(starts) != len(words) \
-            or starts != sorted(starts):
+    if not list_of(SECONDS)[1](starts) or len(starts) != len(words) or starts != sorted(starts):
         raise ValueError("starts is a list of seconds, one for each word, in order")
 
 
@@ -142,13 +141,6 @@ def clip_key(turn):
     return turn["path"], turn.get("start", 0.0), turn.get("end")
 
 
-def seconds_of(path, start, end):
-    try:
-        return (soundfile.info(path).duration if end is None else end) - start
-    except soundfile.LibsndfileError as e:
-        raise ValueError(f"{path}: not an audio file that can be read ({e})") from None
-
-
 def check_codec(found, where):
     """ValueError unless a codec (codebooks, their size) is of the kind that codes in a manifest are from."""
     if found != CODEC:
@@ -159,12 +151,9 @@ def check_codec(found, where):
 
 def read_codes(path):
     """A turn's "codes": (frames, 8) int16. Raises ValueError with the file's name."""
-    try:
-        codes = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as e:
-        raise ValueError(f"{path}: not a .npy file of codes ({e})") from None
+    codes = read_array(path, "not a .npy file of codes")
     K, size = CODEC
-    if not isinstance(codes, np.ndarray) or codes.dtype.kind not in "iu" or codes.shape[1:] != (K,) \
+    if codes.dtype.kind not in "iu" or codes.shape[1:] != (K,) \
             or not len(codes) or not 0 <= codes.min() <= codes.max() < size:
         raise ValueError(f"{path}: holds no codes: whole numbers from 0 to {size - 1}, {K} for each frame")
     return codes.astype(np.int16)

@@ -12,20 +12,20 @@ from collections import Counter
 import tiktoken
 
 from files.atomic import read_json
+from files.fields import check_fields, list_of, short, text
 
 
 def load_tokenizer(path):
     """The tokenizer.json that prepare.py wrote, as a tiktoken.Encoding with the three special tokens of the
     monologue."""
+    saved = read_json(path, LARGEST)
     try:
-        with open(path, encoding="utf-8") as f:
-            saved = json.load(f)
+        check_fields(saved, {"ranks": ("an object", lambda x: isinstance(x, dict)), "pattern": text(2000),
+                             "specials": list_of(text(100), 10_000)})
         ranks = {base64.b64decode(b, validate=True): r for b, r in saved["ranks"].items()}
-        if sorted(ranks.values()) != list(range(len(ranks))) or {bytes([b]) for b in range(256)} - {*ranks}:
-            raise ValueError("its ranks are not 0, 1, 2, ... with every byte among them")
         return make_tokenizer(ranks, saved["pattern"], saved["specials"])
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise ValueError(f"{path}: not a tokeniser that prepare.py wrote ({e})") from None
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"{path}: not a tokeniser that prepare.py wrote ({str(e):.200})") from None
 
 
 def dump_tokenizer(saved):
@@ -35,15 +35,37 @@ def dump_tokenizer(saved):
 
 
 MONOLOGUE = ("<wait>", "<asr>", "<answer>")  # our special tokens
+LARGEST = 24_000_000  # bytes of a vocabulary's file
 
 
 def make_tokenizer(ranks, pattern, specials=(), ours=MONOLOGUE):
     """A byte-level BPE of ranks {bytes: rank}. After its words come its special tokens, in order, and then
-    ours."""
+    ours. ValueError for what tiktoken would not survive."""
     names = [*specials, *ours]
+    if any(type(r) is not int for r in ranks.values()) or sorted(ranks.values()) != list(range(len(ranks))) \
+            or {bytes([b]) for b in range(256)} - {*ranks}:
+        raise ValueError("its ranks are not 0, 1, 2, ... with every byte among them")
+    if not all(isinstance(name, str) and name for name in names) or len({*names}) < len(names):
+        raise ValueError("its special tokens are not names, each another one")
+    # Patterns that look around can take tiktoken forever, or end the process. Published ones do it once.
+    easy, _, end = pattern.partition(r"|\s+(?!\S)")
+    if re.search(r"\(\?(?!i?:)|\\[1-9gkKG]|[+*?]\+|\{[\d,]+\}\+", easy) or end not in ("", r"|\s+"):
+        raise ValueError(f"its pattern is of a kind that cannot be trusted: {short(pattern)}")
     specials = {name: len(ranks) + i for i, name in enumerate(names)}
     kind = "own" if pattern == PATTERN else "published"
-    return tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+    tokenizer = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+    encode("it is  late\n\n1!aa, 你好€ ", tokenizer)  # panics if the pattern matches no letter at all
+    return tokenizer
+
+
+def encode(text, tokenizer):
+    """The tokens of a text, without special ones. ValueError where tiktoken panics."""
+    try:
+        return tokenizer.encode_ordinary(text)
+    except BaseException as e:  # its panic is no Exception
+        if type(e).__name__ != "PanicException":
+            raise
+        raise ValueError(f"its pattern cannot split {short(text)}") from None
 
 
 PATTERN = r" ?[^\s]+|\s+"  # of our own tokenisers: BPE merges within a word and the space before it
@@ -63,7 +85,7 @@ def encode_words(text, tokenizer):
     without spaces stays as it is written, as in what that vocabulary was made from."""
     as_written = tokenizer.name == "published" and NO_SPACES.search(text)
     words = unicodedata.normalize("NFC", text).split()
-    return [tokenizer.encode_ordinary(w if as_written and i == 0 else " " + w) for i, w in enumerate(words)]
+    return [encode(w if as_written and i == 0 else " " + w, tokenizer) for i, w in enumerate(words)]
 
 
 def get_tokenizer(name, words, vocab_size):
@@ -85,8 +107,13 @@ def read_published_bpe(folder):
     merges.txt (and tokenizer_config.json, which names the special tokens). Raises ValueError or OSError with
     the file's name."""
     def read(name):
-        with open(os.path.join(folder, name), encoding="utf-8") as f:
-            return json.load(f) if name.endswith(".json") else f.read().split("\n")
+        path = os.path.join(folder, name)
+        if name.endswith(".json"):
+            return read_json(path, LARGEST)
+        if os.path.getsize(path) > LARGEST:
+            raise ValueError(f"{path}: is larger than {LARGEST} bytes")
+        with open(path, encoding="utf-8") as f:
+            return f.read().split("\n")
     have = [n for n in ("tokenizer.json", "vocab.json") if os.path.isfile(os.path.join(folder, n))]
     if not have:
         raise FileNotFoundError(f"{folder}: holds neither tokenizer.json nor vocab.json; "
@@ -115,9 +142,12 @@ def read_published_bpe(folder):
         specials = [added[i] for i in sorted(added)]
         if sorted(added) != list(range(len(vocab), len(vocab) + len(added))):
             raise ValueError("its special tokens do not follow its words")
-        return {"pattern": pattern, "ranks": ranks, "specials": specials}
-    except (KeyError, TypeError, AttributeError, StopIteration, ValueError) as e:
-        raise ValueError(f"{path}: not a byte-level BPE that can be read ({type(e).__name__}: {e})") from None
+        saved = {"pattern": pattern, "ranks": ranks, "specials": specials}
+        make_tokenizer(**saved, ours=())
+        return saved
+    except (KeyError, TypeError, AttributeError, StopIteration, ValueError, OverflowError) as e:
+        reason = f"{type(e).__name__}: {str(e):.200}"
+        raise ValueError(f"{path}: not a byte-level BPE that can be read ({reason})") from None
 
 
 def dump_published(saved):

@@ -92,7 +92,8 @@ def record_prompts(folder, prompts):
 
 def record_from(hear, folder, prompts):
     """hear() gives frames (1920,)."""
-    missing = [n for n in range(len(prompts)) if n not in find_recordings(folder)]
+    recorded = find_recordings(folder)
+    missing = [n for n in range(len(prompts)) if n not in recorded]
     print(f"{len(missing)} prompts: read each aloud, then be silent for a second. Ctrl-C ends; what is "
           "recorded stays.")
     for n in missing:

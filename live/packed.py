@@ -13,11 +13,15 @@ import json
 import os
 import sys
 
+import torch
+
 from files.atomic import check_folder, move_folder, replace_when_done, write_text
-from files.checkpoint import from_fields, load_checkpoint, open_safetensors, save_checkpoint
-from files.tokenizer import load_tokenizer
-from mimi import MimiConfig
-from model import FLMConfig
+from files.checkpoint import (check_together, check_vocab, check_weights, from_fields, load_checkpoint,
+                              open_safetensors, save_checkpoint)
+from files.fields import check_fields, parse_json, text
+from files.tokenizer import LARGEST, load_tokenizer
+from mimi import Mimi, MimiConfig
+from model import FLM, FLMConfig
 from streams import Vocab
 
 PARTS = ("flm", "codec")
@@ -50,9 +54,10 @@ def read_facts(path):
     """(the open file, {name: fact} of FACTS). Raises ValueError or OSError."""
     file = open_safetensors(path)
     try:
-        facts = {name: json.loads((file.metadata() or {})[name]) for name in FACTS}
+        facts = {name: parse_json(file.metadata()[name]) for name in FACTS}
+        check_fields(facts, {"tokenizer": text(LARGEST), "note": text()})
     except (KeyError, ValueError) as e:
-        raise ValueError(f"{path}: is not what `python -m live.packed` writes ({e!r})") from None
+        raise ValueError(f"{path}: is not what `python -m live.packed` writes ({str(e):.200})") from None
     return file, facts
 
 
@@ -60,19 +65,23 @@ def unpack(path, folder):
     """One file -> a folder as train.py writes it."""
     folder, work = check_folder(folder, FOLDER)
     file, facts = read_facts(path)
+    configs = {"flm": from_fields(FLMConfig, facts["flm"], path),
+               "codec": from_fields(MimiConfig, facts["codec"], path)}
+    vocab = from_fields(Vocab, facts["vocab"], path)
+    check_vocab(vocab, configs["flm"], path)
     weights = {part: {} for part in PARTS}
     for name in file.keys():
         part, _, name_in_part = name.partition(".")
         if part not in weights:
             raise ValueError(f"{path}: has a tensor {name}, which belongs to neither the model nor its codec")
-        x = file.get_tensor(name)
-        weights[part][name_in_part] = x.float()
-    configs = {"flm": from_fields(FLMConfig, facts["flm"], path),
-               "codec": from_fields(MimiConfig, facts["codec"], path)}
-    vocab = from_fields(Vocab, facts["vocab"], path)
+        weights[part][name_in_part] = file.get_tensor(name).float()
+    with torch.device("meta"):
+        for part, module in ("flm", FLM), ("codec", Mimi):
+            check_weights(module(configs[part]), weights[part], path)
     os.makedirs(work, exist_ok=True)
     write_text(os.path.join(work, "tokenizer.json"), facts["tokenizer"])
-    load_tokenizer(os.path.join(work, "tokenizer.json"))  # raises an error if it is not one
+    tokenizer = load_tokenizer(os.path.join(work, "tokenizer.json"))  # raises an error if it is not one
+    check_together(path, vocab, configs["codec"], tokenizer)
     save_checkpoint(os.path.join(work, "codec.pt"), "codec", configs["codec"], model=weights["codec"])
     save_checkpoint(os.path.join(work, "checkpoint.pt"), "flm", configs["flm"], model=weights["flm"],
                     vocab=dataclasses.asdict(vocab))

@@ -27,12 +27,12 @@ class Prompt:
 
 
 def make_prompts(n=40, seed=1, lang="en"):
-    """n requests of the toy world that are not held out. Each is, of twenty drawn, the one whose words have
+    """n requests of the toy world that are not held out. Each is, of forty drawn, the one whose words have
     been read least."""
     rng, language, seen, out = random.Random(seed), LANGUAGES[lang], Counter(), []
     while len(out) < n:
         drawn = []
-        for kind in rng.choices(list(KINDS), KINDS.values(), k=20):
+        for kind in rng.choices(list(KINDS), KINDS.values(), k=40):
             drawn.append(Prompt(kind, *make_request(language, kind, False, rng)))
         drawn = [p for p in drawn if p not in out]
         best = min(drawn, key=lambda p: sum(seen[w] for w in p.text.split()) / len(p.text.split()))

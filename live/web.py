@@ -4,10 +4,14 @@
     GET /                                          -->  web.html, the only file there is
     GET /talk, a WebSocket                         -->  a session of the engine, or closed: all are in use
     binary: number of the frame, 1920 samples      -->  the session's queue --.
-    text:   {"type": "restart"}                    -->                        | tick, in a thread of its own
+    text:   {"type": "restart", "text": role}      -->                        | tick, in a thread of its own
+    text:   {"type": "type", "text": "..."}        -->                        |
     binary: number of the frame heard, 1920 said   <--  ----------------------'
     text:   {"type": "text", "time": 1.2, "text": " seven"}, {"type": "begin"}
     POST /lesson...                                -->  lessons.py: teach it your voice
+
+Whoever has not shown the right token yet is a stranger. There are few of them, fewer for each address, and
+each for seconds only: one too many takes the place of the oldest, so nobody can lock out the others.
 
 A number is 4 bytes, a sample 2, little-endian. Missing frames are concealed, so the reply keeps the clock
 of what is heard. A client that breaks a rule or a limit is disconnected; the reason is in the close message
@@ -15,8 +19,12 @@ and in the log, in one line.
 """
 import asyncio
 import hmac
+import ipaddress
 import json
+import logging
+import math
 import os
+import re
 import secrets
 import sys
 import threading
@@ -24,10 +32,12 @@ import time
 import webbrowser
 from collections import deque
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import numpy as np
 
+from layouts.prompts import make_prompt
+from layouts.typed import typed_tokens
 from live.engine import QUEUE, Engine
 from live.jitter import conceal
 from live.lessons import Lessons
@@ -36,16 +46,19 @@ from mimi import FRAME
 from streams import FRAME_RATE
 
 try:
-    from aiohttp import WSCloseCode, WSMsgType
+    from aiohttp import WSCloseCode, WSMsgType, __version__
     from aiohttp import web as http
 except ImportError:
     raise ValueError("--web needs the extra 'web': pip install '.[web]'") from None
+if [int(n) for n in re.findall(r"\d+", __version__)[:3]] < [3, 14, 5]:  # one frame can take its memory
+    raise ValueError(f"--web needs aiohttp 3.14.5, not {__version__}: pip install -U '.[web]'")
 
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "web.html")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MESSAGE_BYTES = 4 + 2 * FRAME  # of a binary message
 RATE, BURST = 1.2 * FRAME_RATE, 50  # token bucket: messages a second, and at once after a stall
 TOY_VOCAB = 2048  # text tokens at most of a model of the toy world
+MAX_TEXT = 120  # characters of a role or of what is typed
 RESTART = 10  # messages that one restart counts for
 MAX_UNSENT = 50  # messages that may wait for a client that reads too slowly
 HEADERS = {
@@ -63,7 +76,9 @@ class Limits:
     idle: float = 30.0  # seconds without a frame
     request: float = 10.0  # seconds that a connection may take until its request
     send: float = 5.0  # seconds until the client accepts a message
-    connections: int = 64
+    connections: int = 64  # of strangers and of conversations
+    address: int = 16  # of these, from one address
+    linger: float = 5.0  # seconds until a connection is gone after its answer
 
 
 class Ended(Exception):
@@ -147,7 +162,9 @@ class Server:
         self.engine, self.clients = Engine(duplex, limits.sessions), {}
         self.frames_waiting, self.stopping = threading.Event(), threading.Event()
         self.ticking = threading.Lock()
-        self.unanswered = set()  # connections that have sent no request yet
+        self.strangers = {}  # connection -> (its transport, its address), the oldest first
+        self.refused, self.refused_at = 0, -math.inf  # how many were one too many, and when it was logged
+        self.asked = 0  # requests of lessons that are being answered
         with open(PAGE, "rb") as f:
             self.page = f.read()
 
@@ -193,32 +210,55 @@ class Server:
 
     @http.middleware
     async def authorise(self, request, handler):
-        """Refuses requests without the token or, if there is no token, for a host that is not this
-        machine."""
-        self.unanswered.discard(request.protocol)
+        """Refuses requests without the token or, if there is no token, for a host that is not this machine.
+        Every other error is an answer of one line, too."""
+        transport = request.transport
         try:
             self.check(request)
-            return await handler(request)
+            self.strangers.pop(request.protocol, None)
+            response = await handler(request)
         except http.HTTPException as e:
-            reason = e.text or e.reason
-            self.log(f"{request.remote} {request.method} {request.path[:60]!r}: {e.status} {reason}")
-            return http.Response(status=e.status, text=f"{reason}\n", headers=HEADERS)
+            response = self.refusal(request, e.status, e.text or e.reason)
+        except Exception as e:
+            response = self.refusal(request, 500, f"{type(e).__name__}: {e}"[:100])
+        if not isinstance(response, http.WebSocketResponse):
+            response.force_close()
+            if transport:
+                self.loop.call_later(self.limits.linger, transport.abort)
+        return response
+
+    def refusal(self, request, status, reason):
+        reason = " ".join(reason.split())[:150]
+        self.log(f"{request.remote} {request.method[:20]} {request.path[:60]!r}: {status} {reason}")
+        return http.Response(status=status, text=f"{reason}\n", headers=HEADERS)
 
     def check(self, request):
+        if len(request.headers.getall("Host", ())) != 1:
+            raise http.HTTPBadRequest(text="a request names one host")
         # DNS rebinding: a foreign name that resolves to this machine
         if self.token is None and hostname(request.host) not in LOOPBACK:
             raise http.HTTPForbidden(text="this name is not served here")
-        token = request.query.get("token", "").encode()
+        token = request.query.get("token", "").encode(errors="replace")
         if self.token is not None and not hmac.compare_digest(token, self.token.encode()):
             raise http.HTTPForbidden(text="the address needs its token: ?token=...")
         origin = request.headers.get("Origin", "")
-        if request.path.startswith(("/talk", "/lesson")) and urlsplit(origin).netloc != request.host:
+        try:
+            netloc = urlsplit(origin).netloc
+        except ValueError:
+            raise http.HTTPBadRequest(text=f"malformed origin {origin[:60]!r}") from None
+        if request.path.startswith(("/talk", "/lesson")) and netloc != request.host:
             raise http.HTTPForbidden(text=f"wrong origin {origin[:60]!r}")
+        key = request.headers.get("Sec-WebSocket-Key", "")
+        if request.path == "/talk" and not re.fullmatch(r"[A-Za-z0-9+/]{22}==", key):
+            raise http.HTTPBadRequest(text=f"malformed key {key[:60]!r}")
 
     async def send_page(self, request):
         return http.Response(body=self.page, content_type="text/html", charset="utf-8", headers=HEADERS)
 
     async def teach(self, request):
+        if self.asked >= self.limits.sessions:
+            raise http.HTTPServiceUnavailable(text="too many requests at once")
+        self.asked += 1
         try:
             if not self.lessons:
                 return http.json_response({"refused": "this model cannot be taught here"}, headers=HEADERS)
@@ -226,6 +266,8 @@ class Server:
         except (ValueError, OSError) as e:
             self.log(f"{request.remote} {request.path[:60]!r}: {e}")
             return http.json_response({"refused": str(e)}, status=409, headers=HEADERS)
+        finally:
+            self.asked -= 1
 
     async def talk(self, request):
         ws = http.WebSocketResponse(max_msg_size=MESSAGE_BYTES + 1, heartbeat=10, autoping=False,
@@ -261,6 +303,7 @@ class Server:
             pass
         if request.transport:  # a client that has not read the message by now never will
             request.transport.abort() if code == WSCloseCode.POLICY_VIOLATION else request.transport.close()
+            self.loop.call_later(self.limits.linger, request.transport.abort)
 
     async def read(self, ws, client):
         while True:
@@ -280,14 +323,21 @@ class Server:
                 client.hear(message.data)
                 self.frames_waiting.set()
             elif message.type == WSMsgType.TEXT:
-                self.restart(client, message.data)
+                self.obey(client, message.data)
 
-    def restart(self, client, text):
-        if text != '{"type":"restart"}':
-            raise Ended(WSCloseCode.POLICY_VIOLATION, "not a message of the page's")
+    def obey(self, client, data):
+        """Restarts a conversation, in a role if there is one, or gives it what the user types."""
+        kind, text = read_message(data)
+        if kind == "type":
+            client.session.type(typed_tokens(text, self.duplex.vocab, self.duplex.tokenizer))
+            return
         client.count_messages(RESTART)
+        try:
+            prompt = make_prompt(self.duplex, text) if text.strip() else None
+        except ValueError as e:
+            raise Ended(WSCloseCode.POLICY_VIOLATION, str(e)) from None
         self.clients.pop(client.session)
-        session = self.engine.reset(client.session)
+        session = self.engine.reset(client.session, prompt)
         if session:  # otherwise another model has taken over
             self.start_session(client, session)
 
@@ -309,20 +359,39 @@ class Server:
     # connections
 
     def connect(self):
-        """The protocol of a new connection. One too many, or one that asks too slowly, is disconnected."""
+        """The protocol of a new connection."""
         protocol = self.runner.server()
-        full = len(self.unanswered.union(self.runner.server.connections)) >= self.limits.connections
-        self.unanswered.add(protocol)
-        seconds = 0 if full else self.limits.request
-        reason = "is one too many" if full else "asked for nothing in time"
-        self.loop.call_later(seconds, self.disconnect, protocol, reason)
+        self.loop.call_later(0, self.admit, protocol)  # as soon as it has a transport
         return protocol
 
-    def disconnect(self, protocol, reason):
-        if protocol in self.unanswered and protocol.transport:
-            self.log(f"{protocol.transport.get_extra_info('peername')[0]} {reason}")
-            protocol.force_close()
-        self.unanswered.discard(protocol)
+    def admit(self, protocol):
+        """A new connection is a stranger until its request is checked. If there are too many, of its address
+        or in all, the oldest is disconnected."""
+        if not protocol.transport:
+            return
+        address = network(protocol.transport.get_extra_info("peername"))
+        self.strangers[protocol] = protocol.transport, address
+        self.strangers = {p: (t, a) for p, (t, a) in self.strangers.items() if not t.is_closing()}
+        neighbours = [p for p, (_, a) in self.strangers.items() if a == address]
+        if len(neighbours) > self.limits.address:
+            self.disconnect(neighbours[0])
+        elif len(self.strangers) + len(self.clients) > self.limits.connections:
+            self.disconnect(next(iter(self.strangers)))
+        self.loop.call_later(self.limits.request, self.disconnect, protocol, "asked for nothing in time")
+
+    def disconnect(self, protocol, reason=None):
+        """At once, whatever is still to be sent. Without a reason it is one too many; this is logged once a
+        second."""
+        transport, address = self.strangers.pop(protocol, (None, None))
+        if not transport or transport.is_closing():
+            return
+        transport.abort()
+        self.refused += not reason
+        if reason:
+            self.log(f"{address} {reason}")
+        elif time.monotonic() - self.refused_at > 1:
+            self.log(f"{address} is one too many" + f", like {self.refused - 1} before" * (self.refused > 1))
+            self.refused, self.refused_at = 0, time.monotonic()
 
     async def start(self, host, port):
         """Starts to listen. Returns the port, which the system chooses if `port` is 0."""
@@ -330,13 +399,22 @@ class Server:
         app.add_routes([http.get("/", self.send_page), http.get("/talk", self.talk),
                         http.post("/lesson", self.teach), http.post("/lesson/{what}", self.teach)])
         self.loop, self.engine_failed = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
-        self.runner = http.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=3)
+        self.runner = http.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=3,
+                                     keepalive_timeout=self.limits.linger, lingering_time=1,
+                                     logger=self.one_line_logger())
         await self.runner.setup()
         self.listening = await self.loop.create_server(self.connect, host, port)
         warm_up(self.engine)
         self.thread = threading.Thread(target=self.run_engine, daemon=True)
         self.thread.start()
         return self.listening.sockets[0].getsockname()[1]
+
+    def one_line_logger(self):
+        """For what aiohttp would log with a traceback, such as a request that is not HTTP."""
+        logger, handler = logging.Logger("web", logging.WARNING), logging.Handler()
+        handler.emit = lambda record: self.log(" ".join(record.getMessage().split())[:200])
+        logger.addHandler(handler)
+        return logger
 
     async def stop(self):
         """Tells every client, closes all connections and ends the thread."""
@@ -374,6 +452,18 @@ async def first_to_fail(*work):
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+def read_message(data):
+    """(type, text) of a JSON message of the page's; the text may be missing. Raises Ended for any other."""
+    try:
+        message = json.loads(data)
+        kind, text = message["type"], message.get("text", "")
+        if kind in ("restart", "type") and isinstance(text, str) and len(text) <= MAX_TEXT:
+            return kind, text
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise Ended(WSCloseCode.POLICY_VIOLATION, "not a message of the page's")
+
+
 def hostname(host):
     """'localhost:8080' -> 'localhost', '[::1]:8080' -> '::1'"""
     try:
@@ -382,8 +472,19 @@ def hostname(host):
         return None
 
 
+def network(peer):
+    """The address of a peer; of IPv6 its /64, which belongs to one household."""
+    try:
+        address = ipaddress.ip_address(peer[0].partition("%")[0])
+    except (ValueError, TypeError, IndexError):
+        return str(peer)
+    return str(address) if address.version == 4 else str(ipaddress.ip_network((address, 64), strict=False))
+
+
 def serve(duplex, host, port, sessions, token, open_page=False, checkpoint=None):
-    """Until Ctrl-C. OSError if the port is in use, ValueError for a bad port or number of sessions."""
+    """Until Ctrl-C. OSError if the port is in use, ValueError for a bad port, number of sessions or token."""
+    if token is not None and (not token.strip() or not token.isprintable()):
+        raise ValueError("--token is a word that is hard to guess; without the flag there is a random one")
     if sessions < 1 or not 0 <= port < 2 ** 16:
         raise ValueError("--sessions is at least 1, --port below 65536")
     if host not in LOOPBACK:
@@ -398,7 +499,7 @@ def serve(duplex, host, port, sessions, token, open_page=False, checkpoint=None)
 async def run(server, host, port, open_page):
     port = await server.start(host, port)
     where = f"[{host}]" if ":" in host else host
-    query = f"?token={server.token}" if server.token else ""
+    query = f"?token={quote(server.token, safe='')}" if server.token else ""
     print(f"Talk to it at http://{where}:{port}/{query} (Ctrl-C ends)", flush=True)
     if open_page:
         webbrowser.open(f"http://{where}:{port}/{query}")

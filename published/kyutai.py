@@ -36,17 +36,22 @@ RENAMES = [  # (pattern in a published name, replacement), applied in turn
     (r"\._?initialized$", ".initialized"),  # a flag of their training, not used here
 ]
 
+MOST = 31  # acoustic codebooks
+
 
 def read_weights(path):
     """({published name: tensor}, number of codebooks)"""
     file = open_safetensors(path)
     weights = {name: file.get_tensor(name) for name in file.keys()}
     acoustic = [n for n in weights if n.endswith("cluster_usage") and ("rvq_rest" in n or "acoustic" in n)]
+    if len(acoustic) > MOST:
+        raise ValueError(f"{path}: has {len(acoustic)} acoustic codebooks; there are {MOST} at most")
     return weights, 1 + len(acoustic)
 
 
-def load_weights(module, weights, heads, where):
-    """Load {published name: tensor} into a Mimi. where: the file, for error messages."""
+def fit(module, weights, heads, where):
+    """{published name: tensor} -> {our name: tensor}, all that a Mimi has; it may be one without memory.
+    where: the file, for error messages."""
     ours, origin = {}, {}
     for published, tensor in weights.items():
         name = published
@@ -70,7 +75,7 @@ def load_weights(module, weights, heads, where):
         if tensor.shape != expected[name].shape:
             found, right = tuple(tensor.shape), tuple(expected[name].shape)
             raise ValueError(f"{where}: {origin.get(name, name)} is {found}, not {right}")
-    module.load_state_dict(ours)
+    return ours
 
 
 def join_qkv(ours, origin, heads, where):

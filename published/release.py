@@ -20,7 +20,7 @@ import sys
 import torch
 
 from files.atomic import copy, read_json, replace_when_done, write_text
-from files.checkpoint import open_safetensors
+from files.checkpoint import check_vocab, from_fields, open_safetensors
 from files.tokenizer import dump_published, get_tokenizer, make_tokenizer, read_published_bpe
 from kernels.sampling import Sampling
 from model import FLM, FLMConfig
@@ -78,10 +78,15 @@ def release_tensors(c: FLMConfig):
 
 @torch.no_grad()
 def load_tensors(model, files, folder, table, ignore=()):
-    """Load parameters from the open files of a folder (see open_all), one tensor at a time. table: {our name:
-    published names}. ValueError for a missing or misshaped tensor, and for an unknown one unless its name
-    starts with one of `ignore`."""
+    """Load parameters from the open files of a folder (see open_all), one tensor at a time; only compare
+    names and shapes if the model has no memory yet. table: {our name: published names}. ValueError for a
+    missing or misshaped tensor, and for an unknown one unless its name starts with one of `ignore`."""
     params, used = dict(model.named_parameters()), set()
+
+    def read(name):
+        if model.head.weight.is_meta:
+            return torch.empty(files[name].shape(name), device="meta")
+        return files[name].get_tensor(name)
 
     def concatenated(names):
         for name in names:
@@ -89,13 +94,16 @@ def load_tensors(model, files, folder, table, ignore=()):
                 raise ValueError(f"{folder}: has no tensor {name}")
             used.add(name)
         try:
-            return torch.cat([files[name].get_tensor(name) for name in names])
+            return torch.cat([read(name) for name in names])
         except RuntimeError as e:
             raise ValueError(f"{folder}: {' and '.join(names)} do not fit together ({e})") from None
 
     for ours, theirs in table.items():
         stacked = isinstance(theirs[0], list)
-        tensor = torch.stack([concatenated(names).T for names in theirs]) if stacked else concatenated(theirs)
+        parts = [concatenated(names) for names in (theirs if stacked else [theirs])]
+        if len({part.shape for part in parts}) > 1:
+            raise ValueError(f"{folder}: {theirs[0][0]} and its like are of several shapes")
+        tensor = torch.stack([part.mT for part in parts]) if stacked else parts[0]
         if tensor.shape != params[ours].shape:
             name = theirs[0][0] if stacked else theirs[0]
             raise ValueError(f"{folder}: {name}: gives {tuple(tensor.shape)} "
@@ -113,7 +121,10 @@ def open_all(folder):
     paths, index = glob.glob(os.path.join(folder, "model*.safetensors")), os.path.join(folder, INDEX)
     if os.path.exists(index):
         try:
-            paths = {os.path.join(folder, name) for name in read_json(index)["weight_map"].values()}
+            names = {*read_json(index)["weight_map"].values()}
+            if any(os.path.basename(name) != name for name in names):
+                raise ValueError(f"{index}: names files in other folders")
+            paths = {os.path.join(folder, name) for name in names}
         except (KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{index}: not an index of weights ({type(e).__name__}: {e})") from None
     missing = sorted(path for path in paths if not os.path.isfile(path))
@@ -121,6 +132,9 @@ def open_all(folder):
         name = os.path.basename(missing[0]) if missing else "model*.safetensors"
         raise FileNotFoundError(f"{folder}: holds no {name}; download it again")
     return {name: f for f in map(open_safetensors, sorted(paths)) for name in f.keys()}
+
+
+QWEN = "qwen2", "qwen2_5_vl", "qwen2_5_vl_text"
 
 
 def read_config(folder, kinds):
@@ -132,7 +146,7 @@ def read_config(folder, kinds):
     if not isinstance(text_config, dict):
         raise ValueError(f"{path}: not a model's config")
     if c.get("model_type") not in kinds:
-        raise ValueError(f"{path}: is of a {c.get('model_type')}, not of {' or '.join(kinds)}")
+        raise ValueError(f"{path}: is of a {c.get('model_type')!s:.40}, not of {' or '.join(kinds)}")
     return {**c, **text_config}
 
 
@@ -144,33 +158,39 @@ def qwen_fields(c, where):
                     kv_heads=c["num_key_value_heads"], mlp=c["intermediate_size"], vocab_size=c["vocab_size"],
                     tied=c.get("tie_word_embeddings", False), norm_eps=c["rms_norm_eps"],
                     rope_base=float(c["rope_theta"] if "rope_theta" in c else rope["rope_theta"]))
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, OverflowError) as e:
         raise ValueError(f"{where}/config.json: {type(e).__name__}: {e}") from None
+
+
+def load(folder, config, table, place, seed=0, ignore=()):
+    """A model of this config with the tensors of a folder, which are compared with it before it gets memory.
+    table: {our name: published names}. place: see build."""
+    files = open_all(folder)
+    with torch.device("meta"):
+        load_tensors(FLM(config), files, folder, table, ignore)
+    model = build(config, place, seed, given=table)
+    load_tensors(model, files, folder, table, ignore)
+    return model
 
 
 def from_qwen(folder, config: FLMConfig, place=None, seed=0):
     """A model whose temporal transformer is the published language model in `folder` (Qwen2.5, or the
     language part of Qwen2.5-VL). The rest is new: config's depth transformer, audio embeddings and context.
     place: see build."""
-    c = read_config(folder, ("qwen2", "qwen2_5_vl", "qwen2_5_vl_text"))
-    config = dataclasses.replace(config, **qwen_fields(c, folder))
-    files = open_all(folder)
-    prefix = next((p for p in ("model.language_model.", "model.") if p + "norm.weight" in files), "model.")
+    c = read_config(folder, QWEN)
+    fields = {**dataclasses.asdict(config), **qwen_fields(c, folder)}
+    config, names = from_fields(FLMConfig, fields, f"{folder}/config.json"), open_all(folder)
+    prefix = next((p for p in ("model.language_model.", "model.") if p + "norm.weight" in names), "model.")
     table = dict(qwen_tensors(config, prefix, prefix + "embed_tokens.weight"))
-    model = build(config, place, seed, given=table)
-    ignore = ["visual.", "model.visual."] + ["lm_head."] * config.tied
-    load_tensors(model, files, folder, table, ignore)
-    return model
+    return load(folder, config, table, place, seed, ["visual.", "model.visual."] + ["lm_head."] * config.tied)
 
 
 def load_release(folder, context=8192, place=None):
     """The FLM-Audio release, or an export of ours: (model, vocab). context: frames that attention sees, at
     most. place: see build. Raises ValueError or OSError."""
     config, vocab = read_release_config(folder, context)
-    table = dict(release_tensors(config))
-    model = build(config, place, given=table)
-    load_tensors(model, open_all(folder), folder, table)
-    return model, vocab
+    check_vocab(vocab, config, f"{folder}/config.json", frames=0)  # the release does not tell
+    return load(folder, config, dict(release_tensors(config)), place), vocab
 
 
 def start_from(folder, config, vocab, meta, place=None, seed=0):
@@ -180,7 +200,7 @@ def start_from(folder, config, vocab, meta, place=None, seed=0):
     ours, theirs = os.path.exists(os.path.join(folder, "checkpoint.pt")), None
     if ours:
         model = build_from_checkpoint(folder, meta, place)
-    elif read_json(os.path.join(folder, "config.json")).get("model_type") == "FLMAudio":
+    elif read_config(folder, ("FLMAudio", *QWEN))["model_type"] == "FLMAudio":
         model, theirs = load_release(folder, config.context, place)
         codes = theirs.codebook_size
         if codes != vocab.codebook_size:
@@ -216,16 +236,19 @@ def read_release_config(folder, context):
         if odd or c["aud_channel"] != K or c["aud_vocab_size"] != empty + 1:
             odd = ", ".join(odd) or "its audio channels or ids"
             raise ValueError(f"not the release's kind of model: {odd}")
-        config = FLMConfig(
+        config = dict(
             **qwen_fields(c, folder), depth_layers=depth["n_layer"], depth_width=depth["n_embd"],
             depth_heads=depth["n_head"], empty=empty,
             context=min(context, c.get("max_position_embeddings", context)),
             input_scale=c["input_mult"] if mup else 1.0,
             output_scale=c["output_mult"] / c["mup_scale_factor"] if mup else 1.0)
         # -1: the release has no <asr> and <answer> tokens
-        return config, Vocab(c["vocab_size"], ids["text_wait_token_id"], -1, -1, codebook_size, empty, ())
-    except (KeyError, TypeError, ValueError) as e:
+        vocab = dict(text_size=c["vocab_size"], wait=ids["text_wait_token_id"], asr=-1, answer=-1,
+                     codebook_size=codebook_size, empty=empty, silence=())
+    except (KeyError, TypeError, ValueError, ArithmeticError) as e:
         raise ValueError(f"{folder}/config.json: {type(e).__name__}: {e}") from None
+    where = f"{folder}/config.json"
+    return from_fields(FLMConfig, config, where), from_fields(Vocab, vocab, where)
 
 
 # ------------------------------------------------------------------------------------------------------------

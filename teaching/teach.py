@@ -5,9 +5,9 @@ machine. Nothing leaves the machine, and the model that was there stays as it wa
     python -m teaching.teach --checkpoint out/talk --recordings my-voice   learn from recordings
     python -m teaching.teach --recordings my-voice --show                  only write the prompts to be read
 
-    recordings, augmented  --.
-                             +-- the model's own codec --> fine-tuning 2 of train.py --> out/taught
-    a small toy world      --'
+    recordings, and others joined from their words, augmented --.
+                                                                +-- the model's own codec --> out/taught
+    a small toy world ------------------------------------------'   fine-tuning 2 of train.py
 
 Half of what it learns from is what it knew: it would forget it otherwise. Every eighth recording is held out,
 to say how well the voice was understood before and after.
@@ -18,29 +18,37 @@ import dataclasses
 import os
 import shutil
 import sys
+import tempfile
 
+import numpy as np
 import torch
+from tqdm import tqdm
 
 import prepare
 from chat import DuplexModel
-from eval import KINDS, Proportions
-from evals.conversations import converse_all, written
-from evals.turns import LEAD, silence, words_of
+from corpora.words import People
+from eval import KINDS, Proportions, understands
+from evals.turns import LEAD, silence
 from files.atomic import check_folder, move_folder
-from files.audio import read_audio
+from files.audio import SAMPLE_RATE, read_audio, write_audio
 from files.checkpoint import from_fields, load_checkpoint
 from files.device import check_device
 from files.manifest import SPOKEN, read_manifest
+from live.recordings import KINDS as KINDS_READ
 from live.recordings import find_recordings, make_prompts, read_recordings, write_prompts
 from model import FLMConfig
 from toy.script import Script, make_toy
+from teaching.cut import VOICES, cut
 from toy.voices import get_synthesiser
+from toy.world import LANGUAGES
 from train import TOY, ModelTask, Stage, train
 from training.run import Stopped, lock
 
 WORK = r"lock|data|model"  # the names in the folder that it works in
 OLD = {"items": 900, "sentences": 500, "tests": 40, "voices": 600}  # of what it knew
 HELD_OUT = 8  # one recording in so many
+AGAIN = 10  # how often each recording occurs, beside what is joined from its words
+SHORTEST = 0.08  # seconds of a word that is cut out
 LISTEN_ON = 6.0  # seconds after a request
 
 
@@ -49,25 +57,51 @@ def stages_of(frames):
     return [Stage("teaching", 1000, 8, 5e-4, 0, frames, layouts, **TOY)]
 
 
-class Recordings:
-    """A synthesiser whose voice is a person, who has recorded all that it is asked to say."""
+class Recordings(People):
+    """A synthesiser whose voice is a person: what was recorded {(voice, text): samples}, as it is; all else
+    is joined from words."""
 
-    def __init__(self, recordings):
-        self.said = {prompt.text: x for prompt, x in recordings}
+    def __init__(self, said, words, synthesiser):
+        super().__init__({"user": words}, VOICES, synthesiser, (0.0, 0.1))
+        self.said = said
 
     def speak(self, text, voice, style):
-        return self.said[text]
+        x = self.said.get((voice, text))
+        return super().speak(text, voice, style) if x is None else x
 
 
-def make_lesson(recordings, out, synthesiser, seed, lines):
-    """The recordings as dialogues, about `lines` of them: each occurs several times."""
+def cut_words(recordings, folder, synthesiser):
+    """The words of recordings as audio files in a folder: {word: [file, ...]}."""
+    words = {}
+    for i, (prompt, x) in enumerate(tqdm(recordings, "cut at words", unit="recording")):
+        asked = prompt.text.split()
+        for j, (word, part) in enumerate(zip(asked, cut(x, asked, synthesiser))):
+            if len(part) > SHORTEST * SAMPLE_RATE and np.abs(part).max() > 1e-3:
+                path = os.path.join(folder, f"{i}-{j}.wav")
+                write_audio(path, part, flush=False)
+                words.setdefault(word, []).append(path)
+    return words
+
+
+def make_lesson(recordings, out, synthesiser, seed, dialogues, sentences):
+    """The recordings, each a few times, and as many other requests and sentences, joined from their words."""
     out, work = check_folder(out, SPOKEN)
-    script = Script({}, seed)
-    for i, (prompt, _) in enumerate(recordings):
-        split = "seen" if i % HELD_OUT == HELD_OUT - 1 else "train"
-        script.add("en", prompt.kind, split, "user", [prompt.text], prompt.answer)
-    script.lines *= max(1, lines // len(recordings))
-    script.speak(out, work, Recordings(recordings), synthesiser)
+    held_out = recordings[HELD_OUT - 1::HELD_OUT]
+    train = [recording for i, recording in enumerate(recordings) if i % HELD_OUT != HELD_OUT - 1]
+    said = {("user", prompt.text): x for prompt, x in train}
+    said |= {("user, held out", prompt.text): x for prompt, x in held_out}
+    with tempfile.TemporaryDirectory() as folder:
+        words = cut_words(train, folder, synthesiser)
+        known = sorted(words.keys() & set(LANGUAGES["en"].words))
+        voices = {"train": [["user"]], "seen": [["user"]]}
+        script = Script({"en": voices}, seed, {"user": known}, KINDS_READ)
+        for prompt, _ in train:
+            script.add("en", prompt.kind, "train", "user", [prompt.text], prompt.answer)
+        script.lines *= AGAIN
+        for prompt, _ in held_out:
+            script.add("en", prompt.kind, "seen", "user, held out", [prompt.text], prompt.answer)
+        script.fill("en", sentences, dialogues, {})
+        script.speak(out, work, Recordings(said, words, synthesiser), synthesiser)
 
 
 def encode(data, checkpoint, copies, device):
@@ -76,17 +110,14 @@ def encode(data, checkpoint, copies, device):
 
 
 def understood(checkpoint, requests, seed, device):
-    """How well a model answers the requests [(audio (N,), answer), ...]: Proportions of those answered
-    "exactly" and of the "words" that are right."""
-    duplex = DuplexModel.load(checkpoint, device)
-    heard = [torch.cat([silence(LEAD), x, silence(LISTEN_ON)]) for x, _ in requests]
-    texts = [text for text, _ in converse_all(duplex, heard, seed, "listening")]
-    scores = Proportions()
-    for text, (_, answer) in zip(texts, requests):
-        wrote = words_of(written(duplex, text))
-        scores.add("exactly", wrote == answer.split())
-        scores.add_errors("words", wrote, answer.split())
-    return scores
+    """How well a model answers requests {who: [(audio (N,), answer), ...]}: {who: Proportions of those
+    answered "exactly" and of the "words" that are right}."""
+    duplex, out = DuplexModel.load(checkpoint, device), {}
+    for who, some in requests.items():
+        items = [(torch.cat([silence(LEAD), x, silence(LISTEN_ON)]), answer.split()) for x, answer in some]
+        out[who] = Proportions()
+        understands(duplex, items, seed, out[who], who, ("exactly", "words"))
+    return out
 
 
 @contextlib.contextmanager
@@ -118,19 +149,19 @@ def teach(checkpoint, folder, out, minutes=5.0, steps=None, old=OLD, seed=1, dev
         make_toy(f"{data}/old", "en", **old, seed=seed, tts=None)
         encode(f"{data}/old", checkpoint, 2, device)
         print("Your recordings:", flush=True)
-        make_lesson(recordings, f"{data}/new", synthesiser, seed, old["items"])
-        encode(f"{data}/new", checkpoint, 24, device)
+        make_lesson(recordings, f"{data}/new", synthesiser, seed, old["items"] // 2, old["sentences"] // 2)
+        encode(f"{data}/new", checkpoint, 8, device)
         requests = {"your voice": [], "others": []}
         for prompt, x in recordings[HELD_OUT - 1::HELD_OUT]:
             requests["your voice"].append((torch.from_numpy(x), prompt.answer))
         for d in read_manifest(f"{data}/old/manifest.jsonl"):
             if d["split"] == "new" and d["kind"] in KINDS:
                 requests["others"].append((read_audio(d["turns"][0]["path"]), d["turns"][1]["text"]))
-        before = {who: understood(checkpoint, some, seed, device) for who, some in requests.items()}
+        before = understood(checkpoint, requests, seed, device)
         task = ModelTask(config, f"{data}/old/encoded,{data}/new/encoded", device, checkpoint, seed)
         stages = [dataclasses.replace(s, steps=steps or s.steps) for s in stages_of(min(128, config.context))]
         train(task, stages, model, None if steps else minutes, seed=seed)
-        after = {who: understood(model, some, seed, device) for who, some in requests.items()}
+        after = understood(model, requests, seed, device)
         move_folder(model, out)
     for who in requests:
         for measure in ("exactly", "words"):

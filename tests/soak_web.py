@@ -1,4 +1,6 @@
 """Eight clients that join, restart and drop for as long as you like: the server's memory must not grow.
+Beside them two that only talk, and an attacker who opens connections, drips bytes into them and never closes
+one: those two must lose no frame.
 
     python tests/soak_web.py --checkpoint out/tiny --minutes 60
 
@@ -24,6 +26,7 @@ from chat import DuplexModel  # noqa: E402
 from mimi import FRAME  # noqa: E402
 
 CLIENTS, PLACES = 8, 6  # so that some find it full
+STEADY, ATTACKS = 2, 150  # those that only talk; connections that the attacker holds
 
 
 async def client(http, address, rng, count, end):
@@ -42,6 +45,53 @@ async def client(http, address, rng, count, end):
             finally:
                 answers.cancel()
         await asyncio.sleep(rng.uniform(0, 2))
+
+
+async def steady(http, address, count, end):
+    """Conversations of half a minute, one after another as places allow. Every frame must be answered."""
+    while time.monotonic() < end:
+        async with http.ws_connect(f"{address}/talk", headers={"Origin": address}, max_msg_size=0) as ws:
+            if (await ws.receive()).type != aiohttp.WSMsgType.TEXT:
+                count["refused"] += 1
+                await asyncio.sleep(0.2)
+                continue
+            answered = dict.fromkeys(("answered", "full"), 0)
+            answers, n = asyncio.ensure_future(read(ws, answered)), 0
+            until = min(end, time.monotonic() + 30)
+            while time.monotonic() < until and not ws.closed:
+                await ws.send_bytes(n.to_bytes(4, "little") + bytes(2 * FRAME))
+                n += 1
+                await asyncio.sleep(0.08)
+            for _ in range(50):
+                if answered["answered"] >= n:
+                    break
+                await asyncio.sleep(0.1)
+            answers.cancel()
+            count["steady"] += n
+            count["lost"] += n - answered["answered"]
+
+
+async def attacker(port, rng, count, end):
+    """Opens, drips and never closes; what the server closes is opened again."""
+    beginnings = (b"", b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX: ", b"GET /talk HTTP/1.1\r\nHost: a\r\n\r\n",
+                  b"\x16\x03\x01\x02\x00", b"POST /lesson HTTP/1.1\r\nContent-Length: 100000\r\n\r\n",
+                  b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: keep-alive\r\n\r\n" * 3)
+    held = []
+    while time.monotonic() < end:
+        for _ in range(min(10, ATTACKS - len(held))):
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+            except OSError:
+                break
+            writer.write(rng.choice(beginnings))
+            held.append(writer)
+            count["attacks"] += 1
+        for writer in rng.sample(held, len(held) // 4):
+            writer.write(b"a")
+        held = [writer for writer in held if not writer.transport.is_closing()]
+        await asyncio.sleep(0.1)
+    for writer in held:
+        writer.transport.abort()
 
 
 async def speak(ws, rng, count, end):
@@ -73,21 +123,27 @@ def held(server):
 
 
 async def soak(args):
-    server = web.Server(DuplexModel.load(args.checkpoint), web.Limits(sessions=PLACES), log=lambda line: None)
-    count = dict.fromkeys(("joined", "full", "dropped", "sent", "answered"), 0)
-    address = f"http://127.0.0.1:{await server.start('127.0.0.1', 0)}"
+    limits = web.Limits(sessions=PLACES + STEADY)
+    server = web.Server(DuplexModel.load(args.checkpoint), limits, log=lambda line: None)
+    count = dict.fromkeys(("joined", "full", "dropped", "sent", "answered", "steady", "lost", "refused",
+                           "attacks"), 0)
+    port = await server.start("127.0.0.1", 0)
+    address = f"http://127.0.0.1:{port}"
     begun, end = time.monotonic(), time.monotonic() + 60 * args.minutes
     print(f"    0 s: {held(server)}", flush=True)
     async with aiohttp.ClientSession() as http:
-        clients = [asyncio.ensure_future(client(http, address, random.Random(i), count, end))
-                   for i in range(CLIENTS)]
+        clients = [asyncio.ensure_future(steady(http, address, count, end)) for _ in range(STEADY)]
+        clients += [asyncio.ensure_future(client(http, address, random.Random(i), count, end))
+                    for i in range(CLIENTS)]
+        clients.append(asyncio.ensure_future(attacker(port, random.Random(0), count, end)))
         while time.monotonic() < end:
             await asyncio.sleep(min(args.every, max(0.1, end - time.monotonic())))
             print(f"{time.monotonic() - begun:5.0f} s: {held(server)}; {count}", flush=True)
         await asyncio.gather(*clients)
-    await asyncio.sleep(3)
+    await asyncio.sleep(10)  # the last connections that were answered go
     print(f"all gone: {held(server)}; {count}", flush=True)
     assert not any(server.engine.sessions) and not server.clients and not server.runner.server.connections
+    assert not server.strangers and count["steady"] and not count["lost"], count
     await server.stop()
 
 

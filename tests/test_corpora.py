@@ -72,6 +72,10 @@ def test_from_a_corpus_to_a_conversation(world, tmp_path, kind, stages):
         assert f"\n{name}: skipped, as the data holds nothing for" in said
     who = {"librispeech": "person", "ljspeech": "person", "transcribe": "machine"}.get(kind)
     assert who is None or f"post-training 1: all clips were transcribed by a {who}" in said
+    if kind != "conversations":  # these are not clips
+        code, out, err = run("eval.py", "--checkpoint", tmp_path / "o", "--hear", tmp_path / "data",
+                             "--split", "train", "--device", "cpu")
+        assert code == 0 and "WER" in out, err
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from eval import Proportions, answers, edit_distance, hearing, understands
 from files.audio import SAMPLE_RATE, read_audio
 from files.manifest import read_manifest
 from mimi import FRAME, Mimi
+from evals import recogniser
 from evals.recogniser import RecogniserConfig, RecogniserTask
 from toy.world import LANGUAGES
 from train import Stage, train
@@ -176,7 +177,7 @@ def test_understanding_strangers_is_scored(people):
         device=torch.device("cpu"), converse=converse, vocab=types.SimpleNamespace(wait=0),
         tokenizer=types.SimpleNamespace(decode_single_token_bytes=lambda t: f" {words[t - 1]}".encode()))
     scores = Proportions()
-    understands(agent, groups, 7, scores)
+    understands(agent, groups["anna"], 7, scores, "anna", ("anna text", "anna 1 - WER"))
     right = sum(answer == words for _, answer in groups["anna"])
     assert (scores.hits["anna text"], scores.n["anna text"]) == (right, 3) and right >= 1
     assert scores.n["anna 1 - WER"] == sum(len(answer) for _, answer in groups["anna"])
@@ -209,6 +210,29 @@ def test_the_recogniser_learns_from_originals(world, tmp_path):
     train(task, [stage], str(tmp_path))
     losses = [json.loads(line)["letters"] for line in open(tmp_path / "log.jsonl")]
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_recogniser_in_weights_judges_what_it_knows(world, tmp_path, monkeypatch):
+    """Any words of its own; for others one is trained, and for those who ask for one by --asr-minutes."""
+    safetensors = pytest.importorskip("safetensors.torch", reason="the extra 'weights' is not installed")
+    path, data = tmp_path / "recogniser.safetensors", str(world / "toy")
+    one = recogniser.Recogniser(RecogniserConfig(letters="abc"))
+    recogniser.save_recogniser(one, recogniser.words_of(data), str(path))
+    monkeypatch.setattr(recogniser, "SHIPPED", str(path))
+    monkeypatch.setattr(recogniser, "train_recogniser", lambda *args: args)
+    again = recogniser.get_recogniser(None, data, "out", None, "cpu")
+    assert again.letters == "abc" and not again.training
+    for name, x in one.state_dict().items():
+        assert torch.equal(again.state_dict()[name], x.half().float())
+    assert recogniser.get_recogniser(None, data, "out", 2.0, "cpu") == (data, "out", 2.0, "cpu")
+    recogniser.save_recogniser(one, {"cat"}, str(path))
+    assert recogniser.get_recogniser(None, data, "out", None, "cpu") == (data, "out", None, "cpu")
+    safetensors.save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="is not what `python -m evals.recogniser` writes"):
+        recogniser.get_recogniser(None, data, "out", None, "cpu")
+    path.write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        recogniser.get_recogniser(None, data, "out", None, "cpu")
 
 
 def test_a_recogniser_command_that_fails_is_a_clear_error(world):

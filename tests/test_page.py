@@ -17,6 +17,8 @@ from chat import DuplexModel
 from evals.conversations import written
 from files.audio import read_audio, write_audio
 from files.manifest import read_manifest
+from layouts.prompts import make_prompt
+from layouts.typed import typed_tokens
 from live.recordings import make_prompts, save_recording
 from toy.voices import Espeak, speak
 from evals.turns import words_of
@@ -56,9 +58,10 @@ async def open_page(browser, address):
 
 
 @contextlib.asynccontextmanager
-async def serving(world, port=0):
-    """(server, address of the page)"""
-    server = web.Server(DuplexModel.load(TRAINED or str(world / "flm")), web.Limits(sessions=2))
+async def serving(world, port=0, lessons_of=None):
+    """(server, address of the page). lessons_of: the folder of a model that can be taught"""
+    folder = lessons_of or TRAINED or str(world / "flm")
+    server = web.Server(DuplexModel.load(folder), web.Limits(sessions=2), checkpoint=lessons_of)
     port = await server.start("127.0.0.1", port)
     try:
         yield server, f"http://127.0.0.1:{port}/"
@@ -111,6 +114,28 @@ def test_a_request_is_heard_and_answered_on_two_pages_at_once_and_after_a_reload
     asyncio.run(talk())
 
 
+def test_a_role_and_typed_text_reach_the_engine(world, tmp_path):
+    """The page starts again in the role; what is typed is read between <asr> and <answer>."""
+    async def talk():
+        async with serving(world) as (server, address), chromium(str(tmp_path / "profile")) as browser:
+            tab = await open_page(browser, address)
+            assert await tab.value("$('typed').disabled")
+            await tab.value("$('role').value = 'say it twice'; $('talk').click()")
+            await tab.until("record.said.length > 5 && !$('typed').disabled")
+            session, = server.clients
+            assert session.prompt.shape == make_prompt(server.duplex, "say it twice").shape
+            taken, take = [], session.type
+            session.type = lambda tokens: taken.append(tokens) or take(tokens)
+            await tab.value("$('typed').value = 'up down'; $('typed').focus()")
+            await tab.press("Enter", 13)
+            await tab.until("$('typed').value === ''")
+            said = await tab.value("record.said.length")
+            await tab.until(f"record.said.length > {said + 10}")
+            assert taken == [typed_tokens("up down", server.duplex.vocab, server.duplex.tokenizer)]
+            assert not session.typed, "the engine has read all of it"
+    asyncio.run(talk())
+
+
 def test_a_refused_microphone_has_a_clear_message(world, tmp_path):
     async def talk():
         async with (serving(world) as (server, address),
@@ -136,6 +161,15 @@ def test_a_server_that_ends_has_a_clear_message_and_the_next_one_answers(world, 
     asyncio.run(talk())
 
 
+@contextlib.asynccontextmanager
+async def lesson_page(folder, tmp_path, user=None, **options):
+    """A server of the model in `folder`, and its page in a browser with the recording `user` as microphone:
+    (server, tab)."""
+    async with serving(None, lessons_of=folder) as (server, address):
+        async with chromium(str(tmp_path / "profile"), user, **options) as browser:
+            yield server, await open_page(browser, address)
+
+
 def test_it_is_taught_a_voice_and_goes_on_with_either_model(world, tmp_path):
     """With a fake microphone that repeats one sentence, and a training of a few steps."""
     prompts = make_prompts()
@@ -143,41 +177,33 @@ def test_it_is_taught_a_voice_and_goes_on_with_either_model(world, tmp_path):
     second = torch.zeros(24_000)
     write_audio(str(tmp_path / "user.wav"), torch.cat([second, speech, second, second]))
     shutil.copytree(world / "flm", tmp_path / "flm")
-    flags = ("--steps", "3", "--device", "cpu")
 
     async def talk():
-        server = web.Server(DuplexModel.load(str(tmp_path / "flm")), web.Limits(sessions=2),
-                            checkpoint=str(tmp_path / "flm"))
-        server.lessons.extra = flags
-        port = await server.start("127.0.0.1", 0)
-        try:
-            async with chromium(str(tmp_path / "profile"), tmp_path / "user.wav") as browser:
-                tab = await open_page(browser, f"http://127.0.0.1:{port}/")
-                await tab.until("!$('teach').hidden && !$('card').hidden")
-                await tab.value("$('teach').click()")
-                await tab.until("lesson && $('prompt').textContent === lesson.prompts[0]")
-                assert await tab.value("$('learn').disabled")
-                await tab.value("$('record').click()")
-                await tab.until("lesson.recorded.length >= 8", 120)
-                await tab.value("$('record').click()")
-                await tab.until("!recording && !$('learn').disabled")
-                await tab.value("$('learn').click()")
-                await tab.until("lesson.learning && !$('learning').hidden")
-                await tab.call("Page.reload")  # closed in the middle of it
-                await tab.until("typeof talk !== 'undefined' && !$('teach').hidden")
-                await tab.value("$('teach').click()")
-                await tab.until("lesson && lesson.has_new && !lesson.learning", 240)
-                assert await tab.value("lesson.which") == "new"
-                assert server.duplex is server.lessons.models["new"]
-                assert "learned your voice" in await tab.until("$('verdict').textContent")
-                await tab.value("$('swap').click()")
-                await tab.until("lesson.which === 'old'")
-                assert server.duplex is server.lessons.models["old"]
-                await tab.value("$('close').click()")
-                await tab.value("$('talk').click()")
-                await tab.until("record.said.length > 20")
-        finally:
-            await server.stop()
+        async with lesson_page(str(tmp_path / "flm"), tmp_path, tmp_path / "user.wav") as (server, tab):
+            server.lessons.extra = ("--steps", "3", "--device", "cpu")
+            await tab.until("!$('teach').hidden && !$('card').hidden")
+            await tab.value("$('teach').click()")
+            await tab.until("lesson && $('prompt').textContent === lesson.prompts[0]")
+            assert await tab.value("$('learn').disabled")
+            await tab.value("$('record').click()")
+            await tab.until("lesson.recorded.length >= 8", 120)
+            await tab.value("$('record').click()")
+            await tab.until("!recording && !$('learn').disabled")
+            await tab.value("$('learn').click()")
+            await tab.until("lesson.learning && !$('learning').hidden")
+            await tab.call("Page.reload")  # closed in the middle of it
+            await tab.until("typeof talk !== 'undefined' && !$('teach').hidden")
+            await tab.value("$('teach').click()")
+            await tab.until("lesson && lesson.has_new && !lesson.learning", 240)
+            assert await tab.value("lesson.which") == "new"
+            assert server.duplex is server.lessons.models["new"]
+            assert "learned your voice" in await tab.until("$('verdict').textContent")
+            await tab.value("$('swap').click()")
+            await tab.until("lesson.which === 'old'")
+            assert server.duplex is server.lessons.models["old"]
+            await tab.value("$('close').click()")
+            await tab.value("$('talk').click()")
+            await tab.until("record.said.length > 20")
     asyncio.run(talk())
 
 
@@ -193,60 +219,47 @@ def test_a_lesson_is_continued_after_a_failure_and_a_prompt_is_recorded_again(wo
     ninth = tmp_path / "voice/09.wav"
 
     async def talk():
-        server = web.Server(DuplexModel.load(str(tmp_path / "flm")), web.Limits(sessions=2),
-                            checkpoint=str(tmp_path / "flm"))
-        port = await server.start("127.0.0.1", 0)
-        try:
-            async with chromium(str(tmp_path / "profile"), tmp_path / "user.wav") as browser:
-                tab = await open_page(browser, f"http://127.0.0.1:{port}/")
-                await tab.value("$('teach').click()")
-                await tab.until("lesson?.recorded.length === 8 && at === 8 && $('again').disabled")
-                server.lessons.extra = ("--device", "abacus")
-                await tab.value("$('learn').click()")
-                assert "It could not learn: --device abacus" in await tab.until(
-                    "!lesson.learning && $('verdict').textContent", 60)
-                assert await tab.value("lesson.which === 'old' && $('swap').hidden")
-                await tab.value("$('record').click(); $('record').click()")  # stopped before it is allowed
-                await tab.until("!recording && $('record').textContent === 'Record'")
-                await tab.value("$('record').click()")
-                await tab.until("$('verdict').textContent === 'Read it aloud.'")
-                assert "dB. The next one." in await tab.until(
-                    "lesson.recorded.length === 9 && $('verdict').textContent", 30)
-                first = ninth.stat().st_mtime_ns
-                await tab.value("$('again').click()")
-                assert await tab.value("at") == 8
-                await tab.until("at === 9", 30)
-                assert ninth.stat().st_mtime_ns > first and len(server.lessons.status()["recorded"]) == 9
-                await tab.call("Page.reload")  # in the middle of recording
-                await tab.until("typeof talk !== 'undefined' && !$('teach').hidden")
-                await tab.value("$('teach').click()")
-                await tab.until("lesson?.recorded.length >= 9")
-                await tab.until("$('prompt').textContent === lesson.prompts[at]")
-                server.lessons.extra = ("--minutes", "5", "--device", "cpu")
-                await tab.value("$('learn').click()")
-                await tab.until("lesson.learning && $('count').textContent.startsWith('It learns')")
-                await server.stop()
-                assert await tab.until("$('verdict').textContent === 'The connection to the server is lost.'")
-                assert sorted(os.listdir(tmp_path)) == ["flm", "profile", "user.wav", "voice"]
-        finally:
+        async with lesson_page(str(tmp_path / "flm"), tmp_path, tmp_path / "user.wav") as (server, tab):
+            await tab.value("$('teach').click()")
+            await tab.until("lesson?.recorded.length === 8 && at === 8 && $('again').disabled")
+            server.lessons.extra = ("--device", "abacus")
+            await tab.value("$('learn').click()")
+            assert "It could not learn: --device abacus" in await tab.until(
+                "!lesson.learning && $('verdict').textContent", 60)
+            assert await tab.value("lesson.which === 'old' && $('swap').hidden")
+            await tab.value("$('record').click(); $('record').click()")  # stopped before it is allowed
+            await tab.until("!recording && $('record').textContent === 'Record'")
+            await tab.value("$('record').click()")
+            await tab.until("$('verdict').textContent === 'Read it aloud.'")
+            assert "dB. The next one." in await tab.until(
+                "lesson.recorded.length === 9 && $('verdict').textContent", 30)
+            first = ninth.stat().st_mtime_ns
+            await tab.value("$('again').click()")
+            assert await tab.value("at") == 8
+            await tab.until("at === 9", 30)
+            assert ninth.stat().st_mtime_ns > first and len(server.lessons.status()["recorded"]) == 9
+            await tab.call("Page.reload")  # in the middle of recording
+            await tab.until("typeof talk !== 'undefined' && !$('teach').hidden")
+            await tab.value("$('teach').click()")
+            await tab.until("lesson?.recorded.length >= 9")
+            await tab.until("$('prompt').textContent === lesson.prompts[at]")
+            server.lessons.extra = ("--minutes", "5", "--device", "cpu")
+            await tab.value("$('learn').click()")
+            await tab.until("lesson.learning && $('count').textContent.startsWith('It learns')")
             await server.stop()
+            assert await tab.until("$('verdict').textContent === 'The connection to the server is lost.'")
+            assert sorted(os.listdir(tmp_path)) == ["flm", "profile", "user.wav", "voice"]
     asyncio.run(talk())
 
 
 def test_a_lesson_without_a_microphone_or_a_server_has_a_clear_message(world, tmp_path):
     async def talk():
-        server = web.Server(DuplexModel.load(str(world / "flm")), web.Limits(), checkpoint=str(world / "flm"))
-        port = await server.start("127.0.0.1", 0)
-        try:
-            async with chromium(str(tmp_path / "profile"), allowed=False) as browser:
-                tab = await open_page(browser, f"http://127.0.0.1:{port}/")
-                await tab.value("$('teach').click()")
-                await tab.until("lesson && $('lesson').open")
-                await tab.value("$('record').click()")
-                assert await tab.until("$('verdict').textContent.startsWith('The microphone was refused')")
-                await server.stop()
-                await tab.value("$('learn').disabled = false; $('learn').click()")
-                assert await tab.until("$('verdict').textContent === 'The connection to the server is lost.'")
-        finally:
+        async with lesson_page(str(world / "flm"), tmp_path, allowed=False) as (server, tab):
+            await tab.value("$('teach').click()")
+            await tab.until("lesson && $('lesson').open")
+            await tab.value("$('record').click()")
+            assert await tab.until("$('verdict').textContent.startsWith('The microphone was refused')")
             await server.stop()
+            await tab.value("$('learn').disabled = false; $('learn').click()")
+            assert await tab.until("$('verdict').textContent === 'The connection to the server is lost.'")
     asyncio.run(talk())

@@ -88,7 +88,7 @@ def test_every_flag_shown_exists():
     shown = re.findall(scripts, BOTH)
     assert len(shown) > 15
     for script, flags in shown:
-        command = [a for a in flags.split() if a in ("toy", "encode")]
+        command = flags.split()[:1] if script == "prepare.py" else []
         _, text, _ = run(script, *command, "--help")
         for flag in re.findall(r" (--[\w-]+)", flags):
             assert flag in text, (script, flag)
@@ -182,4 +182,4 @@ def test_the_changes_shown_can_be_made(world, tmp_path):
                           codec.config.codebooks]))
         """], cwd=tmp_path, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == ["written_first", 100.0, 6, 4, 4]
+    assert json.loads(done.stdout.splitlines()[-1]) == ["written_first", 100.0, 4, 4, 4]

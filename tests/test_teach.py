@@ -22,7 +22,8 @@ from live.recordings import (find_recordings, level_of, make_prompts, problem_wi
                              save_recording, write_prompts)
 from mimi import FRAME
 from teaching import teach
-from toy.voices import Espeak, Style, trim_noisy
+from teaching.cut import cut, find_starts
+from toy.voices import Espeak, Style, trim, trim_noisy
 from toy.world import HELD_OUT_PAIRS, LANGUAGES, held_out_triple
 from training.run import lock
 
@@ -150,14 +151,28 @@ def test_the_recipe_from_recordings_to_a_model(voice, world, tmp_path, capsys):
 
 def test_half_of_the_lesson_is_the_new_voice(voice, world, tmp_path):
     recordings, _ = read_recordings(str(voice), make_prompts())
-    teach.make_lesson(recordings, str(tmp_path / "new"), Espeak(), 1, 50)
+    teach.make_lesson(recordings, str(tmp_path / "new"), Espeak(), 1, 30, 80)
     lines = [json.loads(line) for line in open(tmp_path / "new/manifest.jsonl")]
-    assert len(lines) == 48 and {d["split"] for d in lines} == {"train", "seen"}
     held_out = {d["turns"][0]["text"] for d in lines if d["split"] == "seen"}
     assert held_out == {recordings[7][0].text, recordings[15][0].text}
-    for d in lines:
-        user, model = d["turns"]
-        assert user["voice"] == "user" and read_audio(str(tmp_path / "new" / model["audio"])).any()
+    train = [d["turns"] for d in lines if d["split"] == "train"]
+    assert len([t for t in train if len(t) == 2]) == 14 * teach.AGAIN + 30
+    assert {t["voice"] for turns in train for t in turns if t["role"] == "user"} == {"user"}
+    joined = {t["text"] for turns in train for t in turns if t["role"] == "user"}
+    assert len(joined - {p.text for p, _ in recordings}) > 20, "most of it was never recorded as it is"
+    assert all(read_audio(str(tmp_path / "new" / t["audio"])).any() for turns in train for t in turns)
+
+
+def test_a_sentence_is_cut_at_its_words():
+    """Within 80 ms of where each begins."""
+    parts, voice = "repeat cat eleven house".split(), "en-gb-x-gbclan+f4"
+    spoken = [trim(Espeak().speak(part, voice, Style(190))) for part in parts]
+    begins = np.cumsum([0] + [len(x) for x in spoken[:-1]])
+    found = find_starts(np.concatenate(spoken), parts, Espeak())
+    assert np.abs(np.array(found) - begins).max() < 0.08 * SAMPLE_RATE
+    pieces = cut(np.concatenate(spoken), parts, Espeak())
+    assert [abs(len(a) - len(b)) < 0.2 * SAMPLE_RATE for a, b in zip(pieces, spoken)] == [True] * 4
+    assert all(len(x) == 0 for x in cut(noise(2000, 0.01), ["one"] * 9, Espeak())[5:])  # no room for them
 
 
 def test_ctrl_c_leaves_the_old_model_and_the_recordings(voice, world, tmp_path):

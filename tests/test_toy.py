@@ -70,9 +70,9 @@ def test_answers_are_right_and_tests_are_held_out(lang, kind):
 @pytest.mark.parametrize("lang", LANGUAGES.values(), ids=LANGUAGES)
 def test_sentences_hold_nothing_that_is_held_out(lang):
     rng = random.Random(0)
-    assert len(HELD_OUT_PAIRS) == 10 and all(sum(i in p for p in HELD_OUT_PAIRS) == 2 for i in range(10))
-    for n in range(1, 10):  # a count of n + 1 words: some of them are for training
-        assert not {frozenset((i, i + n)) for i in range(10 - n)} <= HELD_OUT_PAIRS
+    assert len(HELD_OUT_PAIRS) == 13 and all(sum(i in p for p in HELD_OUT_PAIRS) == 2 for i in range(13))
+    for n in range(1, 13):  # a count of n + 1 words: some of them are for training
+        assert not {frozenset((i, i + n)) for i in range(13 - n)} <= HELD_OUT_PAIRS
     for _ in range(500):
         words = make_sentence(lang, lang.words, rng).split()
         assert not any(held_out_triple(words[i:i + 3]) for i in range(len(words) - 2))
@@ -114,7 +114,7 @@ def test_voices_held_out_are_never_trained_on(world):
 
 
 def test_two_languages_from_words_to_a_batch(world, tmp_path):
-    make_toy(str(tmp_path / "toy"), "en,zh", items=9, tests=2, sentences=40, voices=4, seed=1, tts=None)
+    make_toy(str(tmp_path / "toy"), "en,zh", items=9, tests=2, sentences=40, voices=4, seed=2, tts=None)
     lines = [json.loads(line) for line in open(tmp_path / "toy/manifest.jsonl", encoding="utf-8")]
     assert sorted({d["lang"] for d in lines if d["kind"] != "noise"}) == ["en", "zh"]
     dialogues = [d["lang"] for d in lines if d["split"] == "train" and len(d["turns"]) == 2]
@@ -213,7 +213,7 @@ def test_any_synthesiser(tmp_path):
 
 
 def test_several_synthesisers_in_one_world(tmp_path):
-    """The manifest says who spoke; a quarter is spoken by the others."""
+    """The manifest says who spoke; two fifths is spoken by the others."""
     script = tmp_path / "tts.py"
     script.write_text("import sys, numpy, soundfile\ntext, voice, out = sys.argv[1:]\n"
                       "assert voice in ('Alex', 'Sam')\n"
@@ -225,7 +225,7 @@ def test_several_synthesisers_in_one_world(tmp_path):
     lines = [json.loads(line) for line in open(tmp_path / "toy/manifest.jsonl")]
     voices = [t["voice"] for d in lines for t in d["turns"] if t["role"] == "user" and t["voice"]]
     others = [voice for voice in voices if voice.startswith("tts:")]
-    assert set(others) == {"tts:Alex", "tts:Sam"} and 0.1 < len(others) / len(voices) < 0.45
+    assert set(others) == {"tts:Alex", "tts:Sam"} and 0.2 < len(others) / len(voices) < 0.6
 
 
 @pytest.mark.parametrize("voice, message", [("flite:rms", "flite is not installed"),
@@ -237,7 +237,8 @@ def test_a_voice_that_is_not_there(tmp_path, monkeypatch, voice, message):
     assert code == 1 and message in err.splitlines()[-1] and not (tmp_path / "toy").exists()
 
 
-@pytest.mark.parametrize("program, voice", [("flite", "flite:kal"), ("text2wave", "festival:kal_diphone")])
+@pytest.mark.parametrize("program, voice", [("flite", "flite:kal"), ("text2wave", "festival:kal_diphone"),
+                                            ("mbrola", "mbrola:us1"), ("RHVoice-test", "rhvoice:bdl")])
 def test_installed_synthesisers(program, voice):
     if not shutil.which(program):
         pytest.skip(f"{program} is not installed")

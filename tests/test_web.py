@@ -152,6 +152,33 @@ async def test_restart_begins_a_conversation_that_equals_the_first(duplex):
 
 
 @live
+async def test_a_role_and_typed_text(duplex):
+    async with serving(duplex) as (address, _, server, client):
+        ws = await begun(client, address)
+        await ws.send_str('{"type": "restart", "text": "say it twice"}')
+        assert await ws.receive_json(timeout=10) == {"type": "begin"}
+        await ws.send_str('{"type": "type", "text": "up"}')
+        await ws.send_bytes(binary(0))
+        await answers(ws, 1)
+        session, = server.clients
+        assert session.prompt.shape[1] > 3 and len(session.typed) >= 2
+        await ws.send_str('{"type": "restart", "text": ""}')
+        assert await ws.receive_json(timeout=10) == {"type": "begin"}
+        session, = server.clients
+        assert session.prompt is None and not session.typed
+        await ws.send_str(json.dumps({"type": "restart", "text": "zq" * 60}))
+        assert (await ending(ws))[0] == 1008, "it would fill the context"
+
+
+@pytest.mark.parametrize("data", ["", "[", "[" * 3000, "3", "{}", '{"type": "restart", "text": 3}',
+                                  '{"type": "x"}', '{"type": ["type"]}',
+                                  '{"type": "type", "text": "' + "a" * 121 + '"}'])
+def test_what_is_not_a_message_of_the_pages(data):
+    with pytest.raises(web.Ended, match="not a message"):
+        web.read_message(data)
+
+
+@live
 async def test_a_bad_link_leaves_the_conversation_intact(duplex):
     """Bursts of 200 ms and a loss of 2% on the way there, at twice the speed."""
     from test_live import link
@@ -484,3 +511,100 @@ def test_bad_flags_are_one_line(world, flags):
 
 def test_the_page_is_beside_its_server():
     assert os.path.dirname(web.PAGE) == os.path.join(ROOT, "live") and os.path.getsize(web.PAGE) < 40_000
+
+
+# ------------------------------------------------------------------------------------------------------------
+# an attacker
+
+
+@live
+async def test_the_right_token_gets_in_beside_connections_that_ask_for_nothing(duplex):
+    """As many as can be, from this address, that drip and never close."""
+    async with serving(duplex, token="secret", request=5.0, connections=8, address=6) as served:
+        address, log, server, client = served
+        bad = [raw(address, b"GET /?token=wrong HTTP/1.1\r\nHost: a\r\nX-A: ") for _ in range(20)]
+        for round in range(5):
+            await asyncio.sleep(0.1)
+            assert len(server.strangers) <= 6
+            ws = await client.ws_connect(f"{address}/talk?token=secret", headers={"Origin": address})
+            assert await ws.receive_json(timeout=10) == {"type": "begin"} and await talks(ws, 0)
+            bad += [raw(address) for _ in range(20)]
+            assert await talks(ws, 3)
+            await ws.close()
+        cut = await asyncio.gather(*(asyncio.to_thread(is_cut, s) for s in bad[:20]))
+        assert all(cut) and len(log) < 40
+        for s in bad:
+            s.close()
+        await asyncio.sleep(0.3)
+        raw(address).close()
+        await asyncio.sleep(0.3)
+        assert len(server.strangers) <= 1, "those that are gone do not count"
+
+
+@live
+async def test_what_is_refused_or_answered_is_closed(duplex):
+    """Even if the client asks to keep the connection, or does not read."""
+    async with serving(duplex, token="secret", linger=0.3) as (address, log, server, client):
+        ask = "GET {} HTTP/1.1\r\nHost: a\r\nConnection: keep-alive\r\n\r\n"
+        for path in ("/", "/?token=secret", "/nothing?token=secret"):
+            assert await asyncio.to_thread(is_cut, raw(address, ask.format(path).encode())), path
+        deaf = [raw(address, ask.format("/?token=secret").encode() * 40) for _ in range(3)]
+        for _ in range(100):
+            if not server.runner.server.connections:
+                break
+            await asyncio.sleep(0.05)
+        assert not server.runner.server.connections and len(deaf) == 3
+
+
+@live
+async def test_malformed_headers_are_bad_requests_in_one_line(duplex, key="A" * 22 + "=="):
+    async with serving(duplex) as (address, log, server, client):
+        host = address.removeprefix("http://")
+        talk = f"GET /talk HTTP/1.1\r\nHost: {host}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n" \
+               "Sec-WebSocket-Version: 13\r\nOrigin: {}\r\nSec-WebSocket-Key: {}\r\n\r\n"
+        page = "GET / HTTP/1.1\r\n{}\r\n"
+        for request in (talk.format("http://[", key), talk.format("http://a]:b", key),
+                        talk.format(address, "\xe9" * 24), talk.format(address, "AAAA"),
+                        talk.format(address, "A" * 24), talk.format(address, ""), page.format(""),
+                        page.format("Host: 127.0.0.1\r\nHost: evil\r\n"), "nonsense\r\n\r\n"):
+            s = raw(address, request.encode("latin-1"))
+            answer = await asyncio.to_thread(s.recv, 1000)
+            assert answer.startswith(b"HTTP/1.") and answer.split()[1] in (b"400", b"403"), (request, answer)
+            if "http://" in request:
+                assert answer.split()[1] == b"400", request
+        assert all("\n" not in line and len(line) < 300 for line in log) and len(log) >= 7
+        assert await talks(await begun(client, address), 0)
+
+
+@pytest.mark.parametrize("token", ["", " ", "a\nb"])
+def test_an_empty_token_is_none(world, token):
+    code, _, err = run("chat.py", "--checkpoint", world / "flm", "--web", "--token", token)
+    assert code == 1 and len(err.strip().splitlines()) == 1 and "--token" in err
+
+
+def test_a_token_is_quoted_in_the_address(duplex, capsys):
+    async def go():
+        server = web.Server(duplex, LIMITS, "a&b #?/")
+        task = asyncio.ensure_future(web.run(server, "127.0.0.1", 0, False))
+        while not (line := capsys.readouterr().out):
+            await asyncio.sleep(0.05)
+        async with aiohttp.ClientSession() as client:
+            async with client.get(aiohttp.client.URL(line.split()[4], encoded=True)) as answer:
+                assert answer.status == 200
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    asyncio.run(asyncio.wait_for(go(), 60))
+
+
+def test_addresses_of_one_household_count_together():
+    assert web.network(("2001:db8::1", 5, 0, 0)) == web.network(("2001:db8::ffff", 6, 0, 0))
+    assert web.network(("2001:db8:1::1", 5, 0, 0)) != web.network(("2001:db8::1", 6, 0, 0))
+    assert web.network(("10.0.0.1", 5)) == "10.0.0.1" != web.network(("10.0.0.2", 5))
+
+
+def test_an_old_aiohttp_is_refused(monkeypatch):
+    import importlib
+    monkeypatch.setattr(aiohttp, "__version__", "3.13.5")
+    with pytest.raises(ValueError, match="needs aiohttp 3.14.5, not 3.13.5"):
+        importlib.reload(web)
+    monkeypatch.undo()

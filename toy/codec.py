@@ -1,7 +1,9 @@
 """Trains the tiny codec in minutes: batches of clips, and the losses of their reconstruction.
 
-    clips (B, 1, N) --encoder, quantiser, decoder--> (B, 1, N)     spectra and waveforms are compared
+    clips (B, 1, N) --encoder, quantiser, decoder--> (B/4, 1, N)   spectra and waveforms are compared
                               '-- first codebook --> letters          CTC: the words that were said
+
+All clips of a batch are heard, and every fourth is decoded.
 
 CodecTask has the methods of train.py's ModelTask, so one loop trains both.
 """
@@ -13,9 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from files.augment import Microphone, change_throat, draw_ratio
-from files.audio import SAMPLE_RATE, read_audio
+from files.audio import SAMPLE_RATE, read_audio, seconds_of
 from files.checkpoint import load_weights
-from files.manifest import read_manifest, seconds_of, clip_key
+from files.manifest import clip_key, read_manifest
 from mimi import FRAME, Mimi, mel_filters
 
 

@@ -11,9 +11,7 @@ import ctypes
 import multiprocessing
 import os
 import re
-import shlex
 import shutil
-import subprocess
 import tempfile
 from typing import NamedTuple
 
@@ -22,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from files.audio import SAMPLE_RATE, read_audio, resample, write_audio
+from files.command import Command
 
 
 class Style(NamedTuple):
@@ -84,30 +83,24 @@ COMMANDS = {
     "rhvoice": "RHVoice-test -p {voice} -r {percent} -o {out}"}
 
 
-class Command:
+class SpeakingCommand:
     """A synthesiser that is a command: a template with {out}, the audio file that it must write. It reads the
     text from its standard input, or as {text}; {voice} is the voice. What it can set: {speed} (words a
     minute, 165 is usual), {percent} (of the usual speed), {stretch} (of the usual length), {pitch} (0 to
     99)."""
 
     def __init__(self, template):
-        self.words = shlex.split(template)
-        if not any("{out}" in w for w in self.words):
-            raise ValueError(f"--tts {template!r}: {{out}} does not occur in it")
+        self.command = Command("--tts", template, ["out"])
 
     def speak(self, text, voice, style):
         """float32 samples (N,) at 24 kHz."""
         usual = Style().speed
         with tempfile.TemporaryDirectory() as folder:
             out = os.path.join(folder, "speech.wav")
-            values = {"text": text, "voice": voice, "out": out, "speed": style.speed, "pitch": style.pitch,
-                      "percent": round(100 * style.speed / usual), "stretch": f"{usual / style.speed:.3f}"}
-            fill = lambda word: re.sub(r"\{(\w+)\}", lambda m: str(values.get(m[1], m[0])), word)
-            words = [fill(w) for w in self.words]
-            done = subprocess.run(words, input=text, capture_output=True, text=True, encoding="utf-8")
-            if done.returncode or not os.path.exists(out):
-                reason = done.stderr.strip()[-300:] or "it wrote no file"
-                raise ValueError(f"{shlex.join(words)} failed: {reason}")
+            self.command(text, voice=voice, out=out, speed=style.speed, pitch=style.pitch,
+                         percent=round(100 * style.speed / usual), stretch=f"{usual / style.speed:.3f}")
+            if not os.path.exists(out):
+                raise ValueError(f"{self.command.name} failed: it wrote no file")
             return read_audio(out).numpy()
 
 
@@ -117,7 +110,7 @@ class Several:
     def __init__(self, tts=None):
         self.espeak = Espeak()
         templates = {**COMMANDS, "tts": tts} if tts else COMMANDS
-        self.others = {name: Command(template) for name, template in templates.items()}
+        self.others = {name: SpeakingCommand(template) for name, template in templates.items()}
 
     def speak(self, text, voice, style):
         name, colon, rest = voice.partition(":")
@@ -126,7 +119,9 @@ class Several:
         if name not in self.others:
             raise ValueError(f"voice {voice}: there is no synthesiser {name}; known are "
                              f"{', '.join(self.others)} (tts is the command of --tts)")
-        program = self.others[name].words[0]
+        if name in COMMANDS and not re.fullmatch(r"[\w.+-]+", rest):  # not a path or an address to load
+            raise ValueError(f"voice {voice[:60]!r}: is no voice's name")
+        program = self.others[name].command.words[0]
         if not shutil.which(program):
             raise ValueError(f"voice {voice}: {program} is not installed")
         return self.others[name].speak(text, rest, style)
@@ -134,17 +129,17 @@ class Several:
 
 def get_synthesiser(tts, others=()):
     """tts: a command that speaks everything or, if others are given, only the voices that begin with tts:"""
-    return Command(tts) if tts and not others else Several(tts)
+    return SpeakingCommand(tts) if tts and not others else Several(tts)
 
 
 def is_installed(voice):
     """Whether a voice of COMMANDS is on this machine: whether it can speak."""
     name, _, voice = voice.partition(":")
-    command = Command(COMMANDS[name])
-    if not shutil.which(command.words[0]):
+    synthesiser = SpeakingCommand(COMMANDS[name])
+    if not shutil.which(synthesiser.command.words[0]):
         return False
     with contextlib.suppress(ValueError):
-        return np.ptp(command.speak("yes", voice, Style())) > 0
+        return np.ptp(synthesiser.speak("yes", voice, Style())) > 0
     return False
 
 

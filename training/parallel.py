@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist  # its parts are imported where they are used: they take a second to load
 
 from files.atomic import replace_when_done
-from files.checkpoint import from_fields, load_checkpoint
+from files.checkpoint import check_weights, from_fields, load_checkpoint
 from files.encoded import sha256
 from model import FLM, FLMConfig
 
@@ -80,10 +80,11 @@ def build_from_checkpoint(folder, meta, place):
                              f"{folder}/codec.pt --tokenizer {folder}")
     path = os.path.join(folder, "checkpoint.pt")
     saved = load_checkpoint(path, "flm", mmap=True)
-    model = build(from_fields(FLMConfig, saved["config"], path), place, given=saved["model"])
+    config = from_fields(FLMConfig, saved["config"], path)
+    with torch.device("meta"):
+        check_weights(FLM(config), saved["model"], path)
+    model = build(config, place, given=saved["model"])
     for name, p in model.named_parameters():
-        if name not in saved["model"] or saved["model"][name].shape != p.shape:
-            raise ValueError(f"{path}: its tensors are not those of its config: {name}")
         assign_shard(p, saved["model"][name])
     return model
 

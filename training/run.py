@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from files.atomic import copy
 from files.checkpoint import load_checkpoint, save_checkpoint
+from files.fields import check_fields, whole
 from training import parallel
 
 LOG_EVERY = 10  # steps
@@ -58,7 +59,12 @@ class Run:
             if not resume:
                 raise ValueError(f"{out}: holds a run already; --resume goes on with it, "
                                  "--out names another folder")
-            self.restore()
+            try:
+                self.restore()
+            except (KeyError, TypeError, IndexError, AttributeError, RuntimeError) as e:
+                reason = " ".join(f"{type(e).__name__}: {e}".split())[:150]
+                raise ValueError(f"{out}: its checkpoint is damaged ({reason}); --out names another folder") \
+                    from None
         self.threads = None
         if task.device == "cpu" and not parallel.is_distributed():
             cores = torch.get_num_threads()
@@ -306,11 +312,13 @@ class Run:
             saved, files = parallel.read(path)
         else:
             path, saved = self.path, load_checkpoint(self.path, self.task.kind)
-        if "progress" not in saved:
+        if not {"progress", "seed", "stages", "data", "precision"} <= saved.keys():
             raise ValueError(f"{path}: was written by an older version; --out names another folder")
         if saved["config"] != dataclasses.asdict(self.task.config) or saved["data"] != self.task.fingerprint:
             raise ValueError(f"{path}: was trained with another config or on other data; "
                              "--out names another folder")
+        where = {"stage": whole(0, len(self.stages)), "step": whole()}
+        check_fields(saved["progress"], where, what="progress")
         self.check_plan(saved, path)
         if saved["precision"] != self.precision and (self.task.precision or parallel.is_distributed()):
             raise ValueError(f"{path}: was trained in {saved['precision']}; "
@@ -324,6 +332,8 @@ class Run:
         else:
             self.task.load(saved, path)
             self.optimizer.load_state_dict(saved["optimizer"])
+        if self.progress["stage"] == len(self.stages) and parallel.rank() == 0:
+            print(f"{self.out}: is trained to the end; to train anew, remove it or name another with --out")
 
     def check_plan(self, saved, path):
         """ValueError if this run would go on in other stages, with other data, or by another clock."""
