@@ -9,6 +9,7 @@ are not there get stand-ins where a step can do without them, and a step that ca
 step that fails, or runs past its limit, stops no other. The last line says how many went well.
 """
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -256,10 +257,17 @@ def run(step, seconds, environment, patience=1):
             verdict = "ok" if code == 0 else f"FAILED ({code})"
         except subprocess.TimeoutExpired:
             verdict = f"FAILED: not done in {limit:.0f} s"
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            stop(process)
         printed.seek(0)
         return verdict, time.monotonic() - begun, printed.read()
+
+
+def stop(process):
+    """SIGTERM first: torchrun's workers are in sessions of their own, and only torchrun ends them."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, number)
+            process.wait(10)
 
 
 def machine(dry):
