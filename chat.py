@@ -34,6 +34,8 @@ from files.checkpoint import check_together
 from files.device import check_device
 from files.tokenizer import load_tokenizer
 from kernels.sampling import Sampling, sample
+from layouts.prompts import make_prompt
+from layouts.typed import typed_tokens
 from live.graph import capture
 from live.transcript import PrintedTranscript
 from mimi import FRAME, Mimi, tensors
@@ -79,6 +81,7 @@ class DuplexModel:
         self.sampling = [text, *([audio] * K if isinstance(audio, Sampling) else audio)]
         self.delayed = DELAYED.to(self.device)
         self.silence = torch.tensor(vocab.silence[-1], device=self.device)
+        self.prompt = None  # (17, P) columns that every conversation begins with: layouts/prompts.py
 
     @staticmethod
     def load(folder, device="cpu", text=Sampling(), audio=Sampling(), codec=None):
@@ -100,9 +103,17 @@ class DuplexModel:
         full = lambda value, *shape: torch.full((B, *shape), value, device=self.device)
         pad = v.codebook_size  # before the first code; in our own models the same as "empty"
         speak = torch.where(self.delayed | self.release, pad, self.silence).repeat(B, 1)
-        return ConversationState(self.model.init_cache(B), self.codec.init_state(B), full(v.wait), speak,
-                                 listen=full(pad, K), recent=full(-1, 1 + K, RECENT),
-                                 seed=torch.tensor(list(seeds), device=self.device), failed=full(False))
+        state = ConversationState(self.model.init_cache(B), self.codec.init_state(B), full(v.wait), speak,
+                                  listen=full(pad, K), recent=full(-1, 1 + K, RECENT),
+                                  seed=torch.tensor(list(seeds), device=self.device), failed=full(False))
+        for row in range(B) if self.prompt is not None else ():
+            self.prefill(state, row, self.prompt)
+        return state
+
+    @torch.inference_mode()
+    def prefill(self, state, row, prompt):
+        """Begin conversation `row` with a prompt (17, P), all columns at once; no other row changes."""
+        self.model.hidden(torch.as_tensor(prompt, device=self.device)[None], state.cache.row(row))
 
     @torch.inference_mode()
     def step(self, wav, state):
@@ -146,27 +157,31 @@ class DuplexModel:
         wav = torch.zeros(len(state.seed), 1, FRAME, device=self.device)
         return capture(step, wav, state.small_tensors())
 
-    def converse(self, wav, seed=1, each=lambda t, text: None):
+    def converse(self, wav, seed=1, each=lambda t, text: None, typed=()):
         """Whole conversations, frame by frame: (B, N) heard -> text tokens (B, T) and audio said (B, N), on
         one clock. each(t, text (B,)) is called after every frame. The seed of
-        conversation b is seed + b. ValueError if logits are NaN or infinite."""
+        conversation b is seed + b. typed: tokens for the text row from its start (layouts/typed.py).
+        ValueError if logits are NaN or infinite."""
         B, N = wav.shape
         frames = F.pad(wav, (0, -N % FRAME)).to(self.device).split(FRAME, -1)
         texts, audio = [], [frames[0].new_zeros(B, FRAME)]
-        for t, (text, said) in enumerate(self.answer(frames, seed, B)):
+        for t, (text, said) in enumerate(self.answer(frames, seed, B, typed)):
             each(t, text)
             texts.append(text)
             audio.append(said)
         return torch.stack(texts, 1).cpu(), torch.cat(audio, -1)[:, :N].cpu()
 
-    def answer(self, frames, seed=1, B=1):
+    def answer(self, frames, seed=1, B=1, typed=()):
         """The same for as many frames (B, 1920) as come: yields text tokens (B,) and audio (B, 1920) for
         each, to be heard beside the next one."""
         state = self.init_state(range(seed, seed + B))
         step = self.compiled_step(state)
-        for frame in frames:
+        for t, frame in enumerate(frames):
+            if t < len(typed):
+                state.text.fill_(typed[t])
             text, said = step(frame[:, None])
-            yield text.clone(), said[:, 0].clone()
+            text = torch.full_like(text, self.vocab.wait) if t + 1 < len(typed) else text.clone()
+            yield text, said[:, 0].clone()  # (where the next token is typed, the model's is not shown)
         if state.failed.any():
             raise ValueError("the model's logits are not numbers; its weights are damaged")
 
@@ -175,17 +190,19 @@ class DuplexModel:
 # a conversation with a file
 
 
-def talk_to_file(duplex, source, target, stereo, picture, seed):
-    """Writes the audio said to `target`, the monologue beside it as JSON lines, and a picture if wanted. Only
-    a picture takes memory for the length of the file."""
-    frames = math.ceil(seconds_of(source) * FRAME_RATE)
+def talk_to_file(duplex, source, target, stereo, picture, seed, typed=()):
+    """source: a file or, if the user types, how many frames of silence. Writes the audio said to `target`,
+    the monologue beside it as JSON lines, and a picture if wanted. Only a picture takes memory for the length
+    of the file."""
+    frames = source if typed else math.ceil(seconds_of(source) * FRAME_RATE)
+    blocks = [torch.zeros(1, FRAME)] * source if typed else read_blocks(source)
     transcript, begin = PrintedTranscript(duplex), time.perf_counter()
     said_before, n, kept = torch.zeros(1, FRAME), 0, []
-    heard, fed = itertools.tee(regroup(read_blocks(source), FRAME))
+    heard, fed = itertools.tee(regroup(blocks, FRAME))
     fed = (F.pad(x, (0, FRAME - x.shape[1])).to(duplex.device) for x in fed)
     with (write_blocks(target, 1 + stereo) as write,
           tqdm(total=frames, unit="frame", leave=False, disable=None) as bar):
-        for t, ((text, said), x) in enumerate(zip(duplex.answer(fed, seed), heard)):
+        for t, ((text, said), x) in enumerate(zip(duplex.answer(fed, seed, typed=typed), heard)):
             transcript.add(t, text.item())
             both = torch.cat([x, said_before[:, :x.shape[1]]])
             write(both if stereo else both[1])
@@ -216,11 +233,14 @@ def build_parser():
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument("--input", help="any audio file: what the user says")
     way.add_argument("--say", metavar="TEXT", help="what the model is to say, in TTS style")
+    way.add_argument("--type", metavar="TEXT", help="what the user types instead of speaking")
     way.add_argument("--web", action="store_true", help="serve a page to talk on")
     way.add_argument("--mic", action="store_true", help="microphone and loudspeaker of this machine")
     add("--output", default="reply.wav", help="audio file for what the model says")
     add("--stereo", action="store_true", help="write both voices: left the user, right the model")
     add("--picture", help="draw the conversation into this file (.png, .svg)")
+    add("--role", default="", help="text that the conversation begins with: layouts/prompts.py")
+    add("--voice", metavar="FILE", help="audio that it begins with: the voice that the model is to have")
     add("--open", action="store_true", help="open the page of --web in a browser")
     add("--host", default="127.0.0.1", help="address for --web; any but this machine's own requires a token")
     add("--port", type=int, default=8000)
@@ -243,7 +263,7 @@ def main():
         flags = given("temperature", "top_k", "top_p")
         Sampling(**flags, **given("penalty"))  # an error before the model is loaded
         device = check_device(args.device)
-        if args.input or args.say is not None:
+        if args.input or args.say is not None or args.type is not None:
             check_output(args.output)
             if args.picture:
                 from evals.plot import check_picture
@@ -251,6 +271,8 @@ def main():
         duplex = DuplexModel.load(args.checkpoint, device, codec=args.codec)
         duplex.sampling = [replace(how, **flags) for how in duplex.sampling]
         duplex.sampling[0] = replace(duplex.sampling[0], **given("penalty"))
+        if args.role or args.voice:
+            duplex.prompt = make_prompt(duplex, args.role, args.voice)
         if args.web:
             from live.web import serve  # needs an extra
             serve(duplex, args.host, args.port, args.sessions, args.token, args.open, args.checkpoint)
@@ -262,6 +284,10 @@ def main():
             wav, = say(duplex, [args.say], args.seed)
             write_audio(args.output, wav)
             print(f"Wrote {args.output} ({len(wav) / SAMPLE_RATE:.2f} s)")
+        elif args.type is not None:
+            typed = [duplex.vocab.wait] * 6 + typed_tokens(args.type, duplex.vocab, duplex.tokenizer)
+            frames = len(typed) + 75
+            talk_to_file(duplex, frames, args.output, args.stereo, args.picture, args.seed, typed)
         else:
             talk_to_file(duplex, args.input, args.output, args.stereo, args.picture, args.seed)
     except (ValueError, OSError) as e:

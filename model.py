@@ -142,6 +142,11 @@ class KVCache:
     layers: list  # of LayerCache
     position: torch.Tensor  # (B,) frames that each conversation has had
 
+    def row(self, b):
+        """The memory of conversation b alone: views, so what is written to it is written here."""
+        return KVCache([LayerCache(x.keys[b:b + 1], x.values[b:b + 1]) for x in self.layers],
+                       self.position[b:b + 1])
+
 
 class Block(nn.Module):
     """One layer of Qwen2.5's decoder."""
@@ -155,13 +160,16 @@ class Block(nn.Module):
         self.mlp = SwiGLU(c.width, c.mlp)
 
     def forward(self, x, cos, sin, cache=None, slot=None, mask=None):
-        """x (B, T, D) -> (B, T, D). With a LayerCache T is 1: this frame goes to its slot (B,), and the frame
-        sees the first S of its entries where mask (B, 1, 1, S) is True."""
+        """x (B, T, D) -> (B, T, D). With a LayerCache and slot (B,), T is 1: this frame goes there, and it
+        sees the first S entries where mask (B, 1, 1, S) is True. With a LayerCache alone, the frames are a
+        conversation's first and fill it from its start."""
         B, T, _ = x.shape
         qkv = self.qkv(self.norm1(x)).view(B, T, -1, self.E).transpose(1, 2)  # (B, H + 2G, T, E)
         qk, v = qkv.split([self.H + self.G, self.G], 1)
         q, k = rotate(qk, cos, sin).split([self.H, self.G], 1)
-        if cache is not None:
+        if cache is not None and slot is None:
+            cache.keys[:, :, :T], cache.values[:, :, :T] = k, v
+        elif cache is not None:
             k, v = (ring[:, :, :mask.shape[-1]] for ring in cache.update(slot, k, v))
         x = x + self.out(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, -1))
         return x + self.mlp(self.norm2(x))
@@ -305,15 +313,20 @@ class FLM(nn.Module):
         channels = [self.text, *self.speak, *self.listen]
         return sum(table(grid[:, row]) for row, table in enumerate(channels)) * self.config.input_scale
 
-    def hidden(self, grid):
-        """Eq. 2, teacher-forced: (B, 17, T) -> h (B, T, D), which text_logits and depth read."""
+    def hidden(self, grid, cache=None):
+        """Eq. 2, teacher-forced: (B, 17, T) -> h (B, T, D), which text_logits and depth read. With a KVCache
+        the frames become the first of its conversations (prefill)."""
         B, _, T = grid.shape
         assert T <= self.config.context, (T, self.config.context)
         cos, sin = rotary(torch.arange(T, device=grid.device), self.blocks[0].E, self.config.rope_base)
         x = self.embed(grid)
         recompute = self.recompute and x.requires_grad
-        for block in self.blocks:
-            x = checkpoint(block, x, cos, sin, use_reentrant=False) if recompute else block(x, cos, sin)
+        for i, block in enumerate(self.blocks):
+            layer = cache.layers[i] if cache else None
+            given = x, cos, sin, layer
+            x = checkpoint(block, *given, use_reentrant=False) if recompute else block(*given)
+        if cache:
+            cache.position.fill_(T)
         return self.norm(x)
 
     def text_logits(self, h):

@@ -17,8 +17,10 @@ changes between the four stages of training.
     python streams.py        prints each layout as a table
 
 K = 8 codebooks, T frames. Layouts build undelayed rows; `delay` applies the delays when a grid is complete.
+An entry x that is read but not learned from is -1 - x (see `given`), until `pack` makes a mask of it.
 """
 import dataclasses
+import runpy
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,6 +109,11 @@ def put(grid, rows, t, values):
     n = max(0, min(len(values), grid.shape[1] - t))
     if n:
         grid[rows, t:t + n] = np.asarray(values[:n]).T
+
+
+def given(values):
+    """Tokens or codes to be read but not learned from: a prompt, what the user types."""
+    return -1 - np.asarray(values)
 
 
 def language(turns, v):
@@ -218,8 +225,10 @@ def dialogue(turns, gaps, v, monologue, barge_in=None, backchannels=None):
 
 
 def pack(grids, T, v):
-    """Concatenate grids, cut to T frames, apply the delays: what the model trains on, (17, T)."""
-    return delay(np.concatenate(grids, 1)[:, :T], v.empty)
+    """Concatenate grids, cut to T frames, apply the delays: (what the model trains on, which of its entries
+    it learns from), (17, T) each."""
+    grid = delay(np.concatenate(grids, 1)[:, :T], v.empty)
+    return np.maximum(grid, given(grid)), grid >= 0
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -229,9 +238,9 @@ def pack(grids, T, v):
 def show(title, grid, v, words):
     """One layout as a table, channels down and frames across."""
     names = {v.wait: "·", v.asr: "<asr>", v.answer: "<answer>", **dict(enumerate(words))}
-    codes = {v.empty: "-", v.silence[-1][0]: "·"}
-    rows = [("text", [names[x] for x in grid[TEXT]])]
-    rows += [(s.name, [codes.get(x, str(x)) for x in grid[s.start]]) for s in STREAMS[1:]]
+    codes = {v.empty: "-", v.silence[-1][0]: "·", **{x: str(x) for x in range(1, v.codebook_size)}}
+    name = lambda names, x: names[x] if x >= 0 else f"({names[given(x).item()]})"  # (not learned from)
+    rows = [(s.name, [name(names if s.start == TEXT else codes, x) for x in grid[s.start]]) for s in STREAMS]
     width = [max(len(r[t]) for _, r in rows) for t in range(grid.shape[1])]
     print(f"\n{title}")
     for name, cells in rows:
@@ -263,6 +272,7 @@ def main():
                 user, interjections=((3, said([5], 61, 2)),)), model)], [1], v)),
             ("Word-aligned (Moshi, for comparison)", word_aligned([(user, model)], [1], v))):
         show(title, delay(grid, v.empty), v, words)
+    runpy.run_module("layouts.show", run_name="__main__")  # those of other papers
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import dataclasses
 import functools
 import math
 import os
+import pkgutil
 import random
 import sys
 import textwrap
@@ -37,6 +38,7 @@ import streams
 from files.audio import SAMPLE_RATE
 from files.device import check_device
 from files.encoded import read_encoded
+from files.tokenizer import load_tokenizer
 from mimi import FRAME, Mimi
 from published.release import start_from
 from streams import K, LISTEN, SPEAK, TEXT, Utterance, Vocab, blank, pack
@@ -144,6 +146,7 @@ class Conversations:
         if meta["codebooks"] != K:
             raise ValueError(f"{folders}: has {meta['codebooks']} codes in a frame, streams.py K = {K}")
         self.vocab = Vocab.own(meta["text_size"], meta["codebook_size"], tuple(map(tuple, meta["silence"])))
+        self.tokenizer = load_tokenizer(meta["tokenizer"])
         # For each split: numbers of lines, or (line, turn) of clips: [transcribed by a machine, by a person].
         # heard, said: clips of users and of the model; dialogues: those without interjections, free: all;
         # recorded: stereo. "seen" is the held-out split: requests that were never trained on, in voices that
@@ -223,6 +226,8 @@ class Conversations:
         gaps = [rng.randint(2, 20) for _ in turns]
         if layout == "free_response_tts":
             grid = self.free_conversation(turns, gaps, split, rng)
+        elif ":" in layout:  # file:function in layouts/, which makes its own choices
+            grid = pkgutil.resolve_name(f"layouts.{layout}")(turns, gaps, self, rng)
         else:
             grid = getattr(streams, layout)(turns, gaps, v)
         if len(self.noise[split]) and rng.random() < NOISE:
@@ -250,8 +255,8 @@ class Conversations:
         return streams.free_response_tts(turns, gaps, interrupts, backchannels, self.vocab)
 
     def row(self, stage, shares, split, rng):
-        """A row (17, T) packed with samples of the layouts, and which frames the depth transformer learns
-        from, (T-1,)."""
+        """A row (17, T) packed with samples of the layouts, which frames the depth transformer learns from,
+        (T-1,), and which tokens and codes of what the model says carry a loss, (9, T-1)."""
         grids = []
         while (room := stage.frames - sum(g.shape[1] for g in grids)) > 0:
             layout = rng.choices(list(shares), list(shares.values()))[0]
@@ -259,16 +264,16 @@ class Conversations:
             if layout == "asr" and grid.shape[1] > room:  # it would be cut before its transcript
                 grid = blank(room, self.vocab, self.vocab.empty)
             grids.append(grid)
-        grid, rng = pack(grids, stage.frames, self.vocab), np.random.default_rng(rng.getrandbits(64))
-        learn = frames_to_learn(grid, self.vocab, stage.depth, rng)
+        (grid, loss), rng = pack(grids, stage.frames, self.vocab), np.random.default_rng(rng.getrandbits(64))
+        learn = frames_to_learn(grid, self.vocab, stage.depth, rng) & loss[SPEAK, 1:].any(0)
         if split == "train" and stage.frame_dropout:
             mask_heard(grid, stage.frame_dropout, self.vocab.empty, rng)
-        return grid, learn
+        return grid, learn, loss[:LISTEN.start, 1:]
 
     def batch(self, stage, progress, split, rng, rows=None):
-        """(B, 17, T) and (B, T-1): see row. rows: which of the batch's rows to make (default: all); each has
-        random numbers of its own, so that it does not depend on who makes the others. progress: how much
-        of the stage is over, 0 to 1."""
+        """(B, 17, T), (B, T-1) and (B, 9, T-1): see row. rows: which of the batch's rows to make (default:
+        all); each has random numbers of its own, so that it does not depend on who makes the others.
+        progress: how much of the stage is over, 0 to 1."""
         shares = {name: max(0, a + (b - a) * progress) for name, (a, b) in stage.layouts.items()
                   if self.holds(name, split, stage.frames)}
         if not any(shares.values()):
@@ -315,21 +320,21 @@ def mask_heard(grid, share, empty, rng):
 # the loss
 
 
-def kinds_of_target(grid, learn, v):
+def kinds_of_target(grid, learn, loss, v):
     """What each target of a batch is, as masks: a monologue token or <wait>, (B, T-1); a semantic code (N, 1)
     or an acoustic one (N, K-1) of the N frames to learn from. An empty code is neither and carries no
-    loss."""
-    wait = grid[:, TEXT, 1:] == v.wait
-    real = grid[:, SPEAK, 1:].transpose(1, 2)[learn] != v.empty
-    return {"text": ~wait, "wait": wait, "semantic": real[:, :1], "acoustic": real[:, 1:]}
+    loss, and nor does anything where the mask `loss` is False."""
+    wait, counts = grid[:, TEXT, 1:] == v.wait, loss[:, TEXT]
+    real = ((grid[:, SPEAK, 1:] != v.empty) & loss[:, SPEAK]).transpose(1, 2)[learn]
+    return {"text": counts & ~wait, "wait": counts & wait, "semantic": real[:, :1], "acoustic": real[:, 1:]}
 
 
-def eq_3(flm, grid, learn, v, gamma, totals):
-    """Eq. 3 for some rows of a batch, to be summed over all of them. totals (4,): how many targets of each
-    kind the whole batch has. The two kinds of text token share one mean, over the monologue tokens.
-    Returns (loss, its parts)."""
+def eq_3(flm, grid, learn, mask, v, gamma, totals):
+    """Eq. 3 for some rows of a batch, to be summed over all of them. grid, learn, mask: Conversations.batch.
+    totals (4,): how many targets of each kind the whole batch has. The two kinds of text token share one
+    mean, over the monologue tokens. Returns (loss, its parts)."""
     text, right, codes = flm(grid, learn)
-    masks = kinds_of_target(grid, learn, v)
+    masks = kinds_of_target(grid, learn, mask, v)
     n = dict(zip(masks, totals.clamp(min=1)))
     values = {"text": text, "wait": text, "semantic": codes[:, :1], "acoustic": codes[:, 1:]}
     sums = {name: (values[name] * mask).sum() for name, mask in masks.items()}
@@ -389,8 +394,8 @@ class ModelTask:
     def loss(self, stage, micro, totals):
         """(loss, its parts to be logged, what after_step wants) of a micro-batch: see eq_3."""
         self.model.recompute = stage.recompute
-        grid, learn = (x.to(self.device, non_blocking=True) for x in micro)
-        return *eq_3(self.model, grid, learn, self.vocab, stage.wait, totals.float()), None
+        grid, learn, mask = (x.to(self.device, non_blocking=True) for x in micro)
+        return *eq_3(self.model, grid, learn, mask, self.vocab, stage.wait, totals.float()), None
 
     def after_step(self, kept, step):
         pass

@@ -20,8 +20,8 @@ QUEUE = 6  # frames of a session that may wait: about half a second
 class Session:
     """One conversation of an engine, with the queue of its incoming frames."""
 
-    def __init__(self, seed):
-        self.seed, self.queue = seed, deque()
+    def __init__(self, seed, prompt=None):
+        self.seed, self.prompt, self.queue, self.typed = seed, prompt, deque(), deque()
 
     def hear(self, audio):
         """80 ms of audio, (1920,) from -1 to 1. False, and not taken, if QUEUE frames wait already.
@@ -32,6 +32,15 @@ class Session:
         if len(self.queue) >= QUEUE:
             return False
         self.queue.append(audio.clone())
+        return True
+
+
+    def type(self, tokens):
+        """What the user types, with its special tokens (layouts/typed.py): one token in each frame from now
+        on, in place of what the model would write. False, and not taken, while earlier ones wait."""
+        if self.typed:
+            return False
+        self.typed.extend(tokens)
         return True
 
 
@@ -48,11 +57,11 @@ class Engine:
         self.sessions = [None] * size  # the session of each row,
         self.loaded = [None] * size  # and the one whose memory the row still holds
 
-    def join(self, seed=1):
-        """A new Session, or None if the engine is full."""
+    def join(self, seed=1, prompt=None):
+        """A new Session, or None if the engine is full. prompt: see begin."""
         if None not in self.sessions:
             return None
-        session = self.sessions[self.sessions.index(None)] = Session(seed)
+        session = self.sessions[self.sessions.index(None)] = Session(seed, prompt)
         return session
 
     def leave(self, session):
@@ -60,12 +69,12 @@ class Engine:
         if session in self.sessions:
             self.sessions[self.sessions.index(session)] = None
 
-    def reset(self, session):
-        """The conversation from its start: a new Session in place of this one, or None if it has left
-        before."""
+    def reset(self, session, prompt=None):
+        """The conversation from its start, after this prompt: a new Session in place of this one, or None if
+        it has left before."""
         if session not in self.sessions:
             return None
-        new = self.sessions[self.sessions.index(session)] = Session(session.seed)
+        new = self.sessions[self.sessions.index(session)] = Session(session.seed, prompt)
         return new
 
     def tick(self):
@@ -80,16 +89,21 @@ class Engine:
         wav = torch.zeros(len(sessions), 1, FRAME)
         for row in ready:
             wav[row, 0] = sessions[row].queue.popleft()
+            if sessions[row].typed:
+                self.state.text[row] = sessions[row].typed.popleft()
         waiting = self.upload([row for row, s in enumerate(sessions) if s and row not in ready])
         small = self.state.small_tensors() if len(waiting) else []
         saved = [t[waiting] for t in small]
         text, said = self.step(wav.to(self.duplex.device))
         restore(small, waiting, saved)
         text, said, failed = text.tolist(), said.cpu(), self.state.failed.tolist()
+        for row in (row for row in ready if sessions[row].typed):  # its next column is typed
+            text[row] = self.duplex.vocab.wait
         return {sessions[row]: None if failed[row] else (text[row], said[row, 0]) for row in ready}
 
     def begin(self, rows, sessions):
-        """Gives these rows the state of a conversation's start, in place."""
+        """Gives these rows the state of a conversation's start, in place: after the session's prompt (17, P),
+        or else the model's own, or none."""
         if not rows:
             return
         index, seeds = self.upload(rows), self.upload([sessions[row].seed for row in rows])
@@ -98,6 +112,9 @@ class Engine:
         restore(self.state.small_tensors(), index, self.fresh)
         self.state.seed[index] = seeds
         for row in rows:
+            prompt = self.duplex.prompt if sessions[row].prompt is None else sessions[row].prompt
+            if prompt is not None:
+                self.duplex.prefill(self.state, row, prompt)
             self.loaded[row] = sessions[row]
 
     def upload(self, values):

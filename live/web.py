@@ -4,7 +4,8 @@
     GET /                                          -->  web.html, the only file there is
     GET /talk, a WebSocket                         -->  a session of the engine, or closed: all are in use
     binary: number of the frame, 1920 samples      -->  the session's queue --.
-    text:   {"type": "restart"}                    -->                        | tick, in a thread of its own
+    text:   {"type": "restart", "text": role}      -->                        | tick, in a thread of its own
+    text:   {"type": "type", "text": "..."}        -->                        |
     binary: number of the frame heard, 1920 said   <--  ----------------------'
     text:   {"type": "text", "time": 1.2, "text": " seven"}, {"type": "begin"}
     POST /lesson...                                -->  lessons.py: teach it your voice
@@ -35,6 +36,8 @@ from urllib.parse import quote, urlsplit
 
 import numpy as np
 
+from layouts.prompts import make_prompt
+from layouts.typed import typed_tokens
 from live.engine import QUEUE, Engine
 from live.jitter import conceal
 from live.lessons import Lessons
@@ -55,6 +58,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MESSAGE_BYTES = 4 + 2 * FRAME  # of a binary message
 RATE, BURST = 1.2 * FRAME_RATE, 50  # token bucket: messages a second, and at once after a stall
 TOY_VOCAB = 2048  # text tokens at most of a model of the toy world
+MAX_TEXT = 120  # characters of a role or of what is typed
 RESTART = 10  # messages that one restart counts for
 MAX_UNSENT = 50  # messages that may wait for a client that reads too slowly
 HEADERS = {
@@ -319,14 +323,21 @@ class Server:
                 client.hear(message.data)
                 self.frames_waiting.set()
             elif message.type == WSMsgType.TEXT:
-                self.restart(client, message.data)
+                self.obey(client, message.data)
 
-    def restart(self, client, text):
-        if text != '{"type":"restart"}':
-            raise Ended(WSCloseCode.POLICY_VIOLATION, "not a message of the page's")
+    def obey(self, client, data):
+        """Restarts a conversation, in a role if there is one, or gives it what the user types."""
+        kind, text = read_message(data)
+        if kind == "type":
+            client.session.type(typed_tokens(text, self.duplex.vocab, self.duplex.tokenizer))
+            return
         client.count_messages(RESTART)
+        try:
+            prompt = make_prompt(self.duplex, text) if text.strip() else None
+        except ValueError as e:
+            raise Ended(WSCloseCode.POLICY_VIOLATION, str(e)) from None
         self.clients.pop(client.session)
-        session = self.engine.reset(client.session)
+        session = self.engine.reset(client.session, prompt)
         if session:  # otherwise another model has taken over
             self.start_session(client, session)
 
@@ -439,6 +450,18 @@ async def first_to_fail(*work):
             # repeated, since wait_for may lose a cancellation before Python 3.12
             await asyncio.wait(left, timeout=0.1)
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def read_message(data):
+    """(type, text) of a JSON message of the page's; the text may be missing. Raises Ended for any other."""
+    try:
+        message = json.loads(data)
+        kind, text = message["type"], message.get("text", "")
+        if kind in ("restart", "type") and isinstance(text, str) and len(text) <= MAX_TEXT:
+            return kind, text
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise Ended(WSCloseCode.POLICY_VIOLATION, "not a message of the page's")
 
 
 def hostname(host):

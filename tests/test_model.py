@@ -39,8 +39,9 @@ def loss_parts(flm, x, v, shares=(1.0, 1.0), rng=None):
     """The parts of Eq. 3 for a batch (B, 17, T), and the wait tokens for each monologue token."""
     rng = rng or np.random.default_rng(0)
     learn = torch.from_numpy(np.stack([frames_to_learn(row, v, shares, rng) for row in x.numpy()]))
-    totals = torch.stack([mask.sum() for mask in kinds_of_target(x, learn, v).values()])
-    _, parts = eq_3(flm, x, learn, v, 1.0, totals)
+    every = torch.ones(len(x), LISTEN.start, x.shape[-1] - 1, dtype=torch.bool)
+    totals = torch.stack([mask.sum() for mask in kinds_of_target(x, learn, every, v).values()])
+    _, parts = eq_3(flm, x, learn, every, v, 1.0, totals)
     return parts | {"waits": totals[1] / totals[0].clamp(min=1)}
 
 

@@ -17,6 +17,8 @@ from chat import DuplexModel
 from evals.conversations import written
 from files.audio import read_audio, write_audio
 from files.manifest import read_manifest
+from layouts.prompts import make_prompt
+from layouts.typed import typed_tokens
 from live.recordings import make_prompts, save_recording
 from toy.voices import Espeak, speak
 from evals.turns import words_of
@@ -109,6 +111,28 @@ def test_a_request_is_heard_and_answered_on_two_pages_at_once_and_after_a_reload
             await first.value("$('talk').click()")
             await first.until("record.said.length > 20")
             assert len(server.clients) == 2
+    asyncio.run(talk())
+
+
+def test_a_role_and_typed_text_reach_the_engine(world, tmp_path):
+    """The page starts again in the role; what is typed is read between <asr> and <answer>."""
+    async def talk():
+        async with serving(world) as (server, address), chromium(str(tmp_path / "profile")) as browser:
+            tab = await open_page(browser, address)
+            assert await tab.value("$('typed').disabled")
+            await tab.value("$('role').value = 'say it twice'; $('talk').click()")
+            await tab.until("record.said.length > 5 && !$('typed').disabled")
+            session, = server.clients
+            assert session.prompt.shape == make_prompt(server.duplex, "say it twice").shape
+            taken, take = [], session.type
+            session.type = lambda tokens: taken.append(tokens) or take(tokens)
+            await tab.value("$('typed').value = 'up down'; $('typed').focus()")
+            await tab.press("Enter", 13)
+            await tab.until("$('typed').value === ''")
+            said = await tab.value("record.said.length")
+            await tab.until(f"record.said.length > {said + 10}")
+            assert taken == [typed_tokens("up down", server.duplex.vocab, server.duplex.tokenizer)]
+            assert not session.typed, "the engine has read all of it"
     asyncio.run(talk())
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from files.tokenizer import load_tokenizer, make_tokenizer
 from streams import (K, LISTEN, ROWS, SPEAK, STREAMS, TEXT, Utterance, Vocab, asr, asr_response_tts, delay,
-                     free_response_tts, language, pack, recorded, response_tts, tts, word_aligned)
+                     free_response_tts, given, language, pack, recorded, response_tts, tts, word_aligned)
 
 # words 0..9, <wait> W, <asr> A, <answer> R; codes 0..63, empty E; silence starts with 1, then repeats 0
 W, A, R, E = 10, 11, 12, 64
@@ -154,12 +154,23 @@ def test_undelay_is_the_inverse():
 
 def test_pack_joins_cuts_and_delays():
     a, b = tts(MODEL, V), asr(USER, V)
-    packed = pack([a, b], 10, V)
+    packed, loss = pack([a, b], 10, V)
+    assert loss.all()
     assert packed.shape == (ROWS, 10)
     assert packed[TEXT].tolist() == [5, 6, 7, W, W, W, W, W, W, W]
     assert packed[SPEAK.start].tolist() == [E, E, 30, 31, 32, 33, 34, 9, E, E]
     assert packed[SPEAK.start + 1].tolist() == [E, E, E, 30, 31, 32, 33, 34, 9, E]
     assert packed[LISTEN.start].tolist() == [E] * 8 + [20, 21]
+
+
+def test_what_is_given_is_read_but_carries_no_loss():
+    """Every entry is marked by its own row's delay: the acoustic codes' a frame later than the others."""
+    grid = tts(MODEL, V)
+    grid[TEXT, :2], grid[SPEAK, 2:4] = given(grid[TEXT, :2]), given(grid[SPEAK, 2:4])
+    packed, loss = pack([grid], 9, V)
+    plain, _ = pack([tts(MODEL, V)], 9, V)
+    assert (packed == plain).all()
+    assert [np.flatnonzero(~row).tolist() for row in loss] == [[0, 1], [2, 3], *[[3, 4]] * 7, *[[]] * 8]
 
 
 def test_a_recorded_conversation():

@@ -101,7 +101,7 @@ def test_nothing_is_cut_before_its_transcript(world):
     v, found = data.vocab, 0
     clips = np.concatenate(data.heard["train"]).tolist()
     known = {tuple(data.line(i)["turns"][t]["tokens"]) for i, t in clips}
-    rows, _ = data.batch(Stage("s", 1, 40, 0, 0, 128, {"asr": (1, 1)}), 0, "train", random.Random(0))
+    rows, *_ = data.batch(Stage("s", 1, 40, 0, 0, 128, {"asr": (1, 1)}), 0, "train", random.Random(0))
     for row in rows.numpy():
         heard = row[LISTEN][0] != v.empty
         starts = [t for t in range(1, 128) if heard[t] and not heard[t - 1]]

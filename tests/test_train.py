@@ -206,18 +206,18 @@ def test_batches_hold_what_their_layout_says(world):
 
 
 def test_the_variants_of_the_papers_questions(world, monkeypatch):
-    """tests/questions.py: the same steps for each; word-aligned text stands where the words are spoken."""
-    import questions
+    """The same steps for each; word-aligned text stands where the words are spoken."""
+    from questions import ask, paper
     task = train.ModelTask(FLM, str(world / "toy/encoded"), "cpu")
     sizes = [(sum(s.steps for s in stages), *{(s.batch, s.frames, s.lr) for s in stages})
-             for stages in questions.VARIANTS.values()]
+             for stages in (variant.stages for variant in paper.PAPER.values())]
     assert len({*sizes}) == 1
-    for stages in questions.VARIANTS.values():
-        for s in stages:
-            grid, _ = task.batch(dataclasses.replace(s, batch=2), 0.5, "train", random.Random(0))
+    for variant in (v for variants in ask.QUESTIONS.values() for v in variants.values()):
+        for s in variant.stages:
+            grid, *_ = task.batch(dataclasses.replace(s, batch=2), 0.5, "train", random.Random(0))
             assert grid.shape == (2, 17, s.frames)
     u = Utterance([7, 8], np.arange(6)[:, None].repeat(8, 1), 5, [0, 3])
-    grid = questions.aligned_tts(u, task.vocab)
+    grid = paper.aligned_tts(u, task.vocab)
     assert [t for t in range(grid.shape[1]) if grid[TEXT, t] != task.vocab.wait] == [2, 5]
     assert grid[SPEAK][0, 2:].tolist() == [0, 1, 2, 3, 4, 5]
 
@@ -466,7 +466,7 @@ def test_nothing_held_out_means_no_held_out_loss(world, tmp_path):
 @pytest.mark.parametrize("command, message", [
     ("bench_train", "data/toy/encoded: not there; needs what `make demo` leaves"),
     ("bench_train --config tiny --layers 1", "data/toy/encoded: not there; needs what `make demo` leaves"),
-    ("questions", "out/codec/checkpoint.pt: not there; needs what `make demo` leaves"),
+    ("questions.ask", "out/codec/checkpoint.pt: not there; needs what `make demo` leaves"),
     ("bench_train --device mps", "not supported"), ("bench_memory --device gpu", "unknown; use cpu or cuda")])
 def test_benchmarks_say_in_one_line_what_they_miss(tmp_path, monkeypatch, command, message):
     monkeypatch.chdir(tmp_path)

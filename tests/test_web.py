@@ -152,6 +152,33 @@ async def test_restart_begins_a_conversation_that_equals_the_first(duplex):
 
 
 @live
+async def test_a_role_and_typed_text(duplex):
+    async with serving(duplex) as (address, _, server, client):
+        ws = await begun(client, address)
+        await ws.send_str('{"type": "restart", "text": "say it twice"}')
+        assert await ws.receive_json(timeout=10) == {"type": "begin"}
+        await ws.send_str('{"type": "type", "text": "up"}')
+        await ws.send_bytes(binary(0))
+        await answers(ws, 1)
+        session, = server.clients
+        assert session.prompt.shape[1] > 3 and len(session.typed) >= 2
+        await ws.send_str('{"type": "restart", "text": ""}')
+        assert await ws.receive_json(timeout=10) == {"type": "begin"}
+        session, = server.clients
+        assert session.prompt is None and not session.typed
+        await ws.send_str(json.dumps({"type": "restart", "text": "zq" * 60}))
+        assert (await ending(ws))[0] == 1008, "it would fill the context"
+
+
+@pytest.mark.parametrize("data", ["", "[", "[" * 3000, "3", "{}", '{"type": "restart", "text": 3}',
+                                  '{"type": "x"}', '{"type": ["type"]}',
+                                  '{"type": "type", "text": "' + "a" * 121 + '"}'])
+def test_what_is_not_a_message_of_the_pages(data):
+    with pytest.raises(web.Ended, match="not a message"):
+        web.read_message(data)
+
+
+@live
 async def test_a_bad_link_leaves_the_conversation_intact(duplex):
     """Bursts of 200 ms and a loss of 2% on the way there, at twice the speed."""
     from test_live import link

@@ -1,0 +1,1 @@
+"""Layouts of other papers in the same grid, each a few lines: change one thing."""

@@ -1,0 +1,1 @@
+"""Experiments on the toy world: variants of one recipe, a file for each question; ask.py runs them."""

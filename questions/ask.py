@@ -1,0 +1,149 @@
+"""Questions, asked of the toy world: each variant of a recipe is trained and measured, with several seeds.
+
+    python -m questions.ask              the paper's; after `make demo`; an hour or two; it can be continued
+    python -m questions.ask states typed prompts teacher long
+    python -m questions.ask states --seeds 1 --items 20
+
+Each variant trains the tiny model with the same data, number of steps and seeds, on fewer voices and without
+chants and stories, so that a run takes minutes; then it is evaluated in the same held-out conversations. The
+tables that are printed have means and standard deviations over seeds. To ask one of your own, write its
+variants as in layouts.py, and its name below. A new layout is a function in layouts/.
+
+    paper      what each stage is for, word-aligned text (FLM-Audio, RQ1 and RQ2)
+    long       the same with twice the steps
+    states     SHIFT and BREAK around each answer (Covo-Audio-Chat-FD)
+    typed      turns that are typed (Hello-Chat)
+    prompts    roles (PersonaPlex)
+    teacher    distillation from the text model, replay of text (Hello-Chat)
+"""
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import statistics
+import sys
+
+import torch
+from tqdm import tqdm
+
+import prepare
+import train
+from chat import DuplexModel
+from eval import KINDS
+from evals.recogniser import get_recogniser
+from files.atomic import read_json, replace_when_done
+from files.manifest import read_manifest
+from model import CONFIGS
+from questions.layouts import PROMPTS, STATES, TYPED
+from questions.paper import LONG, PAPER, multiplexing
+from questions.recipe import MEASURES
+from questions.teacher import TEACHER, start_teacher
+from toy import script as toy_script
+
+DATA, OUT, CODEC = "data/questions", "out/questions", "out/codec/checkpoint.pt"
+QUESTIONS = {"paper": PAPER, "long": LONG, "states": STATES, "typed": TYPED, "prompts": PROMPTS,
+             "teacher": TEACHER}
+
+
+def folder_of(question, name, seed):
+    return os.path.join(OUT, question, f"{name.strip('<>').replace(', ', '-').replace(' ', '-')}-{seed}")
+
+
+def answer(task):
+    """Train one variant with one seed and measure it, unless that is done."""
+    question, name, seed, items, share = task
+    torch.set_num_threads(1)  # Run then uses one thread too
+    variant, out = QUESTIONS[question][name], folder_of(question, name, seed)
+    path = os.path.join(out, "scores.json")
+    if os.path.exists(path):
+        return question, name, read_json(path)
+    if variant.prepare:
+        variant.prepare()
+    random.seed(seed)
+    torch.manual_seed(seed)
+    model_task = variant.task(CONFIGS["tiny"], os.path.join(DATA, "encoded"), "cpu")
+    model_task.from_nothing = variant.muon
+    stages = [dataclasses.replace(s, steps=max(1, round(s.steps * share))) for s in variant.stages]
+    if hasattr(model_task, "teacher"):
+        start_teacher(model_task, out, seed, stages)
+    train.train(model_task, stages, out, resume=True, seed=seed)
+    recogniser = get_recogniser(None, DATA, "out/questions/recogniser", 1.5, "cpu")
+    manifest = read_manifest(os.path.join(DATA, "manifest.jsonl"))
+    held_out = [d for d in manifest if d["split"] == "seen" and d["kind"] in KINDS]
+    scores = variant.measure(model_task, DuplexModel.load(out, "cpu"), recogniser, held_out[:items])
+    with replace_when_done(path) as temporary, open(temporary, "w") as f:
+        json.dump(scores, f)
+    return question, name, scores
+
+
+def make_data(processes):
+    """The data of all variants, encoded, and the recogniser that judges them, unless they are there."""
+    encoded = os.path.exists(os.path.join(DATA, "encoded"))
+    if not encoded and not os.path.exists(CODEC):
+        raise ValueError(f"{CODEC}: not there; needs what `make demo` leaves")
+    toy_script.KIND_PROPORTIONS = {kind: toy_script.KIND_PROPORTIONS[kind] for kind in KINDS}
+    if not os.path.exists(DATA):
+        toy_script.make_toy(DATA, "en", items=4000, tests=240, sentences=2000, voices=6, seed=2, tts=None)
+    if not encoded:
+        prepare.encode(DATA, CODEC, "bpe", 512, 1, 0.0, False, processes, "cpu")
+    get_recogniser(None, DATA, "out/questions/recogniser", 1.5, "cpu")
+
+
+def table(found, measures, title):
+    """found: {variant: [{measure: value}, one for each seed]} -> the lines of a Markdown table. measures:
+    {measure: title}"""
+    lines = [f"| {title} | {' | '.join(measures.values())} |", "|---" * (1 + len(measures)) + "|"]
+    for name, runs in found.items():
+        columns = [[r[key] for r in runs] for key in measures]
+        cells = [(statistics.mean(x), statistics.stdev(x) if len(x) > 1 else 0.0) for x in columns]
+        lines.append(f"| {name} | " + " | ".join(f"{m:.2f} ± {s:.2f}" for m, s in cells) + " |")
+    return "\n".join(lines)
+
+
+def ask(names, seeds, items, processes, share=1.0):
+    make_data(processes)
+    wanted = [(question, name, seed, items, share) for question in names for seed in range(1, seeds + 1)
+              for name in QUESTIONS[question]]
+    found = {question: {name: [] for name in QUESTIONS[question]} for question in names}
+    with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=1) as pool:
+        for question, name, scores in tqdm(pool.imap_unordered(answer, wanted), "questions", len(wanted),
+                                           unit="run"):
+            found[question][name].append(scores)
+    written = []
+    for question in names:
+        first = next(iter(QUESTIONS[question].values()))
+        steps = round(share * sum(s.steps for s in first.stages))
+        text = table(found[question], first.titles or MEASURES,
+                     f"{question}: {seeds} seeds, {steps} steps, {items} conversations each")
+        print("\n" + text)
+        written.append(os.path.join(OUT, f"{question}.md"))
+        with replace_when_done(written[-1]) as temporary, open(temporary, "w", encoding="utf-8") as f:
+            f.write(text + "\n")
+    if "paper" in names:
+        multiplexing()
+    print(f"\nWrote {', '.join(written)}")
+
+
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("names", nargs="*", metavar="NAME", default=["paper"],
+                        help=f"{', '.join(QUESTIONS)} (default: paper)")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--items", type=int, default=200, help="held-out conversations for each run")
+    parser.add_argument("--share", type=float, default=1.0, help="of the steps, for a trial")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    try:
+        unknown = [name for name in args.names if name not in QUESTIONS]
+        if unknown:
+            raise ValueError(f"no question {unknown[0]}; there are {', '.join(QUESTIONS)}")
+        ask(args.names, args.seeds, args.items, args.processes, args.share)
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Does another layout do better? The variants that only change what stands in the grid of fine-tuning."""
+import torch
+
+from evals.conversations import converse_all, written
+from evals.turns import LEAD, silence, words_of
+from files.audio import SAMPLE_RATE, read_audio
+from layouts.prompts import ROLES, make_prompt
+from questions.recipe import ANSWER, FADE, Variant, answers, stages
+
+FADED = {"asr_response_tts": FADE["asr_response_tts"]}
+
+# SHIFT and BREAK against <wait> alone; the users of both interrupt.
+STATES = {
+    "<wait>": Variant(stages(fine_2={**FADED, "free_response_tts": (1, 1)})),
+    "SHIFT, BREAK": Variant(stages(fine_2={**FADED, "states:states": (1, 1)})),
+}
+
+# Half of the requests typed; and those to count spoken in ASR style alone: are they understood when spoken?
+COUNTS = {"typed:typed_counts": (1, 1)}
+TYPED = {
+    "spoken": Variant(stages(fine_1=ANSWER, fine_2=ANSWER)),
+    "half typed": Variant(stages(fine_1={"typed:typed": (1, 1)}, fine_2={"typed:typed": (1, 1)})),
+    "counts typed": Variant(stages(fine_1=COUNTS, fine_2=COUNTS)),
+}
+
+
+def in_roles(task, duplex, recogniser, items):
+    """The scores without a prompt, and how many answers are right in each role."""
+    found = answers(task, duplex, recogniser, items)
+    for role, order in ROLES.items():
+        duplex.prompt = make_prompt(duplex, role)
+        turns = [[read_audio(turn["path"]) for turn in d["turns"][:2]] for d in items]
+        heard = [torch.cat([silence(LEAD), user, silence(2.5 + 2 * len(model) / SAMPLE_RATE)])
+                 for user, model in turns]
+        said = converse_all(duplex, heard, 7, role or "no role")
+        right = [words_of(written(duplex, text)) == order(d["turns"][1]["text"].split())
+                 for d, (text, _) in zip(items, said)]
+        found[role or "as asked"] = sum(right) / max(1, len(right))
+    return found
+
+
+ROLE_TITLES = {"text": "no prompt", **{role: role for role in ["as asked", *ROLES] if role}}
+PROMPTS = {
+    "recipe": Variant(stages(), measure=in_roles, titles=ROLE_TITLES),
+    "roles": Variant(stages(fine_2={**FADED, "response_tts": (0.3, 0.3), "prompts:prompted": (1, 1)}),
+                     measure=in_roles, titles=ROLE_TITLES),
+}

@@ -1,0 +1,94 @@
+"""Experiments: a variant trains, is measured and gives a row of its table; the teacher's places by hand."""
+import random
+
+import pytest
+import torch
+from conftest import FLM
+from test_streams import MODEL, R, USER, A, V, W
+
+import model
+import train
+from layouts import states
+from questions import ask, layouts, teacher
+from streams import TEXT, asr_response_tts, pack
+
+
+class Deaf:
+    def hear(self, wav):
+        return []
+
+
+@pytest.mark.parametrize("question, name", [
+    ("states", "SHIFT, BREAK"), ("typed", "half typed"), ("typed", "counts typed"), ("prompts", "roles"),
+    ("teacher", "teacher"), ("teacher", "replay"), ("long", "word-aligned")])
+def test_a_variant_from_training_to_its_row(world, tmp_path, monkeypatch, question, name):
+    import streams
+    monkeypatch.setattr(streams, "tts", streams.tts)  # put back what word-aligned replaces
+    monkeypatch.setattr(ask, "DATA", str(world / "toy"))
+    monkeypatch.setattr(ask, "OUT", str(tmp_path))
+    monkeypatch.setattr(ask, "CONFIGS", {"tiny": FLM})
+    monkeypatch.setattr(ask, "get_recogniser", lambda *a: Deaf())
+    found = ask.answer((question, name, 1, 2, 0.004))
+    assert found[:2] == (question, name)
+    assert ask.answer((question, name, 1, 2, 0.004)) == found, "read, not trained again"
+    titles = ask.QUESTIONS[question][name].titles or ask.MEASURES
+    assert set(titles) <= set(found[2]) and all(0 <= found[2][key] <= 1 for key in titles)
+    table = ask.table({name: [found[2], found[2]]}, titles, "a title").splitlines()
+    assert table[0].startswith("| a title | ") and table[2].startswith(f"| {name} | ")
+    assert table[0].count("|") == table[1].count("|") == table[2].count("|") == len(titles) + 2
+
+
+def test_a_question_has_one_recipe_and_columns():
+    for variants in ask.QUESTIONS.values():
+        assert len({tuple(v.titles or ask.MEASURES) for v in variants.values()}) == 1
+        assert len({sum(s.steps for s in v.stages) for v in variants.values()}) == 1
+
+
+def test_the_teacher_reads_what_the_language_stage_has():
+    grid = asr_response_tts([(USER, MODEL)], [2], V)
+    (packed, _) = pack([grid, grid], 30, V)  # the second is cut in its answer: not a whole run, at the end
+    text = torch.from_numpy(packed)[TEXT]
+    assert text[5:13].tolist() == [A, 3, 4, R, 5, 6, 7, W]
+    begin, answer, end = teacher.runs(text, V)[0]
+    assert (begin, answer, end) == (5, 8, 12) and text[begin:end].tolist() == [A, 3, 4, R, 5, 6, 7]
+
+
+def test_a_teacher_who_knows_what_the_student_knows_adds_nothing_and_another_does(world):
+    task = teacher.TaughtTask(FLM, str(world / "toy/encoded"), "cpu")
+    stage = train.Stage("s", 1, 4, 0, 0, 96, {"asr_response_tts": (1, 1)})
+    batch = task.batch(stage, 0, "train", random.Random(0))
+    total = task.totals(batch)
+    assert any(teacher.runs(row[TEXT], task.vocab) for row in batch[0])
+    plain = task.loss(stage, batch, total)
+    assert "kl" not in plain[1]
+    torch.manual_seed(5)
+    task.teacher = model.FLM(task.config).eval()
+    for p in task.teacher.parameters():
+        p.data.mul_(3)
+    loss, parts, _ = task.loss(stage, batch, total)
+    assert parts["kl"] > 1e-3 and torch.allclose(loss, plain[0] + parts["kl"])
+    loss.backward()
+    assert all(p.grad is None for p in task.teacher.parameters())
+    with torch.no_grad():  # nothing but one answer for both
+        for m in (task.model, task.teacher):
+            m.head.weight.zero_()
+    assert task.loss(stage, batch, total)[1]["kl"].abs() < 1e-5
+
+
+def test_roles_are_judged_by_their_own_right_answers(monkeypatch, world):
+    class Duplex:
+        prompt, vocab = None, V
+    monkeypatch.setattr(layouts, "answers", lambda *a: {"text": 0.5})
+    monkeypatch.setattr(layouts, "make_prompt", lambda duplex, role: role)
+    monkeypatch.setattr(layouts, "written", lambda duplex, text: [(0.0, text)])
+    monkeypatch.setattr(layouts, "converse_all", lambda duplex, heard, *a: [
+        ({"": "one two", "say it twice": "one two one two", "say it backward": "one two"}[duplex.prompt], 0)
+        for _ in heard])
+    monkeypatch.setattr(layouts, "read_audio", lambda path: torch.zeros(10))
+    item = {"turns": [{"path": "a", "text": "x"}, {"path": "b", "text": "one two"}]}
+    assert layouts.in_roles(None, Duplex(), None, [item]) == {
+        "text": 0.5, "as asked": 1.0, "say it twice": 1.0, "say it backward": 0.0}
+
+
+def test_the_state_tokens_are_no_words():
+    assert f"{states.SHIFT}one two{states.BREAK}".split() == ["one", "two"]
