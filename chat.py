@@ -192,8 +192,8 @@ class DuplexModel:
 
 def talk_to_file(duplex, source, target, stereo, picture, seed, typed=()):
     """source: a file or, if the user types, how many frames of silence. Writes the audio said to `target`,
-    the monologue beside it as JSON lines, and a picture if wanted. Only a picture takes memory for the length of
-    the file."""
+    the monologue beside it as JSON lines, and a picture if wanted. Only a picture takes memory for the length
+    of the file."""
     frames = source if typed else math.ceil(seconds_of(source) * FRAME_RATE)
     blocks = [torch.zeros(1, FRAME)] * source if typed else read_blocks(source)
     transcript, begin = PrintedTranscript(duplex), time.perf_counter()
