@@ -1,4 +1,5 @@
 # make talk   a page to talk to a small model, whose weights are in this repository
+# make page   the same without a server: a folder with the model in it, for any static host
 # make demo   from nothing to a talking model: environment, toy world, codec, stages, three conversations, scores
 # make test   environment and test suite
 # make slow   the checks that take minutes, against the reference packages too
@@ -13,6 +14,12 @@ left = $$(awk "BEGIN { left = $(MINUTES) - ($$(date +%s) - $(BEGUN)) / 60; m = l
 talk: .venv/ready
 	test -d out/talk || $(PY) -m live.packed weights/talk.safetensors out/talk
 	$(PY) chat.py --checkpoint out/talk --web --open
+
+page: .venv/ready
+	.venv/bin/pip install -q --disable-pip-version-check -e '.[page]'
+	test -d out/talk || $(PY) -m live.packed weights/talk.safetensors out/talk
+	$(PY) -m page.export out/talk out/page
+	$(PY) -m http.server --bind 127.0.0.1 --directory out/page
 
 demo: .venv/ready
 	@$(MAKE) --no-print-directory demo-steps BEGUN=$$(date +%s)
@@ -52,4 +59,4 @@ slow: .venv/ready
 	.venv/bin/pip install -q --disable-pip-version-check -e '.[toy,weights,plot,web]'
 	touch $@
 
-.PHONY: talk demo demo-steps test slow weights
+.PHONY: talk page demo demo-steps test slow weights

@@ -138,13 +138,15 @@ def check_finite(weights, where):
             raise ValueError(f"{where}: {name} holds NaN or infinity")
 
 
-def check_vocab(v, config, where):
-    """ValueError unless a checkpoint's vocabulary is one of a model of this config."""
+def check_vocab(v, config, where, frames=1):
+    """ValueError unless a checkpoint's vocabulary is one of a model of this config, with `frames` of silence
+    at least."""
     fits = v.text_size <= config.vocab_size and v.codebook_size <= v.empty == config.empty
     codes = [code for frame in v.silence for code in frame]
     if not fits or max(v.wait, v.asr, v.answer) >= v.text_size or v.wait < 0:
         raise ValueError(f"{where}: its vocabulary is not that of its config")
-    if max(codes, default=0) >= v.codebook_size or {len(frame) for frame in v.silence} - {CODES}:
+    if max(codes, default=0) >= v.codebook_size or {len(frame) for frame in v.silence} - {CODES} \
+            or len(v.silence) < frames:
         raise ValueError(f"{where}: its silence is no frames of {CODES} codes below {v.codebook_size}")
 
 

@@ -53,7 +53,19 @@ def make_tokenizer(ranks, pattern, specials=(), ours=MONOLOGUE):
         raise ValueError(f"its pattern is of a kind that cannot be trusted: {short(pattern)}")
     specials = {name: len(ranks) + i for i, name in enumerate(names)}
     kind = "own" if pattern == PATTERN else "published"
-    return tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+    tokenizer = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+    encode("it is  late\n\n1!aa, 你好€ ", tokenizer)  # panics if the pattern matches no letter at all
+    return tokenizer
+
+
+def encode(text, tokenizer):
+    """The tokens of a text, without special ones. ValueError where tiktoken panics."""
+    try:
+        return tokenizer.encode_ordinary(text)
+    except BaseException as e:  # its panic is no Exception
+        if type(e).__name__ != "PanicException":
+            raise
+        raise ValueError(f"its pattern cannot split {short(text)}") from None
 
 
 PATTERN = r" ?[^\s]+|\s+"  # of our own tokenisers: BPE merges within a word and the space before it
@@ -73,7 +85,7 @@ def encode_words(text, tokenizer):
     without spaces stays as it is written, as in what that vocabulary was made from."""
     as_written = tokenizer.name == "published" and NO_SPACES.search(text)
     words = unicodedata.normalize("NFC", text).split()
-    return [tokenizer.encode_ordinary(w if as_written and i == 0 else " " + w) for i, w in enumerate(words)]
+    return [encode(w if as_written and i == 0 else " " + w, tokenizer) for i, w in enumerate(words)]
 
 
 def get_tokenizer(name, words, vocab_size):

@@ -93,7 +93,8 @@ def make_lesson(recordings, out, synthesiser, seed, dialogues, sentences):
     with tempfile.TemporaryDirectory() as folder:
         words = cut_words(train, folder, synthesiser)
         known = sorted(words.keys() & set(LANGUAGES["en"].words))
-        script = Script({"en": {"train": [["user"]]}}, seed, {"user": known}, KINDS_READ)
+        voices = {"train": [["user"]], "seen": [["user"]]}
+        script = Script({"en": voices}, seed, {"user": known}, KINDS_READ)
         for prompt, _ in train:
             script.add("en", prompt.kind, "train", "user", [prompt.text], prompt.answer)
         script.lines *= AGAIN

@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import contextlib
 import copy
+import faulthandler
 import io
 import json
 import logging
@@ -551,6 +552,7 @@ def one(reader, world, seed, i):
 
 def child(reader, world, seed, first, last, pipe):
     torch.set_num_threads(1)
+    faulthandler.disable()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries print
     for i in range(first, last):
         pipe.send((i, one(reader, world, seed, i), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10))

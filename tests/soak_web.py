@@ -1,6 +1,6 @@
-"""Eight clients that join, restart and drop for as long as you like: the server's memory must not grow. Beside
-them two that only talk, and an attacker who opens connections, drips bytes into them and never closes one:
-those two must lose no frame.
+"""Eight clients that join, restart and drop for as long as you like: the server's memory must not grow.
+Beside them two that only talk, and an attacker who opens connections, drips bytes into them and never closes
+one: those two must lose no frame.
 
     python tests/soak_web.py --checkpoint out/tiny --minutes 60
 
@@ -48,7 +48,7 @@ async def client(http, address, rng, count, end):
 
 
 async def steady(http, address, count, end):
-    """Conversations of half a minute, in which every frame is answered; one after another, as places allow."""
+    """Conversations of half a minute, one after another as places allow. Every frame must be answered."""
     while time.monotonic() < end:
         async with http.ws_connect(f"{address}/talk", headers={"Origin": address}, max_msg_size=0) as ws:
             if (await ws.receive()).type != aiohttp.WSMsgType.TEXT:
@@ -123,7 +123,8 @@ def held(server):
 
 
 async def soak(args):
-    server = web.Server(DuplexModel.load(args.checkpoint), web.Limits(sessions=PLACES + STEADY), log=lambda line: None)
+    limits = web.Limits(sessions=PLACES + STEADY)
+    server = web.Server(DuplexModel.load(args.checkpoint), limits, log=lambda line: None)
     count = dict.fromkeys(("joined", "full", "dropped", "sent", "answered", "steady", "lost", "refused",
                            "attacks"), 0)
     port = await server.start("127.0.0.1", 0)

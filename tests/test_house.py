@@ -21,6 +21,7 @@ LATEST = {
     "toy": "mimi",  # trains its small codec
     "corpora": "mimi",  # conversations are a whole number of frames long
     "live": "mimi",  # audio comes and goes in frames; the engine is handed the rest
+    "page": "chat",  # exports its step
     "evals": "train",  # the recogniser is trained by the same loop
     "questions": "eval",  # trains variants, and measures them
     "teaching": "eval",  # fine-tunes a model, and scores it before and after
@@ -146,7 +147,7 @@ def test_the_book_needs_no_extra(tmp_path):
         import sys
         sys.path.insert(0, {ROOT!r})
         for extra in ("espeakng_loader", "safetensors", "aiohttp", "sounddevice", "matplotlib", "torchao",
-                      "pyarrow"):
+                      "pyarrow", "onnx", "onnxruntime"):
             sys.modules[extra] = None
         import {", ".join(BOOK)}
         """

@@ -151,7 +151,7 @@ def test_the_recipe_from_recordings_to_a_model(voice, world, tmp_path, capsys):
 
 def test_half_of_the_lesson_is_the_new_voice(voice, world, tmp_path):
     recordings, _ = read_recordings(str(voice), make_prompts())
-    teach.make_lesson(recordings, str(tmp_path / "new"), Espeak(), 1, 30, 20)
+    teach.make_lesson(recordings, str(tmp_path / "new"), Espeak(), 1, 30, 80)
     lines = [json.loads(line) for line in open(tmp_path / "new/manifest.jsonl")]
     held_out = {d["turns"][0]["text"] for d in lines if d["split"] == "seen"}
     assert held_out == {recordings[7][0].text, recordings[15][0].text}

@@ -42,9 +42,9 @@ def readers():
 def test_a_few_damaged_inputs_for_every_reader():
     pytest.importorskip("safetensors")
     lines = []
-    found = fuzz.table(8, 1, readers(), show=lines.append)
+    found = fuzz.table(6, 1, readers(), show=lines.append)
     assert len(found) >= 10 and is_clean(found), "\n".join(lines)
-    assert all(f["read"] + f["refused"] == 8 for f in found.values())
+    assert all(f["read"] + f["refused"] == 6 for f in found.values())
     assert sum(f["refused"] for f in found.values()) > 20 and sum(f["read"] for f in found.values()) > 5
 
 
@@ -132,6 +132,7 @@ def huge(saved):
     (lambda s: s["config"].update(mlp=1 << 16), "its tensors are not those of its config"),
     (lambda s: s["vocab"].update(wait=10 ** 6), "vocabulary is not that of its config"),
     (lambda s: s["vocab"].update(silence=[[0] * 7]), "silence is no frames of 8 codes"),
+    (lambda s: s["vocab"].update(silence=[]), "silence is no frames of 8 codes"),
     (lambda s: s.pop("vocab"), "holds no vocab"),
     (lambda s: s.update(model=[]), "holds no model"),
     (lambda s: s["model"].update({"norm.weight": s["model"]["norm.weight"].long()}), "norm.weight is"),
@@ -164,6 +165,7 @@ def test_parts_of_several_models_are_told_apart(world, tmp_path):
     (lambda s: s.update(pattern="(?<=a)b"), "cannot be trusted"),
     (lambda s: s.update(pattern="(a)\\1"), "cannot be trusted"),
     (lambda s: s.update(pattern="("), "not a tokeniser"),
+    (lambda s: s.update(pattern="a*"), "cannot split"),
     (lambda s: s.update(specials=["<wait>"]), "special tokens"),
     (lambda s: s.update(specials=[""]), "special tokens"),
     (lambda s: s["ranks"].update({"AAA=": "0"}), "ranks"),
@@ -238,12 +240,12 @@ def test_blocks_together_are_the_whole(tmp_path, monkeypatch, rate):
 def test_hours_of_silence_in_a_small_file_take_no_memory(tmp_path):
     path = str(tmp_path / "long.flac")
     with soundfile.SoundFile(path, "w", 8000, 1) as f:
-        for _ in range(120):
+        for _ in range(61):
             f.write(np.zeros(8000 * 60, np.int16))
-    with pytest.raises(ValueError, match="2.0 hours, 1 channels: too much at once"):
+    with pytest.raises(ValueError, match="1.0 hours, 1 channels: too much at once"):
         read_audio(path)
     sizes = [x.shape[1] for x in read_blocks(path)]
-    assert sum(sizes) == 7200 * SAMPLE_RATE and max(sizes) < 2 ** 23
+    assert sum(sizes) == 3660 * SAMPLE_RATE and max(sizes) < 2 ** 23
 
 
 def test_a_reply_to_a_file_is_that_of_one_piece(world, tmp_path):
@@ -295,7 +297,7 @@ def test_a_sound_that_is_broken_inside_is_left_out_and_counted(world, tmp_path):
     ('{"audio": "a\\nb.wav", "text": "a"}', "'audio' is text"),
     ('{"audio": "a.wav", "text": "\\ud800"}', "'text' is text"),
     ('{"audio": "a.wav", "text": "a", "split": []}', "there is no split"),
-    ('{"audio": "a.wav", "text": "a", "kind": 7}', "kind is a text"),
+    ('{"audio": "a.wav", "text": "a", "lang": 7}', "lang is a text"),
     ('{"audio": "half.wav", "text": "a"}', "half.wav: cut off")])
 def test_every_field_of_a_manifest_is_checked(tmp_path, line, says):
     write_audio(str(tmp_path / "a.wav"), np.zeros(9000) + 0.1)

@@ -317,7 +317,8 @@ class Run:
         if saved["config"] != dataclasses.asdict(self.task.config) or saved["data"] != self.task.fingerprint:
             raise ValueError(f"{path}: was trained with another config or on other data; "
                              "--out names another folder")
-        check_fields(saved["progress"], {"stage": whole(0, len(self.stages)), "step": whole()}, what="progress")
+        where = {"stage": whole(0, len(self.stages)), "step": whole()}
+        check_fields(saved["progress"], where, what="progress")
         self.check_plan(saved, path)
         if saved["precision"] != self.precision and (self.task.precision or parallel.is_distributed()):
             raise ValueError(f"{path}: was trained in {saved['precision']}; "
