@@ -3,6 +3,7 @@
 # make demo   from nothing to a talking model: environment, toy world, codec, stages, three conversations, scores
 # make test   environment and test suite
 # make slow   the checks that take minutes, against the reference packages too
+# make gpu    ten minutes on a GPU: kernels, a frame's time, conversations, training -> GPU.md (DRY=1: on a CPU)
 # make weights DIGITS=free-spoken-digit-dataset   how the weights of `make talk` were made: two hours on two cores
 PYTHON ?= python3
 MINUTES ?= 20
@@ -54,9 +55,12 @@ slow: .venv/ready
 	.venv/bin/pip install -q --disable-pip-version-check --no-deps moshi==0.2.13
 	$(PY) -m pytest -q -m slow
 
+gpu: .venv/ready
+	$(PY) tests/bench_card.py $(if $(DRY),--dry --report GPU-dry.md)
+
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install -q --disable-pip-version-check -e '.[toy,weights,plot,web]'
 	touch $@
 
-.PHONY: talk page demo demo-steps test slow weights
+.PHONY: talk page demo demo-steps test slow gpu weights

@@ -76,7 +76,9 @@ class DuplexModel:
         starts without codes rather than in silence, and the repetition penalty counts <wait> as a word."""
         self.device = model.head.weight.device
         # On a GPU a step takes as long as reading the weights, and bfloat16 halves their size.
-        self.model = model.bfloat16() if self.device.type == "cuda" else model
+        self.model = model
+        if self.device.type == "cuda":
+            model.bfloat16().depth.align()
         self.vocab, self.codec, self.tokenizer, self.release = vocab, codec, tokenizer, release
         self.sampling = [text, *([audio] * K if isinstance(audio, Sampling) else audio)]
         self.delayed = DELAYED.to(self.device)

@@ -41,6 +41,10 @@ from published import kyutai
 FRAME = 1920  # samples in one frame: 80 ms
 WINDOW = 960  # of a spectrogram: 40 ms
 
+# Codes are the nearest vectors, and the ten bits of TF32 would choose others here and there: float32 as a CPU
+# has it. (Matrix products are float32 unless someone allows less; convolutions are not.)
+torch.backends.cudnn.allow_tf32 = False
+
 
 @dataclass(frozen=True)
 class MimiConfig:

@@ -15,6 +15,7 @@ B batch, T frames, D width, H heads (G of them for keys and values), E channels 
 vocabulary, C frames of context, S of them in use, W width of the depth transformer, A audio vocabulary
 (codes and empty), N frames of any rows.
 """
+import math
 import zlib
 from dataclasses import dataclass
 
@@ -74,6 +75,10 @@ CONFIGS = {
 # primitives
 
 
+# PyTorch's choice on Hopper, cuDNN's attention, makes a plan for every new shape, half a second each.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def attend(q, k, v, mask=None):
     """Scaled dot-product attention. q (B, H, T, E), k and v (B, G, S, E). A single query (T = 1) sees all
     keys, or those where the mask (B, 1, 1, S) is True; several queries are causal."""
@@ -81,6 +86,8 @@ def attend(q, k, v, mask=None):
     G = k.shape[1]
     if T == 1:  # the heads that share keys become as many queries, which see the same
         q = q.reshape(B, G, -1, E)
+        if mask is not None and q.device.type != "cpu":
+            return attend_in_pieces(q, k, v, mask).reshape(B, H, T, E)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H, T, E)
     if q.device.type != "cpu" and T > K:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != G)
@@ -90,6 +97,34 @@ def attend(q, k, v, mask=None):
     later = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1).repeat(H // G, 1)
     weights = torch.baddbmm(later, q, k.mT, alpha=E ** -0.5).softmax(-1, dtype=q.dtype)
     return (weights @ v).view(B, H, T, E)
+
+
+def attend_in_pieces(q, k, v, mask, size=256):
+    """For a step on a GPU: q (B, G, R, E) over many keys, k and v (B, G, S, E). With a mask PyTorch's kernels
+    give a single block of threads all keys of a head. Here each block has `size` of them (flash-decoding),
+    so that the whole GPU reads. Sums are float32."""
+    B, G, S, E = k.shape
+    n = S // math.gcd(S, size)
+    many = lambda x: x.unflatten(2, (n, -1)).flatten(0, 2)  # (B G n, size, E)
+    scores = product(q.repeat_interleave(n, 1).flatten(0, 1), many(k).mT)  # (B G n, R, size)
+    scores = scores.view(B, G, n, -1, S // n).transpose(2, 3).flatten(3) * E ** -0.5
+    weights = torch.where(mask, scores, -math.inf).softmax(-1).to(v.dtype)  # (B, G, R, S)
+    weights = weights.unflatten(3, (n, -1)).transpose(2, 3).flatten(0, 2)
+    return product(weights, many(v)).view(B, G, n, -1, E).sum(2).to(v.dtype)
+
+
+def product(a, b):
+    """torch.bmm of bfloat16 or float32, summed and returned in float32."""
+    if a.dtype == torch.float32 or a.device.type == "cpu":
+        return torch.bmm(a.float(), b.float())
+    return torch.bmm(a, b, out_dtype=torch.float32)
+
+
+def in_eights(w, parts=1):
+    """w with zeros after its columns (after those of each part), up to a multiple of eight: a GPU multiplies
+    bfloat16 at full speed only where rows begin at multiples of 16 bytes."""
+    n = w.shape[-1] // parts
+    return w if n % 8 == 0 else F.pad(w.unflatten(-1, (parts, n)), (0, -n % 8)).flatten(-2)
 
 
 def rotary(position, E, base):
@@ -201,8 +236,13 @@ class DepthBlock(nn.Module):
         k, v = (torch.cat(past, 2) if past[1:] else kv).chunk(2, 1)
         x = x + self.out(attend(q, k, v).transpose(1, 2).reshape(N, n, W))
         y = self.norm2(x).transpose(0, 1)  # (n, N, W): one matrix product for each position
-        gate, up = torch.bmm(y, self.gate_up[k0:k0 + n]).chunk(2, -1)
-        return x + torch.bmm(F.silu(gate) * up, self.down[k0:k0 + n]).transpose(0, 1)
+        gate_up, down = self.aligned(k0, n) if x.is_cuda else (self.gate_up[k0:k0 + n], self.down[k0:k0 + n])
+        gate, up = torch.bmm(y, gate_up).chunk(2, -1)
+        return x + torch.bmm(F.silu(gate) * up, down).transpose(0, 1)
+
+    def aligned(self, k0=0, n=K):
+        """Both weights of n positions, in_eights. The zeros change no result."""
+        return in_eights(self.gate_up[k0:k0 + n], 2), in_eights(self.down[k0:k0 + n].mT).mT
 
 
 class Depth(nn.Module):
@@ -232,7 +272,16 @@ class Depth(nn.Module):
         x = x + self.from_h(h).unflatten(-1, self.positions.shape) + self.positions
         for block in self.blocks:
             x = block(x, 0, [])
-        return torch.bmm(self.norm(x).transpose(0, 1), self.heads).transpose(0, 1)
+        heads = in_eights(self.heads) if h.is_cuda else self.heads
+        logits = torch.bmm(self.norm(x).transpose(0, 1), heads).transpose(0, 1)
+        return logits[..., :self.config.audio_vocab_size]
+
+    @torch.no_grad()
+    def align(self):
+        """To talk on a GPU: the weights in_eights once, instead of in every step. Not for a model to save."""
+        self.heads = nn.Parameter(in_eights(self.heads))
+        for block in self.blocks:
+            block.gate_up, block.down = map(nn.Parameter, block.aligned())
 
     def generate(self, h, sample):
         """h (B, D) -> codes (B, K), each chosen by sample(logits (B, A), k) -> (B,) and shown to the next
@@ -244,7 +293,8 @@ class Depth(nn.Module):
             x = (self.codes[k](code) + given[:, k])[:, None]
             for block, past in zip(self.blocks, pasts):
                 x = block(x, k, past)
-            code = sample(self.norm(x[:, 0]) @ self.heads[k], k)
+            logits = self.norm(x[:, 0]) @ self.heads[k]
+            code = sample(logits[:, :self.config.audio_vocab_size], k)
             codes.append(code)
         return torch.stack(codes, 1)
 

@@ -6,6 +6,7 @@ Everything is timed as a CUDA graph: PyTorch's operations (without a graph too),
 sampler if it is installed, and the head's product with a draw against v4. Without a GPU only the tokens are
 compared, with the kernel's source on the CPU.
 """
+import argparse
 import functools
 import os
 import random
@@ -129,8 +130,8 @@ def candidates(logits, s):
     return out
 
 
-def check(device):
-    cases = [(100, (256, AUDIO))] + [(5, (12000, TEXT))] * (device == "cuda")
+def check(device, rows):
+    cases = [(rows, (256, AUDIO))] + [(5, (12000, TEXT))] * (device == "cuda")
     for v in (*VERSIONS, 4):
         for rows, sizes in cases:
             wrong, what = differing(v, rows, sizes, device), " or ".join(map(str, sizes))
@@ -166,10 +167,14 @@ def time_head(device):
 
 
 def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--rows", type=int, default=100, help="random rows that each version is checked with")
+    args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if not (library("sampling", device) and library("head", device)):
         sys.exit("the kernels could not be built")
-    check(device)
+    check(device, args.rows)
     if device == "cpu":
         print("No GPU here: that was the kernel's source on the CPU. Only a GPU can tell how fast it is.")
         return

@@ -1,7 +1,7 @@
 """Does it keep up? A conversation of an hour, many at once, one with echo, and the step beside Kyutai's.
 
     python tests/bench_talk.py hour        held-out requests for an hour, faster than real time
-    python tests/bench_talk.py sessions    1, 2, 4, ... conversations, until a frame takes more than 80 ms
+    python tests/bench_talk.py sessions    1, 2, 4, ... conversations, until a frame takes over 80 ms
     python tests/bench_talk.py echo        held-out requests while the model hears itself from loudspeakers
     python tests/bench_talk.py step        where the time of a frame goes, and what reading the weights takes
     python tests/bench_talk.py step --config 7b --device cuda     the same with random weights and Mimi itself
@@ -125,12 +125,12 @@ def echo(args):
 
 
 def duplex_of(args):
-    """The trained model, or random weights of the size --config with Mimi itself."""
+    """The trained model, or random weights of the size --config with a codec of the size --codec."""
     if not args.config:
         return DuplexModel.load(args.checkpoint, args.device)
-    c = dataclasses.replace(CONFIGS[args.config], empty=CODECS["mimi"].codebook_size)
+    c = dataclasses.replace(CONFIGS[args.config], empty=CODECS[args.codec].codebook_size)
     place = lambda m: (m if args.device == "cpu" else m.bfloat16()).to_empty(device=args.device)
-    codec = Mimi(CODECS["mimi"]).to(args.device).eval()
+    codec = Mimi(CODECS[args.codec]).to(args.device).eval()
     return DuplexModel(build(c, place).eval(), Vocab.own(c.vocab_size, c.empty, ((0,) * K,)), codec, None,
                    Sampling(0.7, 25), Sampling(0.8, 250))
 
@@ -145,16 +145,16 @@ def seconds(f, n=10):
     return (time.perf_counter() - begun) / n
 
 
-def middle(f, n):
-    """The median of ten such means."""
-    return quantile([seconds(f, n) for _ in range(11)][1:], 0.5)  # the first warms up
+def middle(f, n, rounds=10):
+    """The median of so many such means."""
+    return quantile([seconds(f, n) for _ in range(rounds + 1)][1:], 0.5)  # the first warms up
 
 
-def copy_speed(device):
+def copy_speed(device, rounds):
     """Bytes read and written in a second."""
     a = torch.empty(2 ** (30 if device.type == "cuda" else 27), dtype=torch.uint8, device=device)
     b = torch.empty_like(a)
-    return 2 * len(a) / middle(lambda: b.copy_(a), 5)
+    return 2 * len(a) / middle(lambda: b.copy_(a), 5, rounds)
 
 
 @torch.inference_mode()
@@ -167,7 +167,7 @@ def step(args):
                  *m.depth.codes.parameters()]
     read = bytes_of([*({*m.parameters()} - ({*rows_only} - {m.head.weight})), *tensors(state.cache.layers),
                      *codec.parameters()])
-    speed = copy_speed(device)
+    speed = copy_speed(device, args.rounds)
     print(f"{sum(p.numel() for p in m.parameters()) / 1e6:.1f} M parameters, {str(m.head.weight.dtype)[6:]}, "
           "and a codec of "
           f"{sum(p.numel() for p in codec.parameters()) / 1e6:.1f} M; context {m.config.context}; {device}, "
@@ -194,9 +194,9 @@ def step(args):
              "codec, codes to audio": (lambda x: codec.decode_step(x, state.codec), column[:, SPEAK, None])}
     for name, (f, x) in parts.items():
         run = capture(f, x, state.small_tensors()) if device.type == "cuda" else f
-        print(f"  {name:28} {1000 * middle(lambda: run(x), n):8.3f} ms")
+        print(f"  {name:28} {1000 * middle(lambda: run(x), n, args.rounds):8.3f} ms")
     run = duplex.compiled_step(state)
-    took = middle(lambda: run(wav), n)
+    took = middle(lambda: run(wav), n, args.rounds)
     print(f"  {'a frame, in one':28} {1000 * took:8.3f} ms: {took / floor:.2f} times the least")
 
 
@@ -204,20 +204,28 @@ def sessions(args):
     duplex, B = duplex_of(args), 1
     audio = torch.randn(FRAME, generator=torch.Generator().manual_seed(0)) * 0.05
     while True:
-        engine, times = Engine(duplex, B), []
-        conversations = [engine.join(seed) for seed in range(B)]
-        for _ in range(args.ticks + 5):  # the first few warm up
-            for s in conversations:
-                s.hear(audio)
-            begun = time.perf_counter()
-            engine.tick()
-            times.append(time.perf_counter() - begun)
+        try:
+            times = ticks(Engine(duplex, B), B, audio, args.ticks)
+        except torch.OutOfMemoryError:
+            return print(f"{B:5} sessions: out of memory")
         p50, p99 = (1000 * quantile(times[5:], q) for q in (0.5, 0.99))
         print(f"{B:5} sessions: {p50:7.2f} ms a frame, p99 {p99:7.2f} ms{'' if p99 < 80 else ': too slow'}",
               flush=True)
-        if p99 >= 80:
-            return
         B *= 2
+        if p99 >= 80 or B > args.most:
+            return
+
+
+def ticks(engine, B, audio, n):
+    """Seconds of each of n + 5 ticks with B conversations. The first five warm up."""
+    conversations, times = [engine.join(seed) for seed in range(B)], []
+    for _ in range(n + 5):
+        for s in conversations:
+            s.hear(audio)
+        begun = time.perf_counter()
+        engine.tick()
+        times.append(time.perf_counter() - begun)
+    return times
 
 
 def kyutai(V):
@@ -272,12 +280,14 @@ def main():
     parser.add_argument("--checkpoint", default="out/tiny")
     parser.add_argument("--config", choices=CONFIGS,
                         help="step, sessions: random weights of this size instead")
+    parser.add_argument("--codec", choices=CODECS, default="mimi", help="with --config: its codec's size")
     parser.add_argument("--data", default="data/toy",
                         help="hour, echo: folder with the manifest of the held-out items")
     parser.add_argument("--minutes", type=float, default=60, help="hour: so long, at least one")
     parser.add_argument("--items", type=int, default=200, help="echo: requests")
     parser.add_argument("--ticks", type=int, default=250, help="sessions, step: frames of each kind")
-    parser.add_argument("--rounds", type=int, default=10, help="lmgen: of ten steps of each")
+    parser.add_argument("--rounds", type=int, default=10, help="step, lmgen: of which the median counts")
+    parser.add_argument("--most", type=int, default=4096, help="sessions: no more than so many")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()

@@ -91,10 +91,12 @@ class Plain(nn.Module):
         return loss
 
 
-def run_of(config, stage, device, adamw=False):
-    """A Run in the middle of a stage, on the demo's data, and its step: batch, loss, backward, clip, step."""
+def run_of(config, stage, args, adamw=False):
+    """A Run in the middle of a stage, on args.data, and its step: batch, loss, backward, clip, step. The step
+    returns the seconds that it waited for its batch."""
+    device = args.device
     torch.manual_seed(1)
-    task = train.ModelTask(config, "data/toy/encoded", device)
+    task = train.ModelTask(config, args.data, device)
     task.from_nothing = not adamw
     optimizer = make_optimizer(task.modules, task.from_nothing)
     with tempfile.TemporaryDirectory() as folder:
@@ -103,12 +105,15 @@ def run_of(config, stage, device, adamw=False):
     batches = run.batches(stage)
 
     def step():
+        begun = time.perf_counter()
         batch = next(batches)
+        waited = time.perf_counter() - begun
         totals = run.totals(batch)
         run.backward(lambda micro: task.loss(stage, micro, totals), batch)
         nn.utils.clip_grad_norm_(run.params, 1.0)
         optimizer.step()
         run.progress["step"] += 1
+        return waited
     return run, step
 
 
@@ -130,24 +135,26 @@ def utilisation(args):
     config, stage = CONFIGS[args.config], train.STAGES[args.config][-1]
     config = dataclasses.replace(config, layers=args.layers or config.layers)
     stage = dataclasses.replace(stage, batch=4 * stage.micro_batch or stage.batch)
-    run, step = run_of(config, stage, args.device, adamw=stage.micro_batch > 0)
+    run, step = run_of(config, stage, args, adamw=args.layers is not None)
     bf16 = run.precision == "bfloat16"
-    n = 8192 if bf16 else 2048
+    n = 8192 if args.device != "cpu" else 512
     a = torch.randn(n, n, device=args.device, dtype=torch.bfloat16 if bf16 else torch.float32)
     product = median([seconds(lambda: a @ a, args.device) for _ in range(5)])
     took = median([seconds(step, args.device, 2) for _ in range(args.rounds + 1)][1:])
+    waited = sum(step() for _ in range(4)) / 4 / took
     flops, frames = plan.plan(run.task.config, stage, 1, bf16).useful, stage.batch * stage.frames
     peak, size = 2 * n ** 3 / product, sum(p.numel() for p in run.params)
     print(f"{args.config}, {config.layers} layers, {size / 1e6:.1f} M parameters, {args.device}, "
           f"{run.precision}, {stage.batch} x {stage.frames} frames: {1000 * took:.0f} ms a step, "
           f"{frames / took:.0f} frames/s, "
           f"{ROWS * frames / took:.0f} tokens/s; {flops / took / 1e12:.3f} of {peak / 1e12:.3f} TFLOP/s, "
-          f"those of a product of {n} x {n}: {flops / took / peak:.0%}")
+          f"those of a product of {n} x {n}: {flops / took / peak:.0%}; it waits for batches "
+          f"{waited:.1%} of the time")
 
 
 def compare(args):
     stage = train.STAGES["tiny"][-1]
-    ours, our_step = run_of(CONFIGS["tiny"], stage, args.device, adamw=True)
+    ours, our_step = run_of(CONFIGS["tiny"], stage, args, adamw=True)
     plain = Plain(ours.task.config).to(args.device)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-4, betas=(0.9, 0.98))
     sizes = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (ours.task.model, plain)]
@@ -194,14 +201,15 @@ def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--data", default="data/toy/encoded")
     parser.add_argument("--rounds", type=int, default=8, help="of five steps of each of the two")
     parser.add_argument("--config", choices=CONFIGS, help="instead: the utilisation of this size")
     parser.add_argument("--layers", type=int, help="of the temporal transformer, with --config")
     args = parser.parse_args()
     try:
         check_device(args.device)
-        if not os.path.exists("data/toy/encoded/meta.json"):
-            raise ValueError("data/toy/encoded: not there; needs what `make demo` leaves")
+        if not os.path.exists(os.path.join(args.data, "meta.json")):
+            raise ValueError(f"{args.data}: not there; needs what `make demo` leaves")
         if not args.config and not importlib.util.find_spec("transformers"):
             raise ValueError("needs the package transformers, which `make slow` installs")
         utilisation(args) if args.config else compare(args)

@@ -224,3 +224,54 @@ def test_text_alone_has_no_audio_loss(flm):
     parts = loss_parts(flm, grid, V)
     assert parts["semantic_loss"] == parts["acoustic_loss"] == 0 and parts["text_loss"] > 1
     sum(parts.values()).backward()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# what a GPU computes in another order
+
+
+@pytest.mark.parametrize("S", [8, 24, 512, 8192])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_in_pieces_is_attention(S, dtype):
+    g = torch.Generator().manual_seed(S)
+    q, k, v = (torch.randn(3, 2, n, 16, generator=g).mul(2).to(dtype) for n in (7, S, S))
+    mask = torch.arange(S) <= torch.tensor([0, S // 3, S])[:, None, None, None]
+    right = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
+    got = model.attend_in_pieces(q, k, v, mask)
+    close = 1e-5 if dtype == torch.float32 else 0.03
+    assert got.dtype == dtype and (got.float() - right).abs().max() < close
+
+
+def test_a_damaged_frame_outside_the_mask_is_not_seen():
+    q, k, v = (torch.randn(1, 1, n, 8) for n in (2, 512, 512))
+    mask = (torch.arange(512) < 300)[None, None, None]
+    before = model.attend_in_pieces(q, k, v, mask)
+    k[:, :, 300:], v[:, :, 300:] = 1e4, 1e4
+    assert torch.equal(model.attend_in_pieces(q, k, v, mask), before)
+
+
+def test_weights_in_eights_give_the_same(flm):
+    """depth_width 16 has MLPs of 42 and 21 codes: neither is a multiple of eight."""
+    torch.manual_seed(1)
+    h, codes = torch.randn(5, 32), torch.randint(0, 20, (5, K))
+    with torch.no_grad():
+        right, greedy = flm.depth.logits(h, codes), lambda logits, k: logits.argmax(-1)
+        said = flm.depth.generate(h, greedy)
+        flm.depth.align()
+        block = flm.depth.blocks[0]
+        assert (flm.depth.heads.shape[-1], block.gate_up.shape[-1], block.down.shape[1]) == (24, 96, 48)
+        assert (flm.depth.logits(h, codes) - right).abs().max() < 1e-5
+        assert torch.equal(flm.depth.generate(h, greedy), said)
+        flm.depth.align()
+        assert torch.equal(flm.depth.generate(h, greedy), said), "once more changes nothing"
+
+
+def test_gradients_through_weights_in_eights():
+    w = torch.randn(2, 6, 10, requires_grad=True)
+    x = torch.randn(2, 3, 6)
+    wide = model.in_eights(w, 2)
+    assert wide.shape == (2, 6, 16) and torch.equal(wide[..., 8:13], w[..., 5:])
+    a, = torch.autograd.grad((x @ w).square().sum(), w)
+    b, = torch.autograd.grad((x @ wide).square().sum(), w)
+    assert torch.allclose(a, b, atol=1e-5)
+    assert model.in_eights(wide, 2) is wide

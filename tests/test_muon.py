@@ -5,7 +5,7 @@ import torch
 from mimi import CONFIGS as CODECS
 from mimi import Mimi
 from model import CONFIGS, FLM
-from training.muon import Muon, is_matrix, orthogonal
+from training.muon import Muon, in_bfloat16, is_matrix, orthogonal
 from train import make_optimizer
 
 
@@ -26,6 +26,18 @@ def test_it_is_newton_schulz():
     for _ in range(5):
         y = 3.4445 * y - 4.7750 * y @ y.mT @ y + 2.0315 * y @ y.mT @ y @ y.mT @ y
     assert torch.allclose(orthogonal(x), y, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (48, 192), (3, 48, 96)])
+def test_the_rounds_in_bfloat16_of_a_gpu(shape):
+    torch.manual_seed(0)
+    u, s, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    s = torch.logspace(0, -1.5, s.shape[-1]).expand_as(s)
+    x = u * s[..., None, :] @ v
+    y = in_bfloat16(x / x.norm(dim=(-2, -1), keepdim=True), 5)
+    assert y.dtype == torch.bfloat16
+    strengths = torch.diagonal(u.mT @ y.float() @ v.mT, dim1=-2, dim2=-1)
+    assert 0.55 < strengths.min() and strengths.max() < 1.35
 
 
 def test_no_gradient_no_step():

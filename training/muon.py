@@ -75,10 +75,14 @@ class Muon(torch.optim.AdamW):
 
 def orthogonal(x, rounds=5):
     """x (..., m, n) = U S V^T -> about U V^T. Each round of Newton-Schulz is x <- q(x x^T) x with the same q,
-    so x x^T alone goes through the rounds (smaller than x by n / m), and their product is applied once."""
+    so x x^T alone goes through the rounds (smaller than x by n / m), and their product is applied once. On a
+    GPU the rounds are in bfloat16, each applied to x: products of q's would lose what is small."""
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    if x.is_cuda:
+        y = in_bfloat16(x, rounds).to(x.dtype)
+        return y.mT if tall else y
     gram, q, product = x @ x.mT, None, None
     for i in range(rounds):
         gram = q @ gram @ q if i else gram
@@ -87,3 +91,12 @@ def orthogonal(x, rounds=5):
         product = q @ product if i else q
     x = product @ x
     return x.mT if tall else x
+
+
+def in_bfloat16(x, rounds):
+    """The rounds of orthogonal() for x (..., m, n) of norm 1, m <= n, in bfloat16."""
+    x = x.bfloat16()
+    for _ in range(rounds):
+        gram = x @ x.mT
+        x = A * x + (B * gram + C * (gram @ gram)) @ x
+    return x

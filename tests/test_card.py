@@ -1,0 +1,82 @@
+"""bench_card.py, which a GPU is measured with, runs as a whole on a CPU and survives what goes wrong."""
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import bench_card
+import bench_talk
+from bench_card import STAND_INS, Step
+from conftest import ROOT
+
+
+def test_the_dry_run(tmp_path):
+    report = tmp_path / "GPU.md"
+    done = subprocess.run([sys.executable, "tests/bench_card.py", "--dry", "--report", report], cwd=ROOT,
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr + report.read_text()
+    text, steps = report.read_text(), bench_card.steps(True, "work")
+    for step in steps:
+        assert f"| {step.name} | " in text and f"## {step.name}: " in text
+    assert text.count(" | ok | ") >= len(steps) - 4  # three need nvcc's tools or pytest, one g++
+    for figure in ("ms at least", "sessions:", "differ from the reference", "the tokens are the same",
+                   "to encode a frame", "resumed and done", "waits for batches", "Wrote "):
+        assert figure in text, figure
+    assert done.stdout.splitlines()[-1].startswith(f"Wrote {report}: ")
+
+
+@pytest.mark.parametrize("code, seconds, verdict", [
+    ("print(7)", 60, "ok"), ("import sys; print(7, flush=True); sys.exit(3)", 60, "FAILED (3)"),
+    ("import time; print(7, flush=True); time.sleep(600)", 3, "FAILED: not done in 3 s"),
+    ("print(7)", 0, "skipped: the time is over")])
+def test_verdicts(code, seconds, verdict):
+    got, took, printed = bench_card.run(Step("a step", 60, ["python", "-c", code]), seconds, os.environ)
+    assert got == verdict and took < 30 and printed == ("7\n" if seconds else "")
+
+
+def test_a_step_whose_package_is_missing_is_skipped_by_name():
+    step = Step("a step", 60, ["python", "-c", "print(7)"], "no_such_package")
+    assert bench_card.run(step, 60, os.environ) == ("skipped: no no_such_package here", 0.0, "")
+
+
+def test_a_failure_stops_no_other_step(tmp_path, monkeypatch, capsys):
+    three = [Step(name, 60, ["python", "-c", code]) for name, code in
+             (("first", "print('one')"), ("second", "1 / 0"), ("third", "print('three')"))]
+    monkeypatch.setattr(bench_card, "steps", lambda dry, work: three)
+    monkeypatch.setattr(sys, "argv", ["bench_card.py", "--dry", "--report", str(tmp_path / "GPU.md")])
+    with pytest.raises(SystemExit) as e:
+        bench_card.main()
+    text = (tmp_path / "GPU.md").read_text()
+    assert e.value.code and "2 ok, 1 failed, 0 skipped" in capsys.readouterr().out
+    assert "\none\n" in text and "ZeroDivisionError" in text and "\nthree\n" in text
+
+
+def test_stand_ins_do_what_the_steps_need(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_card.importlib.util, "find_spec", lambda name: None)
+    assert bench_card.stand_ins(tmp_path) == [*STAND_INS]
+    for name in STAND_INS:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.undo()
+    code = "from tqdm import tqdm; import soundfile, tiktoken, sys\n" \
+           "with tqdm(total=3, desc='x') as bar: bar.update(); bar.set_postfix({}, refresh=False)\n" \
+           "assert [*tqdm([1, 2])] == [1, 2] and '__file__' in vars(soundfile)\n" \
+           "encoding = tiktoken.Encoding('x', pat_str='.', mergeable_ranks={b'a': 0}, special_tokens={})\n" \
+           "assert encoding.n_vocab == 1\n" \
+           "assert all(m.__file__.startswith(sys.argv[1]) for m in (soundfile, tiktoken))"
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=True,
+                   env={**os.environ, "PYTHONPATH": str(tmp_path)})
+
+
+def test_out_of_memory_is_a_result(monkeypatch, capsys):
+    def engine(duplex, size):
+        if size > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return SimpleNamespace(join=lambda seed: SimpleNamespace(hear=lambda audio: True), tick=lambda: {})
+    monkeypatch.setattr(bench_talk, "Engine", engine)
+    monkeypatch.setattr(bench_talk, "duplex_of", lambda args: None)
+    bench_talk.sessions(SimpleNamespace(ticks=3, most=64))
+    assert [line.split(": ")[0].strip() for line in capsys.readouterr().out.splitlines()] == [
+        "1 sessions", "2 sessions", "4 sessions"]  # the last one: out of memory
