@@ -190,7 +190,8 @@ def mutate_tree(tree, rng, values=VALUES):
         elif how < 0.3 and isinstance(parent, dict):
             parent[rng.choice(("odd", "", "__class__", "codes", "audio", "cut", "at"))] = rng.choice(values)
         elif how < 0.4 and isinstance(parent[last], (int, float)) and not isinstance(parent[last], bool):
-            parent[last] = rng.choice((-1, 2, 1000, 10 ** 9, 0.5)) * parent[last] + rng.choice((-1, 0, 1))
+            with contextlib.suppress(OverflowError):  # a whole number that is no float
+                parent[last] = rng.choice((-1, 2, 1000, 10 ** 9, 0.5)) * parent[last] + rng.choice((-1, 0, 1))
         elif how < 0.43:
             parent[last] = deep(rng.choice((100, 5000, 100_000)), rng.random() < 0.5)
         else:

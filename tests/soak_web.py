@@ -26,7 +26,7 @@ from chat import DuplexModel  # noqa: E402
 from mimi import FRAME  # noqa: E402
 
 CLIENTS, PLACES = 8, 6  # so that some find it full
-STEADY, ATTACKS = 2, 150  # those that only talk; connections that the attacker holds
+STEADY = 2  # those that only talk
 
 
 async def client(http, address, rng, count, end):
@@ -71,14 +71,14 @@ async def steady(http, address, count, end):
             count["lost"] += n - answered["answered"]
 
 
-async def attacker(port, rng, count, end):
-    """Opens, drips and never closes; what the server closes is opened again."""
+async def attacker(port, attacks, rng, count, end):
+    """Opens so many connections, drips and never closes; what the server closes is opened again."""
     beginnings = (b"", b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX: ", b"GET /talk HTTP/1.1\r\nHost: a\r\n\r\n",
                   b"\x16\x03\x01\x02\x00", b"POST /lesson HTTP/1.1\r\nContent-Length: 100000\r\n\r\n",
                   b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: keep-alive\r\n\r\n" * 3)
     held = []
     while time.monotonic() < end:
-        for _ in range(min(10, ATTACKS - len(held))):
+        for _ in range(min(10, attacks - len(held))):
             try:
                 _, writer = await asyncio.open_connection("127.0.0.1", port)
             except OSError:
@@ -135,7 +135,7 @@ async def soak(args):
         clients = [asyncio.ensure_future(steady(http, address, count, end)) for _ in range(STEADY)]
         clients += [asyncio.ensure_future(client(http, address, random.Random(i), count, end))
                     for i in range(CLIENTS)]
-        clients.append(asyncio.ensure_future(attacker(port, random.Random(0), count, end)))
+        clients.append(asyncio.ensure_future(attacker(port, args.attacks, random.Random(0), count, end)))
         while time.monotonic() < end:
             await asyncio.sleep(min(args.every, max(0.1, end - time.monotonic())))
             print(f"{time.monotonic() - begun:5.0f} s: {held(server)}; {count}", flush=True)
@@ -152,6 +152,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--checkpoint", default="out/tiny")
     parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--attacks", type=int, default=150, help="connections of the attacker")
     parser.add_argument("--every", type=float, default=60, help="seconds between two lines")
     try:
         asyncio.run(soak(parser.parse_args()))
