@@ -185,7 +185,7 @@ def data(args):
             rng.integers(0, config.codebook_size, (at, config.codebooks)).astype("<i2"))
     write_index(folder, 1)
     meta = {"version": VERSION, "codec_sha256": sha256(path), "manifest_sha256": "",
-            "tokenizer_sha256": hashlib.sha256(tokenizer.encode()).hexdigest(), "shards": [at],
+            "tokenizer_sha256": hashlib.sha256(tokenizer.encode()).hexdigest(), "shards": [[0, 0]],
             "codebooks": config.codebooks, "codebook_size": config.codebook_size,
             "silence": [[0] * config.codebooks], "copies": 1, "augment": 0.0}
     with open(os.path.join(folder, "meta.json"), "w", encoding="utf-8") as f:
