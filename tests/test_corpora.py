@@ -20,7 +20,9 @@ from files.tokenizer import load_tokenizer
 from mimi import FRAME, Mimi
 from streams import SPEAK, TEXT, Utterance, word_aligned
 from test_prepare import corpus
+from toy.script import make_toy
 from toy.voices import Espeak, Style
+from toy.world import KIND_PROPORTIONS
 
 TALK = {"turns": [{"role": "user", "text": "who are you"}, {"role": "model", "text": "a small model"}]}
 SIZE = ("--layers 1 --width 32 --heads 2 --kv-heads 2 --mlp 32 --depth-layers 1 --depth-width 16 "
@@ -194,8 +196,10 @@ def test_interjections_are_mixed(tmp_path):
             assert 1.9 < reply["start"] - second["start"] < 2.4
 
 
-def test_a_world_with_stories_is_mixed_and_learned(world, tmp_path):
-    mix.mix(str(world / "toy"), str(tmp_path / "mixed"), 40, None, 1)
+def test_a_world_with_stories_is_mixed(tmp_path, monkeypatch):
+    monkeypatch.setitem(KIND_PROPORTIONS, "story", 10.0)
+    make_toy(str(tmp_path / "toy"), "en", items=6, tests=1, sentences=4, voices=4, seed=1, tts=None)
+    mix.mix(str(tmp_path / "toy"), str(tmp_path / "mixed"), 8, None, 1)
     lines = list(read_manifest(str(tmp_path / "mixed/manifest.jsonl")))
     assert any(s["text"] == "mhm" for d in lines for s in d["sentences"])
 
