@@ -193,7 +193,7 @@ def save(out, number, tensors, facts):
     error = ""
     try:
         with replace_when_done(os.path.join(partial, f"{rank()}-of-{world_size()}.pt")) as temporary:
-            parts = {name: local(x).cpu() for name, x in tensors.items()}
+            parts = {name: local(x).detach().cpu() for name, x in tensors.items()}
             torch.save({"kind": "shard", "facts": facts, "tensors": parts}, temporary)
     except (OSError, RuntimeError) as e:  # a full disk is a RuntimeError in torch
         error = str(e).splitlines()[0]
