@@ -115,7 +115,7 @@ def draw_ratio(rng):
 
 def decibels(x):
     """Level of samples x (N,): their root mean square in dB (footnote 9)."""
-    return 20 * math.log10(x.square().mean().sqrt().item() + 1e-6)
+    return 20 * math.log10(x.double().square().mean().sqrt().item() + 1e-6)  # the same on any number of cores
 
 
 def make_noise(n, files, rng):

@@ -153,7 +153,7 @@ def test_half_of_the_lesson_is_the_new_voice(voice, world, tmp_path):
     recordings, _ = read_recordings(str(voice), make_prompts())
     teach.make_lesson(recordings, str(tmp_path / "new"), Espeak(), 1, 30, 80)
     lines = [json.loads(line) for line in open(tmp_path / "new/manifest.jsonl")]
-    held_out = {d["turns"][0]["text"] for d in lines if d["split"] == "seen"}
+    held_out = {t["text"] for d in lines for t in d["turns"] if t["voice"] == "user, held out"}
     assert held_out == {recordings[7][0].text, recordings[15][0].text}
     train = [d["turns"] for d in lines if d["split"] == "train"]
     assert len([t for t in train if len(t) == 2]) == 14 * teach.AGAIN + 30
