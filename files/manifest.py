@@ -87,8 +87,8 @@ def check_line(line, number, folder):
         raise ValueError("in a dialogue user and model take turns, the user first")
     for part in spoken_parts(d) if turns else [d]:
         sound = sound_of(part) if turns else "audio"
-        if not isinstance(part.get(sound), str):
-            raise ValueError("needs the field 'audio'")
+        if not FILE[1](part.get(sound)):
+            raise ValueError("needs the field 'audio', a file's name")
         part["path"] = os.path.join(folder, part[sound])
         if not os.path.isfile(part["path"]):
             raise FileNotFoundError(f"no audio file {part['path']}")

@@ -146,7 +146,8 @@ def read_config(folder, kinds):
     if not isinstance(text_config, dict):
         raise ValueError(f"{path}: not a model's config")
     if c.get("model_type") not in kinds:
-        raise ValueError(f"{path}: is of a {c.get('model_type')!s:.40}, not of {' or '.join(kinds)}")
+        found = " ".join(str(c.get("model_type")).split())[:40]
+        raise ValueError(f"{path}: is of a {found}, not of {' or '.join(kinds)}")
     return {**c, **text_config}
 
 
