@@ -152,7 +152,8 @@ class Shard:
         line = {k: d[k] for k in ("id", "kind", "split", "annotated", "lang") if k in d}
         if "turns" in d:
             part = lambda t: {"text": t["text"], **tokens_of(t, self.tokenizer), **self.places_of(t)}
-            line["turns"] = [{"role": t["role"], **part(t)} for t in d["turns"]]
+            who = lambda t: {k: t[k] for k in ("role", "voice") if t.get(k)}
+            line["turns"] = [{**who(t), **part(t)} for t in d["turns"]]
             if "interjections" in d:
                 line["interjections"] = [{"at": t["at"], **part(t)} for t in d["interjections"]]
             return line
