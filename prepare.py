@@ -313,7 +313,7 @@ COMMANDS = (
         ("--tests", 240, "held-out dialogues of known voices, and as many of new voices"),
         ("--voices", 24, "user voices of espeak-ng to train on"),
         ("--others", "", "for two fifths of what users say, voices of other synthesisers, such as flite:rms,"
-                         "tts:Alex (default: those of toy/world.py's OTHER_VOICES that are installed)"),
+                         "tts:Alex; or installed: toy/world.py's OTHER_VOICES that this machine has"),
         SEED, TTS)),
     *CORPORA,
     ("encode", encode, "audio -> codes, text -> tokens", "--data data/libri --tokenizer data/toy/encoded", (

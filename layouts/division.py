@@ -1,4 +1,4 @@
-"""Time division (Covo-Audio-FD): each frame as two columns of the grid, first what is said, then what is heard.
+"""Time division (Covo-Audio-FD): each frame as two columns of the grid, what is said and what is heard.
 
     text             it    ·  is    · noon   ·         native          it  is  noon
     speak semantic   31    -  32    -  33    -                         31  32  33
@@ -15,8 +15,8 @@ from streams import LISTEN, SPEAK, TEXT
 
 
 def divide(grid, learn, loss, v):
-    """A batch as train.Conversations makes it, (B, 17, T), (B, T-1) and (B, 9, T-1), with two columns for each
-    frame: (B, 17, 2*T), (B, 2*T-1) and (B, 9, 2*T-1)."""
+    """A batch as train.Conversations makes it, (B, 17, T), (B, T-1) and (B, 9, T-1), with two columns for
+    each frame: (B, 17, 2*T), (B, 2*T-1) and (B, 9, 2*T-1)."""
     said, heard = halves(grid, v)
     after = lambda x: torch.stack([torch.zeros_like(x), x], -1).flatten(-2)  # only what is heard predicts
     last = lambda x: torch.cat([after(x), torch.zeros_like(x[..., :1])], -1)

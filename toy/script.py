@@ -17,7 +17,7 @@ from files.audio import SAMPLE_RATE, read_audio, write_audio
 from files.augment import make_noise
 from files.manifest import SPOKEN, spoken_parts, write_manifest
 from mimi import FRAME
-from toy.voices import Style, get_synthesiser, is_installed, speak_all
+from toy.voices import Style, get_synthesiser, speak_all, voices_named
 from toy.world import (HELD_OUT_PAIRS, KIND_PROPORTIONS, LANGUAGES, cut_in_two, make_request, make_sentence,
                        make_story)
 
@@ -186,16 +186,15 @@ def make_toy(out, lang, items, tests, sentences, voices, seed, tts, others="", *
     """Speak the toy world into the folder `out`: user/*.flac, model/*.flac, manifest.jsonl. script: more for
     Script."""
     out, work = check_folder(out, SPOKEN)
-    others = [voice for voice in others.split(",") if voice]
-    synthesiser, codes = get_synthesiser(tts, others), lang.split(",")  # such as en, zh
+    codes = lang.split(",")  # such as en, zh
     unknown = " and no ".join(sorted(set(codes) - {*LANGUAGES}))
     if unknown:
         raise ValueError(f"--lang {lang}: there is no {unknown}; languages are {', '.join(LANGUAGES)}")
-    users = {}
+    more = {code: voices_named(others, LANGUAGES[code].other_voices) for code in codes}
+    synthesiser, users = get_synthesiser(tts, any(more.values())), {}
     for code in codes:
         some = LANGUAGES[code].user_voices(voices // len(codes), seed)
-        more = others or ([] if tts else list(filter(is_installed, LANGUAGES[code].other_voices)))
-        groups = [some] * 3 + [more or some] * 2
+        groups = [some] * 3 + [more[code] or some] * 2
         users[code] = {"train": groups, "seen": groups, "new": [LANGUAGES[code].new_voices]}
     script = Script(users, seed, **script)
     for i, code in enumerate(codes):
