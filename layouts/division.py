@@ -4,10 +4,10 @@
     speak semantic   31    -  32    -  33    -                         31  32  33
     listen semantic   -   11   -   12   -   13                         11  12  13
 
-Nothing is learned from what stands in between: the column of what is heard predicts the next frame, as in the
-native grid the column of both does. Covo-Audio's chunks have four codes of one 25 Hz codebook for each text
-token, so they are 160 ms long, and codes of one chunk see each other; here a chunk is one frame, with the
-same eight codebooks and delays as everywhere, so only the order in which a step reads it differs.
+The column of what is heard predicts the next frame, as in the native grid the column of both does; from the
+other nothing is learned. Covo-Audio's chunk is 160 ms long (1:4): one position of features of what is heard,
+a text token, and four codes of a single 25 Hz codebook, each predicted from those before it. Here a chunk is
+one frame, and the depth transformer writes its eight codes; only the order of reading is compared.
 """
 import torch
 

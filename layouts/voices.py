@@ -4,8 +4,8 @@ of speaker and dialogue).
     voiced           text             (·)  (·)  (·) |  ·  ·  · it is noon  ·        the prompt and the answer
                      speak semantic   (71) (72) (-) |  ·  ·  ·  ·  · 31 32 ...      are in one voice
 
-    decoupled        text             (·)  (·)  (·) |  ·  ·  · (up) (on) (two)      up, on, two was read aloud;
-                     speak semantic   (81) (82) (-) |  ·  ·  ·   ·    ·    91 ..  it answers nothing
+    decoupled        text             (·)  (·)  (·) |  ·  ·  · (up) (on) (two)      up, on, two was read;
+                     speak semantic   (81) (82) (-) |  ·  ·  ·   ·    ·    91 ...   it answers nothing
 
 In `decoupled` a sentence that was read stands after a request as if it were the answer. Its text is not
 learned from, only how it sounds there. So the model can answer in this voice, with what other voices answer.
