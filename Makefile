@@ -29,8 +29,8 @@ demo-steps:
 	test -f data/toy/manifest.jsonl || $(PY) prepare.py toy --items $$((200 * $(MINUTES))) --sentences $$((75 * $(MINUTES))) --voices $$((8 + $(MINUTES) * 2 / 5))
 	$(PY) train.py --config codec --minutes $(call left,0.25,0) --resume
 	test data/toy/encoded/meta.json -nt out/codec/checkpoint.pt || $(PY) prepare.py encode
-	$(PY) train.py --config tiny --minutes $(call left,1,4) --resume
-	$(PY) eval.py --checkpoint out/tiny --smoke
+	$(PY) train.py --config tiny --minutes $(call left,1,2.5) --resume
+	$(PY) eval.py --checkpoint out/tiny --smoke --minutes $(call left,1,0)
 
 # Two fifths of its users have voices made from recordings of people, as far as they are installed; on Debian, with its
 # sections contrib and non-free: apt install flite libttspico-utils rhvoice rhvoice-english espeak-ng mbrola mbrola-us1
