@@ -1,11 +1,12 @@
 """Does it have the voice that it is prompted with, one that it only ever heard reading too?
 
 The model's answers are in three voices, and a fourth one only reads sentences. The judge of voices learns
-from original recordings; its scores on others, and on what the codec makes of them, are printed as the
-ceiling.
+from what the codec makes of recordings; its score on others of them is the ceiling. That of one for original
+recordings stands beside it.
 """
 import os
 import random
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from questions.recipe import FADE, Variant, World, stages
 
 MODEL_VOICES = ("model", "en-us+f4", "en-us+klatt4", "en-us+Annie")
 READER = MODEL_VOICES[-1]
+JUDGED = 30  # sentences of a voice that its judge learns from; as many test the judge
 WORLD = World("data/voices", script=(("model_voices", MODEL_VOICES),))
 
 
@@ -55,7 +57,7 @@ class VoiceJudge:
         return self.voices[self.logits(self.features(wav)[None]).argmax()]
 
 
-def sentences(split, n=60):
+def sentences(split, n=2 * JUDGED):
     """{voice: up to n files of the model's sentences}"""
     found = {}
     for d in read_manifest(os.path.join(WORLD.folder, "manifest.jsonl")):
@@ -67,12 +69,13 @@ def sentences(split, n=60):
 
 def in_voices(task, duplex, recogniser, items):
     """Held-out requests after held-out sentences in each voice."""
-    judge = VoiceJudge({v: [read_audio(f) for f in files] for v, files in sentences("train").items()})
     prompts, found, rng = sentences("seen"), {}, random.Random(7)
-    originals = [(v, read_audio(f)) for v, files in prompts.items() for f in files]
-    decoded = [(v, evaluation.reconstruct(duplex.codec, wav)) for v, wav in originals]
-    for name, clips in (("original", originals), ("codec", decoded)):
-        found[name] = sum(judge.voice(wav) == v for v, wav in clips) / len(clips)
+    through = partial(evaluation.reconstruct, duplex.codec)
+    for name, decode in (("original", lambda wav: wav), ("codec", through)):
+        clips = {v: [decode(read_audio(f)) for f in files] for v, files in sentences("train").items()}
+        judge = VoiceJudge({v: wavs[:JUDGED] for v, wavs in clips.items()})
+        right = [judge.voice(wav) == v for v, wavs in clips.items() for wav in wavs[JUDGED:]]
+        found[name] = sum(right) / len(right)
     for name, voices, some in (("", MODEL_VOICES[:-1], items), ("reader ", (READER,), items[::3])):
         scores = evaluation.Proportions()
         for i, voice in enumerate(voices):
