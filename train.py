@@ -21,7 +21,6 @@ import argparse
 import dataclasses
 import functools
 import math
-import os
 import pkgutil
 import random
 import sys
