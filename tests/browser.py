@@ -1,4 +1,5 @@
-"""A headless Chromium with an audio file as its microphone, driven over the DevTools protocol."""
+"""A headless Chromium with an audio file as its microphone, driven over the DevTools protocol, and a headless
+Firefox, whose microphone beeps, over WebDriver BiDi."""
 import asyncio
 import base64
 import contextlib
@@ -13,6 +14,7 @@ import aiohttp
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),
                 None)
+FIREFOX = next(filter(None, map(shutil.which, ("firefox-esr", "firefox"))), None)
 
 
 class Tab:
@@ -28,7 +30,7 @@ class Tab:
             answer = json.loads((await self.ws.receive(timeout=30)).data)
             if answer.get("id") == n:
                 if "error" in answer:
-                    raise RuntimeError(f"{method}: {answer['error']['message']}")
+                    raise RuntimeError(f"{method}: {answer.get('message') or answer['error']['message']}")
                 return answer["result"]
 
     async def value(self, script):
@@ -98,6 +100,60 @@ async def chromium(folder, microphone=None, allowed=True):
             await asyncio.sleep(0.2)
         async with aiohttp.ClientSession() as http:
             yield Browser(http, f"http://127.0.0.1:{open(port).readline().strip()}")
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+class FirefoxTab(Tab):
+    """One page of Firefox; its values are strings, numbers and booleans."""
+
+    async def value(self, script):
+        answer = await self.call("script.evaluate", expression=script, awaitPromise=True, userActivation=True,
+                                 target={"context": self.context})
+        if answer["type"] == "exception":
+            raise RuntimeError(f"{script}: {answer['exceptionDetails']['text']}")
+        return answer["result"].get("value")
+
+
+class FirefoxBrowser:
+    def __init__(self, ws):
+        self.ws = ws
+
+    async def open(self, url):
+        tab = FirefoxTab(self.ws)
+        await tab.call("session.new", capabilities={})
+        tab.context = (await tab.call("browsingContext.create", type="tab"))["context"]
+        await tab.call("browsingContext.navigate", context=tab.context, url=url, wait="complete")
+        return tab
+
+
+PREFERENCES = {"media.navigator.permission.disabled": True, "media.navigator.streams.fake": True,
+               "media.autoplay.default": 0, "browser.shell.checkDefaultBrowser": False,
+               "app.update.enabled": False, "datareporting.policy.dataSubmissionEnabled": False,
+               "network.captive-portal-service.enabled": False, "network.connectivity-service.enabled": False}
+
+
+@contextlib.asynccontextmanager
+async def firefox(folder, allowed=True, **preferences):
+    """A browser of one tab, in a new profile in this folder. Unless `allowed`, it gets no microphone."""
+    os.makedirs(folder, exist_ok=True)
+    if not allowed:
+        preferences |= {"media.navigator.permission.disabled": False, "permissions.default.microphone": 2}
+    with open(os.path.join(folder, "user.js"), "w") as f:
+        f.writelines(f'user_pref("{name}", {json.dumps(value)});\n'
+                     for name, value in {**PREFERENCES, **preferences}.items())
+    process = subprocess.Popen([FIREFOX, "--headless", "--profile", folder, "--remote-debugging-port", "0"],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    where, address = os.path.join(folder, "WebDriverBiDiServer.json"), None
+    try:
+        for _ in range(600):
+            with contextlib.suppress(OSError, ValueError), open(where) as f:
+                address = "ws://{ws_host}:{ws_port}/session".format(**json.load(f))
+                break
+            await asyncio.sleep(0.2)
+        async with aiohttp.ClientSession() as http, http.ws_connect(address, max_msg_size=0) as ws:
+            yield FirefoxBrowser(ws)
     finally:
         process.terminate()
         process.wait(20)

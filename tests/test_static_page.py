@@ -226,9 +226,6 @@ def test_errors_of_the_command(world, tmp_path):
 def served(world, packages, tmp_path_factory):
     """(the folder of a page, its model)"""
     pytest.importorskip("aiohttp", reason="needs the extra 'web'")
-    import browser
-    if browser.CHROMIUM is None:
-        pytest.skip("needs Chromium (Debian: apt install chromium)")
     archive = os.path.join(ROOT, "out", f"{RUNTIME.replace('@', '-')}.tgz")
     if not os.path.exists(archive):
         archive = str(tmp_path_factory.mktemp("npm") / "runtime.tgz")
@@ -261,12 +258,21 @@ def serving(folder):
         server.server_close()
 
 
+@pytest.fixture(params=["chromium", "firefox"])
+def start(request):
+    """What starts a browser."""
+    import browser
+    if getattr(browser, request.param.upper()) is None:
+        pytest.skip(f"needs {request.param} (Debian: apt install chromium firefox-esr)")
+    return getattr(browser, request.param)
+
+
 @contextlib.asynccontextmanager
-async def opened(folder, profile, **kwargs):
+async def opened(folder, profile, start=None, **kwargs):
     """(a tab with the page, its address, paths asked for)"""
     from browser import chromium
     with serving(folder) as (address, asked):
-        async with chromium(str(profile), **kwargs) as browser:
+        async with (start or chromium)(str(profile), **kwargs) as browser:
             tab = await browser.open(address)
             await tab.until("typeof talk !== 'undefined' && document.readyState === 'complete'")
             yield tab, address, asked
@@ -306,7 +312,7 @@ async def talk_through(tab, frames, seconds=300):
 
 
 @pytest.mark.slow
-def test_a_browser_says_what_chat_says(served, tmp_path):
+def test_a_browser_says_what_chat_says(served, tmp_path, start):
     folder, duplex = served
     frames = noises(60)
     transcript = Transcript(duplex)
@@ -315,7 +321,7 @@ def test_a_browser_says_what_chat_says(served, tmp_path):
         transcript.add(t, token)
 
     async def talk():
-        async with opened(folder, tmp_path / "profile") as (tab, *_):
+        async with opened(folder, tmp_path / "profile", start) as (tab, *_):
             pieces, said = await talk_through(tab, frames)
             assert pieces == [(p["time"], p["text"]) for p in transcript.pieces] and len(pieces) > 3
             assert np.abs(said - right.flatten().numpy()).max() < 2e-4
@@ -326,7 +332,7 @@ def test_a_browser_says_what_chat_says(served, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_recording_is_played_without_a_microphone(served, tmp_path):
+def test_a_recording_is_played_without_a_microphone(served, tmp_path, start):
     folder, _ = served
     write_audio(str(tmp_path / "user.wav"), torch.sin(torch.arange(5 * 24_000) / 20) * 0.3)
     sound = base64.b64encode((tmp_path / "user.wav").read_bytes()).decode()
@@ -334,7 +340,7 @@ def test_a_recording_is_played_without_a_microphone(served, tmp_path):
     loud = "record.said.length > 20 && record.heard.some(f => rms(f) > 3000)"
 
     async def talk():
-        async with opened(folder, tmp_path / "profile", allowed=False) as (tab, address, asked):
+        async with opened(folder, tmp_path / "profile", start, allowed=False) as (tab, address, asked):
             assert not any("model.bin" in path for path in asked)  # nothing large before the first Talk
             await tab.value("$('talk').click()")
             message = await tab.until(
@@ -354,18 +360,17 @@ def test_a_recording_is_played_without_a_microphone(served, tmp_path):
 
 
 @pytest.mark.slow
-def test_once_loaded_it_works_without_a_network(served, tmp_path):
-    from browser import chromium
+def test_once_loaded_it_works_without_a_network(served, tmp_path, start):
     frames, ready = noises(5), "typeof talk !== 'undefined' && document.readyState === 'complete'"
 
     async def talk():
-        async with chromium(str(tmp_path / "profile")) as browser:
+        async with start(str(tmp_path / "profile")) as browser:
             with serving(served[0]) as (address, _):
                 tab = await browser.open(address)
                 await tab.until(ready)
                 first = await talk_through(tab, frames)
                 await tab.until("navigator.serviceWorker.controller && true", 60)
-            await tab.call("Page.reload")
+            await tab.value("location.reload()")
             await tab.until(f"typeof result === 'undefined' && {ready}")
             again = await talk_through(tab, frames)
             assert again[0] == first[0] and np.array_equal(again[1], first[1])
@@ -373,13 +378,13 @@ def test_once_loaded_it_works_without_a_network(served, tmp_path):
 
 
 @pytest.mark.slow
-def test_no_request_leaves_the_page(served, tmp_path):
+def test_no_request_leaves_the_page(served, tmp_path, start):
     """Neither from the page nor from a worker that it starts, even if a script in them tried."""
     folder, _ = served
 
     async def talk():
         with serving(str(tmp_path)) as (elsewhere, asked):
-            async with opened(folder, tmp_path / "profile") as (tab, *_):
+            async with opened(folder, tmp_path / "profile", start) as (tab, *_):
                 attempt = f"fetch('{elsewhere}', {{ mode: 'no-cors' }}).then(() => 'sent', () => 'blocked')"
                 assert await tab.value(attempt) == "blocked"
                 assert await tab.value(f"""new Promise(done => {{
@@ -402,7 +407,7 @@ def test_no_request_leaves_the_page(served, tmp_path):
     ("cut", "model.bin is cut off or damaged"), ("damaged", "model.bin is cut off or damaged"),
     ("missing", "the server answers 404"), ("no runtime", "The model does not run in this browser"),
     ("no wasm", "Here is no WebAssembly")])
-def test_faults_are_sentences(served, tmp_path, fault, message):
+def test_faults_are_sentences(served, tmp_path, start, fault, message):
     folder = shutil.copytree(served[0], tmp_path / "page")
     model = folder / "model.bin"
     data = bytearray(model.read_bytes())
@@ -420,7 +425,7 @@ def test_faults_are_sentences(served, tmp_path, fault, message):
         worker.write_text("delete globalThis.WebAssembly\n" + worker.read_text(encoding="utf-8"), "utf-8")
 
     async def talk():
-        async with opened(str(folder), tmp_path / "profile") as (tab, *_):
+        async with opened(str(folder), tmp_path / "profile", start) as (tab, *_):
             await tab.value("$('talk').click()")
             said = await tab.until("!talk && !$('talk').disabled && $('floor').textContent", 60)
             assert message in said and said.endswith((".", ")"))
