@@ -70,6 +70,21 @@ def load_checkpoint(path, kind, mmap=False):
     return saved
 
 
+def layouts_of(folder):
+    """Names of the layouts that the model in a folder was trained on; none if its checkpoint does not say."""
+    path = os.path.join(folder, "checkpoint.pt")
+    if not os.path.exists(path):  # a published model
+        return []
+    saved = load_checkpoint(path, "flm", mmap=True)
+    try:
+        names = {name for stage in saved.get("stages", ()) for name in stage["layouts"] or ()}
+        names = sorted(names.union(saved.get("layouts", ())))
+        check_fields({"layouts": names}, {"layouts": list_of(text(100), 100)})
+        return names
+    except (TypeError, KeyError, ValueError):
+        raise ValueError(f"{path}: its stages are not what train.py writes") from None
+
+
 def check_archive(path):
     """ValueError unless a file is what torch.save writes: a zip whose parts are as large as they say, and a
     pickle of tensors among them."""

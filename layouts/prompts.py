@@ -32,12 +32,12 @@ def tokens_of(text, tokenizer):
 
 @torch.inference_mode()
 def make_prompt(duplex, role="", voice=None):
-    """The columns (17, P) of a role and of a voice, the name of an audio file, for DuplexModel.prefill.
-    ValueError or OSError for a file that cannot be read, or if they are more than half of the model's
-    context."""
+    """The columns (17, P) of a role and of a voice, the name of an audio file or samples (N,) at 24 kHz, for
+    DuplexModel.prefill. ValueError or OSError for a file that cannot be read, or if they are more than half
+    of the model's context."""
     v, codes = duplex.vocab, np.zeros((0, len(duplex.silence)), np.int64)
-    if voice:
-        wav = read_audio(voice)[:SECONDS * SAMPLE_RATE]
+    if voice is not None:
+        wav = (voice if torch.is_tensor(voice) else read_audio(voice))[:SECONDS * SAMPLE_RATE]
         codes = duplex.codec.encode(wav[None, None].to(duplex.device))[0].T.cpu().numpy()
     grid = delay(prompt(tokens_of(role, duplex.tokenizer), codes, v), v.empty)
     if 2 * grid.shape[1] > duplex.model.config.context:

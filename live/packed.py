@@ -17,8 +17,8 @@ import torch
 
 from files.atomic import check_folder, move_folder, replace_when_done, write_text
 from files.checkpoint import (check_together, check_vocab, check_weights, from_fields, load_checkpoint,
-                              open_safetensors, save_checkpoint)
-from files.fields import check_fields, parse_json, text
+                              layouts_of, open_safetensors, save_checkpoint)
+from files.fields import check_fields, list_of, parse_json, text
 from files.tokenizer import LARGEST, load_tokenizer
 from mimi import Mimi, MimiConfig
 from model import FLM, FLMConfig
@@ -42,7 +42,7 @@ def pack(folder, path, note):
     with open(os.path.join(folder, "tokenizer.json"), encoding="utf-8") as f:
         tokenizer = f.read()
     facts = {**{part: saved[part]["config"] for part in PARTS}, "vocab": saved["flm"]["vocab"],
-             "tokenizer": tokenizer, "note": note}
+             "tokenizer": tokenizer, "note": note, "layouts": layouts_of(folder)}
     tensors = {f"{part}.{name}": half(name, x).contiguous()
                for part in PARTS for name, x in saved[part]["model"].items()}
     with replace_when_done(path) as temporary:
@@ -55,7 +55,8 @@ def read_facts(path):
     file = open_safetensors(path)
     try:
         facts = {name: parse_json(file.metadata()[name]) for name in FACTS}
-        check_fields(facts, {"tokenizer": text(LARGEST), "note": text()})
+        facts["layouts"] = parse_json(file.metadata().get("layouts", "[]"))  # older files do not say
+        check_fields(facts, {"tokenizer": text(LARGEST), "note": text(), "layouts": list_of(text(100), 100)})
     except (KeyError, ValueError) as e:
         raise ValueError(f"{path}: is not what `python -m live.packed` writes ({str(e):.200})") from None
     return file, facts
@@ -84,7 +85,7 @@ def unpack(path, folder):
     check_together(path, vocab, configs["codec"], tokenizer)
     save_checkpoint(os.path.join(work, "codec.pt"), "codec", configs["codec"], model=weights["codec"])
     save_checkpoint(os.path.join(work, "checkpoint.pt"), "flm", configs["flm"], model=weights["flm"],
-                    vocab=dataclasses.asdict(vocab))
+                    vocab=dataclasses.asdict(vocab), layouts=facts["layouts"])
     move_folder(work, folder)
 
 

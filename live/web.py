@@ -4,14 +4,16 @@
     GET /                                          -->  web.html, the only file there is
     GET /talk, a WebSocket                         -->  a session of the engine, or closed: all are in use
     binary: number of the frame, 1920 samples      -->  the session's queue --.
+    binary: 1/2 to 3 s, for the next restart's voice                          |
     text:   {"type": "restart", "text": role}      -->                        | tick, in a thread of its own
     text:   {"type": "type", "text": "..."}        -->                        |
     binary: number of the frame heard, 1920 said   <--  ----------------------'
     text:   {"type": "text", "time": 1.2, "text": " seven"}, {"type": "begin"}
     POST /lesson...                                -->  lessons.py: teach it your voice
 
-Whoever has not shown the right token yet is a stranger. There are few of them, fewer for each address, and
-each for seconds only: one too many takes the place of the oldest, so nobody can lock out the others.
+A connection is unauthenticated until its request has shown the right token. There are few such connections,
+fewer for each address, and each for seconds only: one too many takes the place of the oldest, so nobody can
+lock out the others.
 
 A number is 4 bytes, a sample 2, little-endian. Missing frames are concealed, so the reply keeps the clock
 of what is heard. A client that breaks a rule or a limit is disconnected; the reason is in the close message
@@ -31,12 +33,16 @@ import threading
 import time
 import webbrowser
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from urllib.parse import quote, urlsplit
 
 import numpy as np
+import torch
 
-from layouts.prompts import make_prompt
+from files.audio import SAMPLE_RATE
+from files.checkpoint import layouts_of
+from layouts.prompts import SECONDS, make_prompt
 from layouts.typed import typed_tokens
 from live.engine import QUEUE, Engine
 from live.jitter import conceal
@@ -60,6 +66,9 @@ RATE, BURST = 1.2 * FRAME_RATE, 50  # token bucket: messages a second, and at on
 TOY_VOCAB = 2048  # text tokens at most of a model of the toy world
 MAX_TEXT = 120  # characters of a role or of what is typed
 RESTART = 10  # messages that one restart counts for
+VOICE = 25  # and a restart with another voice, which has to be encoded
+VOICE_BYTES = SAMPLE_RATE, 2 * SECONDS * SAMPLE_RATE  # half a second to three
+FIELDS = {"typed": ["typed"], "prompts": ["role", "voice"]}  # of the page, by the layouts' file
 MAX_UNSENT = 50  # messages that may wait for a client that reads too slowly
 HEADERS = {
     "Content-Security-Policy":
@@ -76,7 +85,7 @@ class Limits:
     idle: float = 30.0  # seconds without a frame
     request: float = 10.0  # seconds that a connection may take until its request
     send: float = 5.0  # seconds until the client accepts a message
-    connections: int = 64  # of strangers and of conversations
+    connections: int = 64  # unauthenticated ones and conversations
     address: int = 16  # of these, from one address
     linger: float = 5.0  # seconds until a connection is gone after its answer
 
@@ -96,7 +105,7 @@ class Client:
     def begin(self, session, duplex):
         self.session, self.transcript = session, Transcript(duplex)
         self.pending = deque()  # frames in the engine's queue: (number, whether it was received)
-        self.next, self.last = 0, None
+        self.next, self.last, self.voice = 0, None, None
         self.out.put_nowait(json.dumps({"type": "begin"}))
 
     def seconds_left(self):
@@ -117,7 +126,10 @@ class Client:
 
     def hear(self, data):
         """Puts the frame of a binary message, and concealed ones for those missing before it, into the
-        queue."""
+        queue; or keeps what it holds as the next restart's voice."""
+        if VOICE_BYTES[0] <= len(data) <= VOICE_BYTES[1] and len(data) % 2 == 0:
+            self.voice = torch.from_numpy(np.frombuffer(data, "<i2").astype(np.float32) / 32768)
+            return
         if len(data) != MESSAGE_BYTES:
             raise Ended(WSCloseCode.POLICY_VIOLATION, f"a frame is {MESSAGE_BYTES} bytes")
         n = int.from_bytes(data[:4], "little")
@@ -154,19 +166,21 @@ def log_to_stderr(line):
 class Server:
     """Serves until cancelled. The engine ticks in a thread of its own, the rest runs in the event loop's."""
 
-    def __init__(self, duplex, limits=Limits(), token=None, log=log_to_stderr, checkpoint=None):
-        """checkpoint: the model's folder; if it is one of the toy world, it can be taught a voice."""
+    def __init__(self, duplex, limits=Limits(), token=None, log=log_to_stderr, checkpoint=None, layouts=()):
+        """checkpoint: the model's folder; if it is one of the toy world, it can be taught a voice.
+        layouts: names of those that it was trained on; the page has fields for what they are about."""
         teachable = checkpoint and duplex.vocab.text_size <= TOY_VOCAB
         self.lessons = Lessons(checkpoint, duplex, self.use) if teachable else None
         self.duplex, self.limits, self.token, self.log = duplex, limits, token, log
         self.engine, self.clients = Engine(duplex, limits.sessions), {}
         self.frames_waiting, self.stopping = threading.Event(), threading.Event()
-        self.ticking = threading.Lock()
-        self.strangers = {}  # connection -> (its transport, its address), the oldest first
+        self.ticking, self.builder = threading.Lock(), ThreadPoolExecutor(1)  # of engines and of prompts
+        self.unauthenticated = {}  # connection -> (its transport, its address), the oldest first
         self.refused, self.refused_at = 0, -math.inf  # how many were one too many, and when it was logged
         self.asked = 0  # requests of lessons that are being answered
         with open(PAGE, "rb") as f:
-            self.page = f.read()
+            self.page = with_fields(f.read(), layouts)
+        self.largest = VOICE_BYTES[1] if b" voice" in self.page[:200] else MESSAGE_BYTES
 
     # the engine
 
@@ -194,7 +208,7 @@ class Server:
                 engine = Engine(duplex, self.limits.sessions)
                 warm_up(engine)
                 return engine
-        self.engine, self.duplex = await asyncio.to_thread(build), duplex
+        self.engine, self.duplex = await self.loop.run_in_executor(self.builder, build), duplex
         for client in self.clients.values():
             client.out.put_nowait(Ended(WSCloseCode.SERVICE_RESTART, "another model takes over; press Talk"))
 
@@ -215,7 +229,7 @@ class Server:
         transport = request.transport
         try:
             self.check(request)
-            self.strangers.pop(request.protocol, None)
+            self.unauthenticated.pop(request.protocol, None)
             response = await handler(request)
         except http.HTTPException as e:
             response = self.refusal(request, e.status, e.text or e.reason)
@@ -270,7 +284,7 @@ class Server:
             self.asked -= 1
 
     async def talk(self, request):
-        ws = http.WebSocketResponse(max_msg_size=MESSAGE_BYTES + 1, heartbeat=10, autoping=False,
+        ws = http.WebSocketResponse(max_msg_size=self.largest + 1, heartbeat=10, autoping=False,
                                     compress=False, timeout=2)
         await ws.prepare(request)
         client = Client(self.limits)
@@ -323,20 +337,24 @@ class Server:
                 client.hear(message.data)
                 self.frames_waiting.set()
             elif message.type == WSMsgType.TEXT:
-                self.obey(client, message.data)
+                await self.obey(client, message.data)
 
-    def obey(self, client, data):
-        """Restarts a conversation, in a role if there is one, or gives it what the user types."""
+    async def obey(self, client, data):
+        """Restarts a conversation, in a role and a voice if there are any, or gives it what the user
+        types."""
         kind, text = read_message(data)
         if kind == "type":
             client.session.type(typed_tokens(text, self.duplex.vocab, self.duplex.tokenizer))
             return
-        client.count_messages(RESTART)
+        voice, client.voice = client.voice, None
+        client.count_messages(RESTART if voice is None else VOICE)
         try:
-            prompt = make_prompt(self.duplex, text) if text.strip() else None
+            prompt = None
+            if text.strip() or voice is not None:
+                prompt = await self.loop.run_in_executor(self.builder, make_prompt, self.duplex, text, voice)
         except ValueError as e:
             raise Ended(WSCloseCode.POLICY_VIOLATION, str(e)) from None
-        self.clients.pop(client.session)
+        self.clients.pop(client.session, None)
         session = self.engine.reset(client.session, prompt)
         if session:  # otherwise another model has taken over
             self.start_session(client, session)
@@ -365,24 +383,25 @@ class Server:
         return protocol
 
     def admit(self, protocol):
-        """A new connection is a stranger until its request is checked. If there are too many, of its address
-        or in all, the oldest is disconnected."""
+        """A new connection is unauthenticated until its request is checked. If there are too many, of its
+        address or in all, the oldest is disconnected."""
         if not protocol.transport:
             return
         address = network(protocol.transport.get_extra_info("peername"))
-        self.strangers[protocol] = protocol.transport, address
-        self.strangers = {p: (t, a) for p, (t, a) in self.strangers.items() if not t.is_closing()}
-        neighbours = [p for p, (_, a) in self.strangers.items() if a == address]
+        self.unauthenticated[protocol] = protocol.transport, address
+        self.unauthenticated = {p: (t, a) for p, (t, a) in self.unauthenticated.items()
+                                if not t.is_closing()}
+        neighbours = [p for p, (_, a) in self.unauthenticated.items() if a == address]
         if len(neighbours) > self.limits.address:
             self.disconnect(neighbours[0])
-        elif len(self.strangers) + len(self.clients) > self.limits.connections:
-            self.disconnect(next(iter(self.strangers)))
+        elif len(self.unauthenticated) + len(self.clients) > self.limits.connections:
+            self.disconnect(next(iter(self.unauthenticated)))
         self.loop.call_later(self.limits.request, self.disconnect, protocol, "asked for nothing in time")
 
     def disconnect(self, protocol, reason=None):
         """At once, whatever is still to be sent. Without a reason it is one too many; this is logged once a
         second."""
-        transport, address = self.strangers.pop(protocol, (None, None))
+        transport, address = self.unauthenticated.pop(protocol, (None, None))
         if not transport or transport.is_closing():
             return
         transport.abort()
@@ -427,6 +446,7 @@ class Server:
         self.stopping.set()
         self.frames_waiting.set()
         await asyncio.to_thread(self.thread.join)
+        self.builder.shutdown()
 
 
 def warm_up(engine):
@@ -450,6 +470,13 @@ async def first_to_fail(*work):
             # repeated, since wait_for may lose a cancellation before Python 3.12
             await asyncio.wait(left, timeout=0.1)
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def with_fields(page, layouts):
+    """web.html (bytes) that shows the fields for what the model was trained on."""
+    files = {name.split(":")[0] for name in layouts}
+    fields = " ".join(field for file, names in FIELDS.items() if file in files for field in names)
+    return page.replace(b'<html lang="en">', f'<html lang="en" data-fields=" {fields}">'.encode(), 1)
 
 
 def read_message(data):
@@ -490,8 +517,9 @@ def serve(duplex, host, port, sessions, token, open_page=False, checkpoint=None)
     if host not in LOOPBACK:
         token = token or secrets.token_urlsafe(12)
     try:
-        asyncio.run(run(Server(duplex, Limits(sessions=sessions), token, checkpoint=checkpoint), host, port,
-                        open_page))
+        server = Server(duplex, Limits(sessions=sessions), token, checkpoint=checkpoint,
+                        layouts=layouts_of(checkpoint) if checkpoint else ())
+        asyncio.run(run(server, host, port, open_page))
     except KeyboardInterrupt:
         print("\nEnded.")
 

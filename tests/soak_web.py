@@ -143,7 +143,7 @@ async def soak(args):
     await asyncio.sleep(10)  # the last connections that were answered go
     print(f"all gone: {held(server)}; {count}", flush=True)
     assert not any(server.engine.sessions) and not server.clients and not server.runner.server.connections
-    assert not server.strangers and count["steady"] and not count["lost"], count
+    assert not server.unauthenticated and count["steady"] and not count["lost"], count
     await server.stop()
 
 

@@ -7,7 +7,7 @@ import torch
 
 from chat import DuplexModel
 from conftest import run
-from files.checkpoint import load_checkpoint
+from files.checkpoint import layouts_of, load_checkpoint
 
 safetensors = pytest.importorskip("safetensors.torch", reason="the extra 'weights' is not installed")
 
@@ -41,6 +41,25 @@ def test_what_is_in_it_and_how_large_it_is(packed, world):
     assert code == 0 and "made by a test" in out
     assert packed.stat().st_size < 0.4 * sum((world / "flm" / name).stat().st_size
                                              for name in ("checkpoint.pt", "codec.pt"))
+
+
+def test_it_says_what_the_model_was_trained_on(packed, world, tmp_path):
+    before = layouts_of(str(world / "flm"))
+    assert run("live.packed", packed, tmp_path / "talk")[0] == 0
+    assert layouts_of(str(tmp_path / "talk")) == before
+    saved = load_checkpoint(str(tmp_path / "talk/checkpoint.pt"), "flm")
+    for parts in ({}, {"layouts": ["a:b", "c"]}, {"stages": [{"layouts": {"a:b": (1, 1), "c": (0, 1)}}]}):
+        save_parts(tmp_path, saved, parts)
+        assert layouts_of(str(tmp_path)) == ["a:b", "c"] * bool(parts)
+    for parts in ({"layouts": 3}, {"layouts": [3]}, {"stages": [3]}, {"stages": [{}]}, {"stages": 1.5}):
+        save_parts(tmp_path, saved, parts)
+        with pytest.raises(ValueError, match="checkpoint.pt: its stages are not"):
+            layouts_of(str(tmp_path))
+    assert layouts_of(str(tmp_path / "talk/none")) == []
+
+
+def save_parts(folder, saved, parts):
+    torch.save({**{k: saved[k] for k in ("kind", "config", "model", "vocab")}, **parts}, folder / "checkpoint.pt")
 
 
 def test_fine_tuning_goes_on_from_it(packed, world, tmp_path):

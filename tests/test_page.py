@@ -5,12 +5,14 @@ With an untrained model this sees that audio and tokens flow. A trained one's an
     TALK_TO=out/tiny TALK_OF=data/toy python -m pytest -m slow tests/test_page.py
 """
 import asyncio
+import base64
 import contextlib
 import json
 import os
 import shutil
 
 import pytest
+import soundfile
 import torch
 
 from chat import DuplexModel
@@ -58,10 +60,11 @@ async def open_page(browser, address):
 
 
 @contextlib.asynccontextmanager
-async def serving(world, port=0, lessons_of=None):
+async def serving(world, port=0, lessons_of=None, layouts=("prompts:prompted", "typed:typed")):
     """(server, address of the page). lessons_of: the folder of a model that can be taught"""
     folder = lessons_of or TRAINED or str(world / "flm")
-    server = web.Server(DuplexModel.load(folder), web.Limits(sessions=2), checkpoint=lessons_of)
+    server = web.Server(DuplexModel.load(folder), web.Limits(sessions=2), checkpoint=lessons_of,
+                        layouts=layouts)
     port = await server.start("127.0.0.1", port)
     try:
         yield server, f"http://127.0.0.1:{port}/"
@@ -111,6 +114,51 @@ def test_a_request_is_heard_and_answered_on_two_pages_at_once_and_after_a_reload
             await first.value("$('talk').click()")
             await first.until("record.said.length > 20")
             assert len(server.clients) == 2
+    asyncio.run(talk())
+
+
+def test_fields_are_shown_for_what_the_model_was_trained_on(world, tmp_path):
+    async def look():
+        for layouts, shown in (("tts",), []), (("typed:typed_counts",), ["typed"]), \
+                (("prompts:prompted", "tts"), ["role", "voice"]):
+            async with (serving(world, layouts=layouts) as (_, address),
+                        chromium(str(tmp_path / "_".join(shown))) as browser):
+                tab = await open_page(browser, address)
+                assert await tab.value("""["typed", "role", "voice"].filter(
+                    id => $(id).getClientRects().length)""") == shown
+    asyncio.run(look())
+
+
+def test_a_voice_reaches_the_engine(world, tmp_path):
+    """The page reads any sound file; what it sends begins the conversation, and a short one is refused."""
+    for seconds in (4, 0.2):
+        sound = torch.stack([torch.randn(int(44_100 * seconds)), torch.zeros(int(44_100 * seconds))]) * 0.1
+        soundfile.write(tmp_path / f"{seconds}.wav", sound.T.numpy(), 44_100)
+    sounds = {seconds: base64.b64encode((tmp_path / f"{seconds}.wav").read_bytes()).decode()
+              for seconds in (4, 0.2)}
+    choose = "chooseVoice(new File([Uint8Array.from(atob('{}'), c => c.charCodeAt(0))], 'anna.wav'))"
+
+    async def talk():
+        async with serving(world) as (server, address), chromium(str(tmp_path / "profile")) as browser:
+            tab = await open_page(browser, address)
+            await tab.value(choose.format(sounds[0.2]))
+            assert "half a second" in await tab.value("$('floor').textContent")
+            await tab.value("chooseVoice(new File(['nothing'], 'a.wav'))")
+            assert "no audio" in await tab.value("$('floor').textContent")
+            assert await tab.value("voice === null && $('voice').textContent") == "Voice"
+            await tab.value(choose.format(sounds[4]))
+            assert await tab.value("voice.length === 3 * RATE && $('voice').textContent") == "Voice: anna.wav"
+            await tab.value("$('talk').click()")
+            await tab.until("record.said.length > 5")
+            session, = server.clients
+            assert session.prompt.shape == make_prompt(server.duplex, "", torch.zeros(3 * 24_000)).shape
+            await tab.value("$('voice').click(); $('restart').click()")
+            await tab.until("voice === null && record.said.length < 20")
+            for _ in range(100):
+                if [s.prompt for s in server.clients] == [None]:
+                    return
+                await asyncio.sleep(0.1)
+            raise AssertionError("it still has a prompt")
     asyncio.run(talk())
 
 

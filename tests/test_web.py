@@ -12,9 +12,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from conftest import ROOT, run
 from chat import DuplexModel
+from layouts.prompts import make_prompt
 from mimi import FRAME
 
 aiohttp = pytest.importorskip("aiohttp", reason="needs the extra 'web'")
@@ -29,10 +31,10 @@ def duplex(world):
 
 
 @contextlib.asynccontextmanager
-async def serving(duplex, token=None, **limits):
+async def serving(duplex, token=None, layouts=(), **limits):
     """(address, log, server, client)"""
     log = []
-    server = web.Server(duplex, replace(LIMITS, **limits), token, log.append)
+    server = web.Server(duplex, replace(LIMITS, **limits), token, log.append, layouts=layouts)
     port = await server.start("127.0.0.1", 0)
     address = f"http://127.0.0.1:{port}"
     try:
@@ -114,7 +116,6 @@ async def test_each_frame_is_answered_as_the_engine_alone_would(duplex):
         frames, texts = await answers(ws, 6)
         sent = np.concatenate([np.frombuffer(binary(n), "<i2", offset=4) for n in range(6)])
         heard = sent.astype(np.float32) / 32768
-        import torch
         _, said = duplex.converse(torch.cat([torch.from_numpy(heard), torch.zeros(FRAME)])[None], seed)
         assert [n for n, _ in frames] == list(range(6))
         expected = said[0, FRAME:].clamp(-1, 1).numpy() * 32767
@@ -168,6 +169,63 @@ async def test_a_role_and_typed_text(duplex):
         assert session.prompt is None and not session.typed
         await ws.send_str(json.dumps({"type": "restart", "text": "zq" * 60}))
         assert (await ending(ws))[0] == 1008, "it would fill the context"
+
+
+def voice(seconds=1.5, seed=5):
+    x = 0.2 * np.random.default_rng(seed).standard_normal(int(24_000 * seconds))
+    return (x.clip(-1, 1) * 32767).astype("<i2")
+
+
+@live
+async def test_a_voice_begins_its_own_conversation_and_no_other(duplex):
+    """Beside one without a prompt; each is answered as if it were alone in the engine."""
+    from live.engine import Engine
+    prompt = make_prompt(duplex, "say it twice", torch.from_numpy(voice().astype(np.float32) / 32768))
+
+    def alone(seed, prompt):
+        engine = Engine(duplex, 2)
+        session, said = engine.join(seed, prompt), []
+        for n in range(5):
+            session.hear(np.frombuffer(binary(n), "<i2", offset=4).astype(np.float32) / 32768)
+            said.append((engine.tick()[session][1].clamp(-1, 1) * 32767).round().numpy())
+        return np.stack(said)
+    async with serving(duplex, layouts=["prompts:prompted"]) as (address, _, server, client):
+        plain, voiced = await begun(client, address), await begun(client, address)
+        await voiced.send_bytes(voice().tobytes())
+        await voiced.send_str('{"type": "restart", "text": "say it twice"}')
+        assert await voiced.receive_json(timeout=10) == {"type": "begin"}
+        assert np.array_equal(server.engine.sessions[1].prompt, prompt) and prompt.shape[1] > 18
+        for n in range(5):
+            for ws in (plain, voiced):
+                await ws.send_bytes(binary(n))
+        for row, ws in enumerate((plain, voiced)):
+            said = np.stack([x for _, x in (await answers(ws, 5))[0]])
+            right = alone(server.engine.sessions[row].seed, [None, prompt][row])
+            assert np.abs(said - right).max() <= 1
+        await voiced.send_str('{"type": "restart"}')  # a voice is for one restart
+        assert await voiced.receive_json(timeout=10) == {"type": "begin"}
+        assert server.engine.sessions[1].prompt is None
+
+
+@live
+async def test_voices_that_are_no_voices(duplex):
+    bad = {"long": voice(3.1).tobytes(), "odd": voice().tobytes()[:-1], "short": voice(0.4).tobytes()}
+    async with serving(duplex, layouts=["prompts:prompted"]) as (address, log, server, client):
+        good = await begun(client, address)
+        for name, data in bad.items():
+            ws = await begun(client, address)
+            await ws.send_bytes(data)
+            assert (await ending(ws))[0] == (1009 if name == "long" else 1008), name
+        ws = await begun(client, address)
+        for _ in range(3):  # each has to be encoded
+            await ws.send_bytes(voice().tobytes())
+            await ws.send_str('{"type": "restart"}')
+        assert await ending(ws) == (1008, "too many messages")
+        assert await talks(good, 0)
+    async with serving(duplex, layouts=["typed:typed"]) as (address, log, server, client):
+        ws = await begun(client, address)
+        await ws.send_bytes(voice().tobytes())
+        assert (await ending(ws))[0] == 1009, "the model was not trained to have one"
 
 
 @pytest.mark.parametrize("data", ["", "[", "[" * 3000, "3", "{}", '{"type": "restart", "text": 3}',
@@ -525,7 +583,7 @@ async def test_the_right_token_gets_in_beside_connections_that_ask_for_nothing(d
         bad = [raw(address, b"GET /?token=wrong HTTP/1.1\r\nHost: a\r\nX-A: ") for _ in range(20)]
         for round in range(5):
             await asyncio.sleep(0.1)
-            assert len(server.strangers) <= 6
+            assert len(server.unauthenticated) <= 6
             ws = await client.ws_connect(f"{address}/talk?token=secret", headers={"Origin": address})
             assert await ws.receive_json(timeout=10) == {"type": "begin"} and await talks(ws, 0)
             bad += [raw(address) for _ in range(20)]
@@ -538,7 +596,7 @@ async def test_the_right_token_gets_in_beside_connections_that_ask_for_nothing(d
         await asyncio.sleep(0.3)
         raw(address).close()
         await asyncio.sleep(0.3)
-        assert len(server.strangers) <= 1, "those that are gone do not count"
+        assert len(server.unauthenticated) <= 1, "those that are gone do not count"
 
 
 @live
