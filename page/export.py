@@ -34,6 +34,7 @@ import torch
 from page.step import ExportedStep
 from chat import DuplexModel
 from files.atomic import check_folder, move_folder, replace_when_done, write_text
+from files.checkpoint import layouts_of
 from kernels.sampling import Sampling
 from mimi import FRAME
 from streams import K
@@ -141,9 +142,9 @@ def runtime(path):
         return [archive.extractfile(f"package/dist/{name}").read() for name in (ORT_JS, ORT_WASM)]
 
 
-def facts_of(duplex, start, large, download):
+def facts_of(duplex, start, large, download, layouts):
     """What the page has to know about the model, for JSON. large: {name: bytes} of what it unpacks;
-    download: bytes of all files as they are sent."""
+    download: bytes of all files as they are sent. layouts: names of those that it was trained on."""
     def describe(name, x):
         kind = {torch.int64: "int64", torch.float32: "float32", torch.bool: "bool"}[x.dtype]
         values = {"values": x.flatten().tolist()} if x.any() else {}
@@ -152,6 +153,8 @@ def facts_of(duplex, start, large, download):
     files = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
              for name, data in large.items()}
     return {"state": [describe(*pair) for pair in start.items()], "draws": 1 + K, "wait": v.wait,
+            "asr": v.asr, "answer": v.answer,
+            "typed": duplex.tokenizer.name == "own" and any(x.startswith("typed:") for x in layouts),
             "tokens": [token_bytes(duplex.tokenizer, i) for i in range(v.text_size)],
             "files": files, "toy": v.text_size <= TOY_VOCAB, "download": download}
 
@@ -177,12 +180,14 @@ def page_of(web, facts):
     engine = (f'<script id="facts-of-model" type="application/json">{data}</script>\n'
               '<script src="local.js"></script>\n\n<script>')
     web = web.replace('<meta charset="utf-8">', head, 1)
+    if facts.get("typed"):
+        web = web.replace('<html lang="en">', '<html lang="en" data-fields="typed">', 1)
     before, script = web.rsplit("<script>", 1)  # the page's own: the engine is there before it
     return before + engine + script
 
 
-def build(duplex, out, archive, weights):
-    """Writes the folder. Returns the facts."""
+def build(duplex, out, archive, weights, layouts=()):
+    """Writes the folder. Returns the facts. layouts: see facts_of."""
     out, work = check_folder(out, FOLDER, replace=True)
     script, wasm = runtime(archive)
     graph, start = export_step(duplex, weights)
@@ -193,7 +198,7 @@ def build(duplex, out, archive, weights):
             files[name] = f.read()
     with open(WEB, encoding="utf-8") as f:
         web = f.read()
-    facts = facts_of(duplex, start, large, sum(map(len, files.values())))
+    facts = facts_of(duplex, start, large, sum(map(len, files.values())), layouts)
     shutil.rmtree(work, ignore_errors=True)
     os.makedirs(work)
     write_text(os.path.join(work, "index.html"), page_of(web, facts))
@@ -223,7 +228,7 @@ def main():
         duplex = DuplexModel.load(args.checkpoint)
         duplex.sampling = [replace(old, temperature=how.temperature, top_k=how.top_k, top_p=how.top_p)
                            for old in duplex.sampling]
-        facts = build(duplex, args.out, args.runtime, args.weights)
+        facts = build(duplex, args.out, args.runtime, args.weights, layouts_of(args.checkpoint))
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
     print(f"Wrote {args.out}: {facts['download'] / 1e6:.1f} MB to load; next: python -m http.server "

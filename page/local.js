@@ -48,7 +48,10 @@ globalThis.LocalSocket = class {
     if (data instanceof DataView) {
       this.waiting++
       worker.postMessage(data.buffer, [data.buffer])
-    } else worker.postMessage({ begin: LocalSocket.seed }) // restart
+      return
+    }
+    const { type, text } = JSON.parse(data)
+    worker.postMessage(type === "type" ? { type: text } : { begin: LocalSocket.seed })
   }
   close() {
     this.readyState = WebSocket.CLOSED
@@ -75,6 +78,5 @@ note.textContent = `The model runs in this page. The first Talk loads ${(facts.d
   + "after that it works without a network. Nothing that you say is sent anywhere."
 $("card").append(note)
 $("card").hidden = false
-for (const id of ["typed", "role"]) $(id).hidden = true // a server's model alone reads them
 navigator.serviceWorker?.register("offline.js").catch(() => {}) // missed only when there is no network
 }

@@ -2,13 +2,14 @@
 //
 //   {facts}                                        -->  loads model and runtime; {loaded, total} as they come
 //   {begin: seed}, or text {"type": "restart"}     -->  a new conversation
+//   {type: text}                                   -->  what the user types
 //   binary: number of the frame, 1920 samples      -->  one run of the graph
 //   text: {"type": "text", "time": 1.2, "text": " seven"}, {"type": "begin"}  <--
 //   binary: number of the frame heard, 1920 said                              <--
 //   {failed: a sentence}                                                      <--
 
 const FRAME = 1920, SECONDS = 0.08
-let facts, ort, session, state, seed, frames, utf8
+let facts, ort, session, state, seed, frames, utf8, typed
 
 let last = Promise.resolve() // messages are handled one after another
 onmessage = ({ data }) => {
@@ -18,6 +19,7 @@ onmessage = ({ data }) => {
 async function handle(data) {
   if (data.facts) await load(data.facts)
   else if (data instanceof ArrayBuffer) await step(data)
+  else if ("type" in data) typed = typed.length ? typed : tokensOf(data.type)
   else begin(data.begin ?? crypto.getRandomValues(new Uint32Array(1))[0])
 }
 
@@ -95,6 +97,7 @@ const ARRAYS = { int64: BigInt64Array, float32: Float32Array, bool: Uint8Array }
 function begin(number) {
   seed = BigInt(number)
   frames = 0
+  typed = []
   utf8 = new TextDecoder("utf-8", { ignoreBOM: true })
   state = {}
   for (const { name, type, dims, values } of facts.state) {
@@ -109,6 +112,7 @@ async function step(data) {
   const heard = new DataView(data)
   const wav = Float32Array.from({ length: FRAME }, (_, i) => heard.getInt16(4 + 2 * i, true) / 32768)
   frames++
+  if (typed.length) state["state.text"] = new ort.Tensor("int64", BigInt64Array.of(BigInt(typed.shift())), [1])
   const draws = { length: facts.draws }
   const uniforms = Float64Array.from(draws, (_, draw) => uniform(seed, BigInt(frames), BigInt(draw)))
   const out = await session.run({ ...state, wav: new ort.Tensor("float32", wav, [1, 1, FRAME]),
@@ -116,7 +120,7 @@ async function step(data) {
   for (const { name } of facts.state) state[name] = out[`next.${name}`]
   if (state["state.failed"].data[0])
     throw new Sentence("The model's logits are not numbers; its weights are damaged.")
-  const n = heard.getUint32(0, true), text = write(Number(out.text.data[0]))
+  const n = heard.getUint32(0, true), text = typed.length ? "" : write(Number(out.text.data[0]))
   const time = Math.round(100 * (n + 1) * SECONDS) / 100
   if (text) postMessage(JSON.stringify({ type: "text", time, text }))
   const said = new DataView(new ArrayBuffer(4 + 2 * FRAME))
@@ -130,6 +134,23 @@ function clamp(x) { return Math.max(-1, Math.min(1, x)) }
 function write(token) { // what it adds to the text, as in live/transcript.py
   const bytes = token === facts.wait ? null : facts.tokens[token]
   return bytes ? utf8.decode(Uint8Array.from(atob(bytes), c => c.charCodeAt(0)), { stream: true }) : ""
+}
+
+function tokensOf(text) { // layouts/typed.py: typed_tokens(), for a tokeniser of our own
+  const ranks = new Map(facts.tokens.map((bytes, i) => [atob(bytes ?? ""), i]))
+  for (const special of [facts.wait, facts.asr, facts.answer]) ranks.delete(atob(facts.tokens[special]))
+  const words = text.normalize("NFC").split(/\s+/).filter(Boolean)
+  return [facts.asr, ...words.flatMap(word => merge(` ${word}`, ranks)), facts.answer]
+}
+
+function merge(word, ranks) { // BPE: joins the neighbours that make the first token, as long as any make one
+  const parts = Array.from(new TextEncoder().encode(word), byte => String.fromCharCode(byte))
+  for (;;) {
+    const joined = parts.slice(1).map((part, i) => ranks.get(parts[i] + part) ?? Infinity)
+    const first = Math.min(...joined), at = joined.indexOf(first)
+    if (first === Infinity) return parts.map(part => ranks.get(part))
+    parts.splice(at, 2, parts[at] + parts[at + 1])
+  }
 }
 
 const MASK = 0xFFFFFFFFn

@@ -59,7 +59,8 @@ def test_it_says_what_the_model_was_trained_on(packed, world, tmp_path):
 
 
 def save_parts(folder, saved, parts):
-    torch.save({**{k: saved[k] for k in ("kind", "config", "model", "vocab")}, **parts}, folder / "checkpoint.pt")
+    kept = {k: saved[k] for k in ("kind", "config", "model", "vocab")}
+    torch.save({**kept, **parts}, folder / "checkpoint.pt")
 
 
 def test_fine_tuning_goes_on_from_it(packed, world, tmp_path):

@@ -16,13 +16,15 @@ import numpy as np
 import pytest
 import torch
 
-from page.export import FILES, FOLDER, RUNTIME, build, export_step, narrow, page_of, runtime
+from page.export import (FILES, FOLDER, RUNTIME, build, export_step, narrow, page_of, runtime,
+                         token_bytes)
 from page.step import ExportedStep, draw
 from chat import DuplexModel
 from conftest import ROOT, run
 from files.atomic import check_folder
 from files.audio import write_audio
 from kernels.sampling import Sampling, random_bits, reference
+from layouts.typed import typed_tokens
 from live.transcript import Transcript
 from mimi import FRAME
 from streams import K
@@ -115,6 +117,24 @@ def test_the_random_numbers_of_the_worker_are_the_samplers():
     done = subprocess.run([NODE, "-e", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [random_bits(*n) * 2.0 ** -53 for n in numbers]
+
+
+@pytest.mark.skipif(NODE is None, reason="needs node")
+def test_what_is_typed_becomes_the_tokens_of_chat(world):
+    duplex = DuplexModel.load(str(world / "flm"))
+    v = duplex.vocab
+    texts = ["up", "what comes  after six", " \u00fcber <wait> 你好 ", "", "\u0065\u0301 x\ty"]
+    facts = {"tokens": [token_bytes(duplex.tokenizer, i) for i in range(v.text_size)],
+             "wait": v.wait, "asr": v.asr, "answer": v.answer}
+    with open(os.path.join(ROOT, "page/worker.js"), encoding="utf-8") as f:
+        functions = f.read().split("function tokensOf", 1)[1].split("const MASK", 1)[0]
+    script = (f"const facts = {json.dumps(facts)}\nfunction tokensOf{functions}\n"
+              f"console.log(JSON.stringify({json.dumps(texts)}.map(tokensOf)))")
+    done = subprocess.run([NODE, "-e", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = [typed_tokens(text, v, duplex.tokenizer) for text in texts]
+    assert json.loads(done.stdout) == expected
+    assert len(expected[1]) > 6, "tokens of several letters and of one"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -234,7 +254,7 @@ def served(world, packages, tmp_path_factory):
     except ValueError as e:
         pytest.skip(f"needs ONNX Runtime Web ({e})")
     folder, duplex = str(tmp_path_factory.mktemp("page") / "page"), talker(world, DRAWN)
-    build(duplex, folder, archive, "float16")
+    build(duplex, folder, archive, "float16", ["typed:typed"])
     return folder, duplex
 
 
@@ -295,16 +315,20 @@ TALK = """{
         if (data instanceof ArrayBuffer) {
             result.said.push(...new Int16Array(data, 4))
             n < N ? next() : result.done = true
-        } else if (JSON.parse(data).type === "begin") next()
-        else result.pieces.push(JSON.parse(data))
+        } else if (JSON.parse(data).type === "begin") {
+            if (TYPED) socket.send(JSON.stringify({ type: "type", text: TYPED }))
+            next()
+        } else result.pieces.push(JSON.parse(data))
     }
 }"""
 
 
-async def talk_through(tab, frames, seconds=300):
-    """The same recording through the engine of the page, at its own speed: (pieces of text, audio)."""
+async def talk_through(tab, frames, seconds=300, typed=""):
+    """The same recording through the engine of the page, at its own speed, after something typed: (pieces of
+    text, audio)."""
     samples = (frames.flatten() * 32768).short().numpy().tobytes()
-    await tab.value(TALK.replace("AUDIO", base64.b64encode(samples).decode()))
+    await tab.value(TALK.replace("TYPED", json.dumps(typed))
+                    .replace("AUDIO", base64.b64encode(samples).decode()))
     await tab.until("result.done", seconds)
     result = json.loads(await tab.value("JSON.stringify(result)"))
     assert not result["failed"], result["failed"]
@@ -328,6 +352,14 @@ def test_a_browser_says_what_chat_says(served, tmp_path, start):
             assert np.corrcoef(said, right.flatten().numpy())[0, 1] > 0.999
             again, _ = await talk_through(tab, frames)
             assert again == pieces
+            assert await tab.value("!$('typed').hidden && $('role').hidden && $('voice').hidden")
+            tokens, other = typed_tokens("up down", duplex.vocab, duplex.tokenizer), Transcript(duplex)
+            texts, right_ = duplex.converse(frames.flatten()[None], 7, typed=tokens)
+            for t, token in enumerate(texts[0].tolist()):
+                other.add(t, token)
+            typed, said = await talk_through(tab, frames, typed="up down")
+            assert typed == [(p["time"], p["text"]) for p in other.pieces] != pieces
+            assert np.abs(said[:-FRAME] - right_[0, FRAME:].numpy()).max() < 2e-4
     asyncio.run(talk())
 
 
@@ -341,6 +373,9 @@ def test_a_recording_is_played_without_a_microphone(served, tmp_path, start):
 
     async def talk():
         async with opened(folder, tmp_path / "profile", start, allowed=False) as (tab, address, asked):
+            if not await tab.value("""Promise.race([new AudioContext().resume().then(() => true),
+                                                    new Promise(no => setTimeout(no, 20000, false))])"""):
+                pytest.skip("Firefox needs a sound server (Debian: apt install pulseaudio)")
             assert not any("model.bin" in path for path in asked)  # nothing large before the first Talk
             await tab.value("$('talk').click()")
             message = await tab.until(
@@ -402,11 +437,19 @@ def test_no_request_leaves_the_page(served, tmp_path, start):
     asyncio.run(talk())
 
 
+FAULTY = {  # lines before those of worker.js
+    "no wasm": "delete globalThis.WebAssembly",
+    # what the runtime gets when it asks for its first memory, and when it asks for more
+    "no memory": "WebAssembly.Memory = function () { throw new RangeError('could not allocate memory') }",
+    "memory refused": "WebAssembly.Memory.prototype.grow = () => { throw new RangeError('failed to grow') }"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fault, message", [
     ("cut", "model.bin is cut off or damaged"), ("damaged", "model.bin is cut off or damaged"),
     ("missing", "the server answers 404"), ("no runtime", "The model does not run in this browser"),
-    ("no wasm", "Here is no WebAssembly")])
+    ("no wasm", "Here is no WebAssembly"), ("no memory", "too little free memory"),
+    ("memory refused", "too little free memory")])
 def test_faults_are_sentences(served, tmp_path, start, fault, message):
     folder = shutil.copytree(served[0], tmp_path / "page")
     model = folder / "model.bin"
@@ -420,9 +463,9 @@ def test_faults_are_sentences(served, tmp_path, start, fault, message):
         model.unlink()
     elif fault == "no runtime":
         (folder / "ort.wasm.bundle.min.mjs").write_text("nonsense")
-    elif fault == "no wasm":
+    elif fault in FAULTY:
         worker = folder / "worker.js"
-        worker.write_text("delete globalThis.WebAssembly\n" + worker.read_text(encoding="utf-8"), "utf-8")
+        worker.write_text(f"{FAULTY[fault]}\n{worker.read_text(encoding='utf-8')}", "utf-8")
 
     async def talk():
         async with opened(str(folder), tmp_path / "profile", start) as (tab, *_):
