@@ -27,7 +27,7 @@ class Tab:
         n = next(self.ids)
         await self.ws.send_json({"id": n, "method": method, "params": params})
         while True:
-            answer = json.loads((await self.ws.receive(timeout=30)).data)
+            answer = json.loads((await self.ws.receive(timeout=120)).data)
             if answer.get("id") == n:
                 if "error" in answer:
                     raise RuntimeError(f"{method}: {answer.get('message') or answer['error']['message']}")

@@ -228,6 +228,31 @@ async def test_voices_that_are_no_voices(duplex):
         assert (await ending(ws))[0] == 1009, "the model was not trained to have one"
 
 
+ODD_TEXTS = ["", " ", "\0", "\ud800", "\udfff\ud800" * 60, "<wait><asr><answer>", "\u0344" * 120,
+             "\U0001f600" * 120, "\u202e\r\n\t\x85\u2028", "a" * 120, "1e999", "\u0f77" * 40 + "\ufdfa" * 80,
+             "\ufffe\uffff", "\x1b[31m"]
+
+
+@live
+async def test_odd_texts_are_read_or_end_the_conversation_in_one_line(duplex):
+    layouts = ["prompts:prompted", "typed:typed"]
+    async with serving(duplex, layouts=layouts) as (address, log, server, client):
+        good = await begun(client, address)
+        for i, text in enumerate(ODD_TEXTS):
+            ws = await begun(client, address)
+            await ws.send_str(json.dumps({"type": "restart", "text": text}))
+            message = await ws.receive(timeout=20)
+            if message.type == aiohttp.WSMsgType.TEXT:  # it begins again
+                await ws.send_str(json.dumps({"type": "type", "text": text}))
+                await ws.send_bytes(binary(0))
+                assert (await answers(ws, 1))[0][0][0] == 0, text
+                await ws.close()
+            else:
+                assert message.data == 1008 and "context" in message.extra, (text, message)
+            assert await talks(good, 3 * i)
+        assert all(line.isprintable() for line in log) and not any(": 500 " in line for line in log), log
+
+
 @pytest.mark.parametrize("data", ["", "[", "[" * 3000, "3", "{}", '{"type": "restart", "text": 3}',
                                   '{"type": "x"}', '{"type": ["type"]}',
                                   '{"type": "type", "text": "' + "a" * 121 + '"}'])
