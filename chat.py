@@ -250,7 +250,7 @@ def build_parser():
     add("--open", action="store_true", help="open the page of --web in a browser")
     add("--host", default="127.0.0.1", help="address for --web; any but this machine's own requires a token")
     add("--port", type=int, default=8000)
-    add("--token", help="that the page's address must carry; random if --host requires one")
+    add("--token", help="that the page's address must carry, or 'random', as where --host requires one")
     add("--sessions", type=int, default=4, help="conversations at once in --web")
     own = "(default: {}, or as the release does)"
     add("--temperature", type=float, help="of text and audio; 0 is greedy " + own.format(0))

@@ -509,13 +509,15 @@ def network(peer):
 
 
 def serve(duplex, host, port, sessions, token, open_page=False, checkpoint=None):
-    """Until Ctrl-C. OSError if the port is in use, ValueError for a bad port, number of sessions or token."""
+    """Until Ctrl-C. token: a word, or "random" for one that other users of this machine cannot see in the
+    list of its processes. OSError if the port is in use, ValueError for a bad port, number of sessions or
+    token."""
     if token is not None and (not token.strip() or not token.isprintable()):
         raise ValueError("--token is a word that is hard to guess; without the flag there is a random one")
     if sessions < 1 or not 0 <= port < 2 ** 16:
         raise ValueError("--sessions is at least 1, --port below 65536")
-    if host not in LOOPBACK:
-        token = token or secrets.token_urlsafe(12)
+    if token == "random" or token is None and host not in LOOPBACK:
+        token = secrets.token_urlsafe(12)
     try:
         server = Server(duplex, Limits(sessions=sessions), token, checkpoint=checkpoint,
                         layouts=layouts_of(checkpoint) if checkpoint else ())

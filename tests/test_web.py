@@ -679,6 +679,20 @@ def test_a_token_is_quoted_in_the_address(duplex, capsys):
     asyncio.run(asyncio.wait_for(go(), 60))
 
 
+@pytest.mark.parametrize("host, token, length", [
+    ("127.0.0.1", None, 0), ("127.0.0.1", "random", 16), ("0.0.0.0", None, 16), ("0.0.0.0", "word", 4)])
+def test_which_token_the_server_asks_for(duplex, monkeypatch, host, token, length):
+    served = []
+
+    async def note(server, *_):
+        served.append(server.token)
+    monkeypatch.setattr(web, "run", note)
+    for _ in range(2):
+        web.serve(duplex, host, 0, 1, token)
+    assert [len(t or "") for t in served] == [length] * 2
+    assert (served[0] == served[1]) == (length < 16)
+
+
 def test_addresses_of_one_household_count_together():
     assert web.network(("2001:db8::1", 5, 0, 0)) == web.network(("2001:db8::ffff", 6, 0, 0))
     assert web.network(("2001:db8:1::1", 5, 0, 0)) != web.network(("2001:db8::1", 6, 0, 0))
