@@ -44,7 +44,8 @@ from files.atomic import replace_when_done
 from files.audio import SAMPLE_RATE, read_audio
 from files.device import check_device
 from files.manifest import read_manifest
-from mimi import Mimi, log_spectral_distance, mel_filters
+from files.spectrogram import log_spectral_distance, mel_filters
+from mimi import Mimi
 
 KINDS = ("repeat", "count", "next", "opposite")  # of requests; chants and stories have no single right answer
 LISTEN_ON = 2.5  # seconds that a recording goes on after the expected answer

@@ -17,15 +17,11 @@ What a kill, a resume, several processes, the threads of a CPU and a time budget
 
 B rows in a batch, T frames in a row, K codebooks.
 """
-import argparse
 import dataclasses
-import functools
 import math
-import os
 import pkgutil
 import random
 import sys
-import textwrap
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,13 +33,12 @@ import model
 import streams
 from files.audio import SAMPLE_RATE
 from files.device import check_device
-from files.encoded import read_encoded
-from files.tokenizer import load_tokenizer
 from mimi import FRAME, Mimi
 from published.release import start_from
-from streams import K, LISTEN, SPEAK, TEXT, Utterance, Vocab, blank, pack
+from streams import K, LISTEN, SPEAK, TEXT, Utterance, blank, pack
 from toy.codec import CodecTask
 from training import flags, lora, parallel, plan
+from training.lines import Lines
 from training.muon import make_optimizer
 from training.run import Run, Stopped, default_precision
 from training.survey import PAUSE, survey
@@ -137,50 +132,9 @@ ALPHA_1, ALPHA_2, BETA = 1.0, 0.5, 1.0  # Eq. 3: semantic, acoustic, monologue; 
 # layouts into batches
 
 
-class Conversations:
-    """The lines of `prepare.py encode`, sorted by the layouts that they serve, and batches of grids."""
-
-    def __init__(self, folders):
-        self.encoded = read_encoded(folders)
-        meta, index = self.encoded.meta, self.encoded.index
-        if meta["codebooks"] != K:
-            raise ValueError(f"{folders}: has {meta['codebooks']} codes in a frame, streams.py K = {K}")
-        self.vocab = Vocab.own(meta["text_size"], meta["codebook_size"], tuple(map(tuple, meta["silence"])))
-        self.tokenizer = load_tokenizer(meta["tokenizer"])
-        # For each split: numbers of lines, or (line, turn) of clips: [transcribed by a machine, by a person].
-        # heard, said: clips of users and of the model; dialogues: those without interjections, free: all;
-        # recorded: stereo. "seen" is the held-out split: requests that were never trained on, in voices that
-        # were.
-        self.heard, self.said, self.dialogues = {}, {}, {}
-        self.free, self.recorded, self.backchannels, self.noise = {}, {}, {}, {}
-        for split in ("train", "seen"):
-            mine = index["split"] == split.encode()
-            for kind, lines in ((b"backchannel", self.backchannels), (b"noise", self.noise)):
-                lines[split] = np.flatnonzero(mine & (index["kind"] == kind))
-                mine &= index["kind"] != kind
-            self.recorded[split] = np.flatnonzero(mine & index["sentences"])
-            self.free[split] = np.flatnonzero(mine & (index["turns"] > 1))
-            mine &= ~index["interjections"]  # in fine-tuning 1 the model only speaks when the user has ended
-            self.dialogues[split] = np.flatnonzero(mine & (index["turns"] > 1))
-            by = [mine & (index["annotated"] == by_hand) for by_hand in (False, True)]
-            self.heard[split] = [clips(index, some, b"user") for some in by]
-            self.said[split] = [clips(index, some, b"model") for some in by]
-        self.line = functools.lru_cache(20_000)(self.encoded.line)
-        self.sources = functools.cache(self.find_sources)
-        self.fingerprint = f"{meta['codec_sha256'][:16]} {meta['tokenizer_sha256'][:16]} {len(index)} lines"
-        self.used = None  # a list while ModelTask.clips_of asks which codes a batch reads
-
-    def find_sources(self, layout, split, frames):
-        """What a layout is made of: numbers of lines, or clips; of these only such as fit into a row of
-        `frames` with their transcripts."""
-        found = {"tts": self.said, "asr": self.heard, "recorded": self.recorded, "response_tts": self.free,
-                 "free_response_tts": self.free}.get(layout, self.dialogues)[split]
-        if layout not in ("tts", "asr"):
-            return found
-        return [some[self.encoded.index["frames"][some[:, 0]] <= frames - PAUSE] for some in found]
-
-    def holds(self, layout, split, frames):
-        return any(map(np.size, self.sources(layout, split, frames)))
+class Conversations(Lines):
+    """Batches of grids, made of the lines of `prepare.py encode`. What each layout is made of:
+    training/lines.py."""
 
     def dialogue(self, number):
         """[(user, model), ...] of a line; what the model says during the user's first turn is in that."""
@@ -281,17 +235,6 @@ class Conversations:
         seeds = [rng.getrandbits(64) for _ in range(stage.batch)]
         made = [self.row(stage, shares, split, random.Random(seeds[i])) for i in rows or range(stage.batch)]
         return tuple(torch.from_numpy(np.stack(x)) for x in zip(*made))
-
-
-def clips(index, mask, role):
-    """(line, turn) of each turn of a role in the lines of a mask, (n, 2). In a dialogue user and model take
-    turns."""
-    single = np.flatnonzero(mask & (index["turns"] == 1) & np.isin(index["role"], (role, b"either")))
-    dialogues = np.flatnonzero(mask & (index["turns"] > 1))
-    n = index["turns"][dialogues].astype(int) // 2
-    turns = 2 * (np.arange(n.sum()) - np.repeat(n.cumsum() - n, n)) + (role == b"model")
-    lines = np.concatenate([single, np.repeat(dialogues, n)])
-    return np.stack([lines, np.concatenate([np.zeros_like(single), turns])], 1)
 
 
 def frames_to_learn(grid, v, shares, rng):
@@ -457,35 +400,7 @@ def resolve(args, rest):
 
 
 def build_parser():
-    every = f"Every field of a config and of a stage is a flag too: {flags.known(model.FLMConfig, Stage)}. " \
-            "(The codec's config has other fields; an unknown flag lists them.) --steps is for all stages " \
-            "together, --lr is the highest rate; the others keep their proportion. --epochs is for each " \
-            "stage, over what the data holds for it."
-    parser = argparse.ArgumentParser(description=__doc__, epilog=textwrap.fill(every, 100),
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--config", default="tiny", choices=STAGES)
-    add("--data", help="default: data/toy for the codec; for a model data/toy/encoded (several: with commas)")
-    add("--out", help="default: out/CONFIG")
-    add("--init", help="folder to start from: of a run of ours, such as out/tiny, whose codec and tokeniser "
-                       "the data must be encoded with; or the published weights of Qwen2.5 or FLM-Audio")
-    add("--lora", type=int, default=0, metavar="RANK",
-        help="with --init: freeze the temporal transformer and train low-rank adapters, on a single process")
-    add("--minutes", type=float, help="train about this long on this machine instead of the table's steps")
-    add("--eight-bit", action="store_true", help="weights in bfloat16, optimiser in 8 bits: a third of "
-                                                 "the memory, on a single process")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
-    add("--save-every", type=float, default=60, help="seconds between checkpoints; more if saving takes over "
-                                                     "5%% of the time")
-    add("--precision", choices=("float32", "bfloat16"), help="of matrix products (default: bfloat16 where "
-                                                             "the device has instructions for it)")
-    add("--seed", type=int, default=1)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--plan", action="store_true", help="train nothing: tell what it would take, on --gpus of --card")
-    add("--gpus", type=int, default=1)
-    add("--card", default="H100", choices=plan.BF16)
-    add("--utilisation", type=float, default=0.4, help="share of the card's peak that --plan counts on")
-    return parser
+    return flags.build_parser(__doc__, STAGES, model.FLMConfig, Stage)
 
 
 def main():

@@ -1,6 +1,11 @@
-"""Flags from the fields of a config and of a stage: --layers 6 --batch 4 --lr 1e-3."""
+"""The flags of train.py: its own, and those from the fields of a config and of a stage, as --layers 6."""
 import argparse
 import dataclasses
+import textwrap
+
+import torch
+
+from training import plan
 
 NOT_FLAGS = {"name", "layouts", "empty"}  # tables in the code, and what the data decides
 
@@ -18,6 +23,39 @@ def describe(value):
     shown = [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)
              if getattr(value, f.name) != f.default]
     return ", ".join(f"{name}={x}" for name, x in shown)
+
+
+def build_parser(description, configs, *classes):
+    """The flags of train.py. configs: the names of --config; classes: of a model's config and of a stage."""
+    every = f"Every field of a config and of a stage is a flag too: {known(*classes)}. " \
+            "(The codec's config has other fields; an unknown flag lists them.) --steps is for all stages " \
+            "together, --lr is the highest rate; the others keep their proportion. --epochs is for each " \
+            "stage, over what the data holds for it."
+    parser = argparse.ArgumentParser(description=description, epilog=textwrap.fill(every, 100),
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--config", default="tiny", choices=configs)
+    add("--data", help="default: data/toy for the codec; for a model data/toy/encoded (several: with commas)")
+    add("--out", help="default: out/CONFIG")
+    add("--init", help="folder to start from: of a run of ours, such as out/tiny, whose codec and tokeniser "
+                       "the data must be encoded with; or the published weights of Qwen2.5 or FLM-Audio")
+    add("--lora", type=int, default=0, metavar="RANK",
+        help="with --init: freeze the temporal transformer and train low-rank adapters, on a single process")
+    add("--minutes", type=float, help="train about this long on this machine instead of the table's steps")
+    add("--eight-bit", action="store_true", help="weights in bfloat16, optimiser in 8 bits: a third of "
+                                                 "the memory, on a single process")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
+    add("--save-every", type=float, default=60, help="seconds between checkpoints; more if saving takes over "
+                                                     "5%% of the time")
+    add("--precision", choices=("float32", "bfloat16"), help="of matrix products (default: bfloat16 where "
+                                                             "the device has instructions for it)")
+    add("--seed", type=int, default=1)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--plan", action="store_true", help="train nothing: tell what it would take, on --gpus of --card")
+    add("--gpus", type=int, default=1)
+    add("--card", default="H100", choices=plan.BF16)
+    add("--utilisation", type=float, default=0.4, help="share of the card's peak that --plan counts on")
+    return parser
 
 
 def parse(text, kind, name):
