@@ -22,6 +22,7 @@ import math
 import pkgutil
 import random
 import sys
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -427,6 +428,7 @@ def main():
 
 
 def run(args, config, stages):
+    begun = time.monotonic()
     check_device(args.device)
     args.device = parallel.begin(args.device)
     flags.check_alone(args.config, args.eight_bit, args.lora, parallel.is_distributed())
@@ -441,7 +443,8 @@ def run(args, config, stages):
     if parallel.rank() == 0:
         print("\n".join([*map(flags.describe, (task.config, *stages)), *notes]), flush=True)
     out = args.out or f"out/{args.config}"
-    path = train(task, stages, out, args.minutes, args.resume, args.seed, args.save_every)
+    minutes = args.minutes and max(0.01, args.minutes - (time.monotonic() - begun) / 60)
+    path = train(task, stages, out, minutes, args.resume, args.seed, args.save_every)
     if parallel.rank() == 0:
         size = sum(p.numel() for p in task.model.parameters())
         print(f"Wrote {path} ({size / 1e6:.1f} M parameters)")

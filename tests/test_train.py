@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ import prepare
 import streams
 import train
 import toy.codec
+import training.run
 from conftest import CODEC, FLM, ROOT, encode, loss_of, run
 from files.checkpoint import load_checkpoint
 from published.release import load_release
@@ -167,6 +169,37 @@ def test_both_precisions_learn(world, tmp_path):
         log = [e for e in map(json.loads, open(tmp_path / precision / "log.jsonl")) if "loss" in e]
         for name in ("text_loss", "semantic_loss", "acoustic_loss"):
             assert log[-1][name] < 0.9 * log[0][name], (precision, name)
+
+
+@pytest.mark.parametrize("seconds", [2, 12, 40, lambda now: 3 if now < 150 else 9])
+def test_a_time_budget_is_kept_on_any_machine(world, tmp_path, monkeypatch, seconds):
+    """Five minutes of a clock that only batches and checkpoints move: the run ends within a step of them, and
+    its stages have their shares, unless one step is longer. The last case: a machine that becomes slow."""
+    now = [1000.0]
+    monkeypatch.setattr(training.run, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    step = seconds if callable(seconds) else lambda _: seconds
+    stages = [dataclasses.replace(s, batch=1, frames=16, layouts={"language": (1, 1)}) for s in SHORT]
+    task, minutes = train.ModelTask(FLM, str(world / "toy/encoded"), "cpu"), 5
+    batch, counts = task.batch, {}
+
+    def slow_batch(stage, progress, split, *rest):
+        now[0] += step(now[0] - 1000) * (0.3 if split == "seen" else 1)
+        counts[stage.name, split] = counts.get((stage.name, split), 0) + 1
+        return batch(stage, progress, split, *rest)
+
+    def slow_save(run_):
+        run_.save_took = 3 * step(now[0] - 1000)
+        now[0] += run_.save_took
+        run_.saved_at = now[0]
+    task.batch = slow_batch
+    monkeypatch.setattr(train.Run, "save", slow_save)
+    train.train(task, stages, str(tmp_path / "o"), minutes)
+    took, each = now[0] - 1000, step(now[0] - 1000)
+    assert took <= 60 * minutes + 6 * each, took
+    if each < 20:
+        assert took > 0.9 * 60 * minutes - 4 * each
+    if each == 2:
+        assert 1.5 * counts["one", "train"] < counts["two", "train"] < 2.5 * counts["one", "train"]
 
 
 def test_a_stage_gets_as_many_batches_as_steps(world, tmp_path):
