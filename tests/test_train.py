@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import files.checkpoint
 import model
 import prepare
 import streams
@@ -398,6 +399,44 @@ def test_damaged_checkpoints_are_one_clear_error(world, tmp_path, damage, messag
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("damage, message", [
+    (lambda state: state[0].update(exp_avg=torch.zeros(3)), "states are not those of this model"),
+    (lambda state: state[0].pop("exp_avg"), "states are not those of this model"),
+    (lambda state: state[0].update(exp_avg=[1.0]), "its checkpoint is damaged"),
+    (lambda state: state[0]["exp_avg"].fill_(math.nan), "optimiser's exp_avg holds NaN"),
+    (lambda state: state.update({99: state[0]}), "its checkpoint is damaged"),
+    (lambda state: state.update({0: 7}), "its checkpoint is damaged")])
+def test_another_models_optimiser_is_one_clear_error(world, tmp_path, damage, message):
+    run_ = new_run(world, tmp_path / "o")
+    for p in run_.params:
+        p.grad = torch.zeros_like(p)
+    run_.optimizer.step()
+    run_.save()
+    assert new_run(world, tmp_path / "o", resume=True).optimizer.state
+    saved = load_checkpoint(run_.path, "flm")
+    damage(saved["optimizer"]["state"])
+    torch.save(saved, run_.path)
+    with pytest.raises(ValueError, match=message) as error:
+        new_run(world, tmp_path / "o", resume=True)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_a_flipped_bit_of_a_large_checkpoint_is_noticed_when_all_of_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.checkpoint, "CHECKED", 0)
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"kind": "codec", "config": {}, "model": {"x": torch.full((5000,), 2.0)}}, path)
+    load_checkpoint(str(path), "codec")
+    whole = path.read_bytes()
+    at = whole.index(b"\0\0\0\x40" * 100) + 40
+    path.write_bytes(whole[:at] + b"\1" + whole[at + 1:])
+    with pytest.raises(ValueError, match="data/0 is damaged"):
+        load_checkpoint(str(path), "codec")
+    path.write_bytes(whole[:-100])
+    for mmap in (False, True):
+        with pytest.raises(ValueError, match="cut off"):
+            load_checkpoint(str(path), "codec", mmap)
+
+
 def test_nothing_in_a_checkpoint_is_run(tmp_path):
     import pickle
 
@@ -557,6 +596,19 @@ def test_eight_bits_need_the_extra(world, tmp_path, monkeypatch):
     code, _, err = run("train.py", "--data", world / "toy/encoded", "--out", tmp_path / "o", "--eight-bit",
                        "--device", "cpu")
     assert code == 1 and "pip install '.[eightbit]'" in err
+
+
+def test_states_in_eight_bits_are_read_by_whoever_has_torchao(tmp_path):
+    """By a process that has not imported it yet, as chat.py's."""
+    pytest.importorskip("torchao")
+    from torchao.optim.subclass_8bit import OptimState8bit
+    state = OptimState8bit.zeros((16, 256))
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"kind": "codec", "config": {}, "model": {}, "optimizer": {"state": {0: {"exp_avg": state}}}}, path)
+    script = (f"import sys; sys.path.insert(0, {ROOT!r})\nfrom files.checkpoint import load_checkpoint\n"
+              f"print(load_checkpoint({str(path)!r}, 'codec', True)['optimizer']['state'][0]['exp_avg'].shape)")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "torch.Size([16, 256])\n", done.stderr
 
 
 @pytest.mark.slow

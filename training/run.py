@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from files.atomic import copy
-from files.checkpoint import load_checkpoint, save_checkpoint
-from files.fields import check_fields, whole
+from files.checkpoint import check_finite, load_checkpoint, save_checkpoint
+from files.fields import check_fields, short, whole
 from training import parallel
 
 LOG_EVERY = 10  # steps
@@ -347,6 +347,7 @@ class Run:
             if not path:
                 raise ValueError(f"{self.path}: is of one process; it cannot go on in several")
             saved, files = parallel.read(path)
+            parallel.check(path)
         else:
             path, saved = self.path, load_checkpoint(self.path, self.task.kind)
         if not {"progress", "seed", "stages", "data", "precision"} <= saved.keys():
@@ -368,9 +369,25 @@ class Run:
             parallel.restore(files, self.sharded_tensors())
         else:
             self.task.load(saved, path)
-            self.optimizer.load_state_dict(saved["optimizer"])
+            self.check_optimizer(saved["optimizer"], path)
+            # what belongs to a group, such as its betas, is the code's
+            self.optimizer.load_state_dict(saved["optimizer"] | {
+                "param_groups": self.optimizer.state_dict()["param_groups"]})
         if self.progress["stage"] == len(self.stages) and parallel.rank() == 0:
             print(f"{self.out}: is trained to the end; to train anew, remove it or name another with --out")
+
+    def check_optimizer(self, saved, path):
+        """ValueError unless the states are those of this model's parameters."""
+        params = [(p, group["muon"]) for group in self.optimizer.param_groups for p in group["params"]]
+        for i, state in saved["state"].items():
+            p, muon = dict(enumerate(params))[i]
+            shapes = {"step": (), "exp_avg": tuple(p.shape)} | ({} if muon else {"exp_avg_sq": tuple(p.shape)})
+            found = {name: tuple(x.shape) for name, x in state.items()}
+            if found != shapes:
+                raise ValueError(f"{path}: its optimiser's states are not those of this model ({short(found)} "
+                                 f"for {short(shapes)}); --out names another folder")
+            plain = {name: x for name, x in state.items() if type(x) is torch.Tensor}  # not in 8 bits
+            check_finite({f"the optimiser's {name}": x for name, x in plain.items()}, path)
 
     def check_plan(self, saved, path):
         """ValueError if this run would go on in other stages, with other data, or by another clock."""
@@ -415,9 +432,9 @@ class Run:
         """While this lasts, SIGTERM and Ctrl-C stop the run after its step, saved (a second Ctrl-C at once),
         and another training that would write to the same folder is refused."""
         def stop(number, frame):
-            if self.signal:
+            if self.signal and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self.signal = number
+            self.signal = self.signal or number  # SIGTERM may come twice: from a batch system, from torchrun
         before = {}
         if threading.current_thread() is threading.main_thread():
             before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)
