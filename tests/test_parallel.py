@@ -282,7 +282,7 @@ def test_a_flipped_bit_of_a_shard_is_noticed(tmp_path):
 
 
 def test_sigterm_ends_all_processes_with_one_checkpoint(world, tmp_path):
-    """As at the time limit of a batch system: each writes its part once, says so, and a resumed run goes on."""
+    """As at the time limit of a batch system: each writes its part once, and says so."""
     out = tmp_path / "o"
     script = SCRIPT.format(root=ROOT, tests=os.path.join(ROOT, "tests")).replace(
         "device =", "save = parallel.save\n"

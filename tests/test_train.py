@@ -604,9 +604,9 @@ def test_states_in_eight_bits_are_read_by_whoever_has_torchao(tmp_path):
     from torchao.optim.subclass_8bit import OptimState8bit
     state = OptimState8bit.zeros((16, 256))
     path = tmp_path / "checkpoint.pt"
-    torch.save({"kind": "codec", "config": {}, "model": {}, "optimizer": {"state": {0: {"exp_avg": state}}}}, path)
+    torch.save({"kind": "codec", "config": {}, "model": {}, "optimizer": {0: state}}, path)
     script = (f"import sys; sys.path.insert(0, {ROOT!r})\nfrom files.checkpoint import load_checkpoint\n"
-              f"print(load_checkpoint({str(path)!r}, 'codec', True)['optimizer']['state'][0]['exp_avg'].shape)")
+              f"print(load_checkpoint({str(path)!r}, 'codec', True)['optimizer'][0].shape)")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout == "torch.Size([16, 256])\n", done.stderr
 

@@ -381,11 +381,11 @@ class Run:
         params = [(p, group["muon"]) for group in self.optimizer.param_groups for p in group["params"]]
         for i, state in saved["state"].items():
             p, muon = dict(enumerate(params))[i]
-            shapes = {"step": (), "exp_avg": tuple(p.shape)} | ({} if muon else {"exp_avg_sq": tuple(p.shape)})
+            names = ("exp_avg",) if muon else ("exp_avg", "exp_avg_sq")
             found = {name: tuple(x.shape) for name, x in state.items()}
-            if found != shapes:
-                raise ValueError(f"{path}: its optimiser's states are not those of this model ({short(found)} "
-                                 f"for {short(shapes)}); --out names another folder")
+            if found != {"step": (), **dict.fromkeys(names, tuple(p.shape))}:
+                raise ValueError(f"{path}: its optimiser's states are not those of this model (one is "
+                                 f"{short(found)}); --out names another folder")
             plain = {name: x for name, x in state.items() if type(x) is torch.Tensor}  # not in 8 bits
             check_finite({f"the optimiser's {name}": x for name, x in plain.items()}, path)
 
