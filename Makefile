@@ -29,8 +29,8 @@ demo-steps:
 	test -f data/toy/manifest.jsonl || $(PY) prepare.py toy --items $$((200 * $(MINUTES))) --sentences $$((75 * $(MINUTES))) --voices $$((8 + $(MINUTES) * 2 / 5))
 	$(PY) train.py --config codec --minutes $(call left,0.25,0) --resume
 	test data/toy/encoded/meta.json -nt out/codec/checkpoint.pt || $(PY) prepare.py encode
-	$(PY) train.py --config tiny --minutes $(call left,1,4) --resume
-	$(PY) eval.py --checkpoint out/tiny --smoke
+	$(PY) train.py --config tiny --minutes $(call left,1,2.5) --resume
+	$(PY) eval.py --checkpoint out/tiny --smoke --minutes $(call left,1,0)
 
 # Two fifths of its users have voices made from recordings of people, as far as they are installed; on Debian, with its
 # sections contrib and non-free: apt install flite libttspico-utils rhvoice rhvoice-english espeak-ng mbrola mbrola-us1
@@ -38,8 +38,8 @@ demo-steps:
 # mbrola-pl1 mbrola-ro1 mbrola-sw1 mbrola-sw2
 weights: .venv/ready
 	test -d "$(DIGITS)" || { echo "DIGITS=FOLDER names the free-spoken-digit-dataset"; exit 1; }
-	test -d data/wide || $(PY) prepare.py toy --out data/wide --items 12000 --sentences 9000 --voices 600
-	test -d data/people || $(PY) prepare.py words $(DIGITS) --out data/people --hold-out george,lucas
+	test -d data/wide || $(PY) prepare.py toy --out data/wide --items 12000 --sentences 9000 --voices 600 --others installed
+	test -d data/people || $(PY) prepare.py words $(DIGITS) --out data/people --hold-out george,lucas --others installed
 	$(PY) train.py --config codec --data data/wide,data/people --augment 0.75 --minutes 35 --out out/wide --resume
 	$(PY) prepare.py encode --data data/wide --codec out/wide/checkpoint.pt --copies 3 --augment 0.75
 	$(PY) prepare.py encode --data data/people --codec out/wide/checkpoint.pt --tokenizer data/wide/encoded --copies 4 --augment 0.75

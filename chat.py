@@ -143,13 +143,17 @@ class DuplexModel:
     def sample(self, logits, row, state):
         """row: 0 for text, 1 + k for code k; each is a draw of its own and remembers its own last tokens."""
         how, recent = self.sampling[row], state.recent[:, row]
-        token = sample(logits, how, state.seed, state.cache.position, row, recent)
+        token = self.draw(logits, how, row, recent, state)
         state.failed |= token < 0
         token = token.clamp(min=0)
         if how.penalty != 1:
             word = token if row or self.release else token.masked_fill(token == self.vocab.wait, -1)
             recent.copy_(torch.cat([recent[:, 1:], word[:, None]], 1))
         return token
+
+    def draw(self, logits, how, row, recent, state):
+        """Tokens (B,), -1 where logits are not numbers."""
+        return sample(logits, how, state.seed, state.cache.position, row, recent)
 
     def compiled_step(self, state):
         """`step` of the audio alone; on a GPU one CUDA graph, whose results the next call overwrites."""

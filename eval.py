@@ -34,7 +34,8 @@ import torch
 from tqdm import tqdm
 
 from chat import DuplexModel
-from evals.conversations import converse_all, read_conversations, save_conversation, save_samples, written
+from evals.conversations import (converse_all, read_conversations, save_conversation, save_samples,
+                                 share_within, written)
 from evals.recogniser import get_recogniser
 from evals.strangers import make_strangers
 from evals.testsets import measure, transcribe
@@ -216,6 +217,9 @@ def evaluate(duplex, args):
     only = lambda part: args.only in (None, part)
     scores, conversations, groups, table = Proportions(), [], {}, {}
     n = 20 if args.smoke else args.items
+    if args.minutes:  # an item of the answers takes about 20 frames of a batch, one of every scenario 150
+        share = share_within(args.minutes, 20 * args.items + 150 * n, duplex)
+        args.items, n = (max(1, round(share * items)) for items in (args.items, n))
     if only("answers"):
         conversations = evaluate_answers(duplex, args, scores)
     if only("strangers"):
@@ -302,6 +306,7 @@ def main():
     add("--items", type=int, help="of each kind (default: 200; all of a test set)")
     add("--only", choices=("answers", "strangers", "turns"), help="measure only this part")
     add("--smoke", action="store_true", help="20 items a scenario")
+    add("--minutes", type=float, help="fewer items, if this machine would take longer")
     add("--keep", help="write transcripts and conversations into this folder")
     add("--seed", type=int, default=7)
     add("--tts", help="another synthesiser for the scenarios, as for prepare.py")

@@ -152,7 +152,8 @@ class Shard:
         line = {k: d[k] for k in ("id", "kind", "split", "annotated", "lang") if k in d}
         if "turns" in d:
             part = lambda t: {"text": t["text"], **tokens_of(t, self.tokenizer), **self.places_of(t)}
-            line["turns"] = [{"role": t["role"], **part(t)} for t in d["turns"]]
+            who = lambda t: {k: t[k] for k in ("role", "voice") if t.get(k)}
+            line["turns"] = [{**who(t), **part(t)} for t in d["turns"]]
             if "interjections" in d:
                 line["interjections"] = [{"at": t["at"], **part(t)} for t in d["interjections"]]
             return line
@@ -312,7 +313,7 @@ COMMANDS = (
         ("--tests", 240, "held-out dialogues of known voices, and as many of new voices"),
         ("--voices", 24, "user voices of espeak-ng to train on"),
         ("--others", "", "for two fifths of what users say, voices of other synthesisers, such as flite:rms,"
-                         "tts:Alex (default: those of toy/world.py's OTHER_VOICES that are installed)"),
+                         "tts:Alex; or installed: toy/world.py's OTHER_VOICES that this machine has"),
         SEED, TTS)),
     *CORPORA,
     ("encode", encode, "audio -> codes, text -> tokens", "--data data/libri --tokenizer data/toy/encoded", (

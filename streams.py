@@ -78,6 +78,7 @@ class Utterance:
     starts: list = None  # the frame at which each token is spoken; only the word-aligned layout needs it
     interjections: tuple = ()  # what the model says meanwhile: ((frame, Utterance), ...)
     echo: np.ndarray = None  # (n, K): of the model's, what comes back from the loudspeaker (section 3.2)
+    voice: str = None  # who speaks, if the data say so
 
 
 # ------------------------------------------------------------------------------------------------------------

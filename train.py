@@ -149,7 +149,8 @@ class Conversations(Lines):
         said = [(frame(t["at"]), self.utterance(t, rng)) for t in turn.get("interjections", ())]
         echoes = turn.get("echoes") if rng.random() < LEAKAGE else None
         echo = self.codes(rng.choice(echoes)) if echoes else None
-        return Utterance(turn["tokens"], self.codes(copy), copy["speech"], turn.get("starts"), said, echo)
+        return Utterance(turn["tokens"], self.codes(copy), copy["speech"], turn.get("starts"), said, echo,
+                         turn.get("voice"))
 
     def codes(self, place):
         """(n, K) codes."""

@@ -28,7 +28,9 @@ CORPORA = (
         ("--items", 4000, "dialogues to train on"),
         ("--sentences", 4000, "user sentences to train on; of the model, a fourth as many"),
         ("--tests", 120, "held-out dialogues of known speakers, and as many of those held out"),
-        ("--hold-out", "", "speakers that are never trained on, with commas"), SEED, TTS)),
+        ("--hold-out", "", "speakers that are never trained on, with commas"),
+        ("--others", "", "beside espeak-ng's, voices for the words that a speaker has not recorded, as in "
+                         "prepare.py toy"), SEED, TTS)),
     ("chats", import_chats, "published text conversations -> written dialogues",
      "sharegpt.json --out dialogues.jsonl", (
         ("source", ..., "a .json or .jsonl in the layout of ShareGPT, OpenAI, Alpaca or UltraChat"),

@@ -16,7 +16,7 @@ from files.atomic import check_folder
 from files.audio import SAMPLE_RATE, read_audio
 from files.manifest import SPOKEN
 from toy.script import Script
-from toy.voices import Style, get_synthesiser, is_installed, normalise, trim, trim_noisy
+from toy.voices import Style, get_synthesiser, normalise, trim, trim_noisy, voices_named
 from toy.world import LANGUAGES
 
 LAYOUTS = (re.compile(r"(?P<word>[a-z]+)/(?P<speaker>\w+)_nohash_\d+\.wav"),  # Speech Commands
@@ -77,12 +77,12 @@ def read_word(path, margin=0.04):
     return x
 
 
-def make_words(source, out, lang, items, sentences, tests, hold_out, seed, tts):
+def make_words(source, out, lang, items, sentences, tests, hold_out, others, seed, tts):
     """Recordings of single words, as Speech Commands (word/speaker_nohash_0.wav) or the
     free-spoken-digit-dataset (3_theo_12.wav) has them -> sentences and requests of the toy world. A speaker
     needs at least three of its words."""
     out, work = check_folder(out, SPOKEN)
-    language, synthesiser = LANGUAGES[lang], get_synthesiser(tts)
+    language, synthesiser = LANGUAGES[lang], get_synthesiser(tts, others)
     found = find_words(source, language)
     speakers = {name: words for name, words in found.items() if len(words) > 2}
     held_out = [name for name in hold_out.split(",") if name]
@@ -95,7 +95,7 @@ def make_words(source, out, lang, items, sentences, tests, hold_out, seed, tts):
     known = {name: sorted(words) for name, words in speakers.items()}
     script = Script({lang: {"train": [train], "seen": [train], "new": [held_out]}}, seed, known, PROPORTIONS)
     script.fill(lang, sentences, items, {"seen": tests, "new": tests if held_out else 0})
-    others = [] if tts else filter(is_installed, language.other_voices)
+    others = voices_named(others, language.other_voices)
     people = People(speakers, [*language.user_voices(24, seed), *others], synthesiser)
     hours = script.speak(out, work, people, synthesiser)
     print(f"{len(train)} speakers to train on, {len(held_out)} held out; "

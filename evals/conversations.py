@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -43,6 +44,20 @@ def converse_all(duplex, audio, seed, description):
         for batch, (texts, said) in zip(batches, pool.map(converse, padded, range(0, len(audio), BATCH))):
             out += [(text[:-(-len(x) // FRAME)], y[:len(x)]) for x, text, y in zip(batch, texts, said)]
     return out
+
+
+def share_within(minutes, frames, duplex):
+    """What share of the items to take, so that conversations of so many batched frames take at most these
+    minutes: a second's conversations tell how fast this machine is."""
+    batches = os.cpu_count() if duplex.device.type == "cpu" else 1
+    noise = list(0.01 * torch.randn(batches * BATCH, 12 * FRAME))
+    for _ in range(2):  # the first time warms up
+        begun = time.perf_counter()
+        converse_all(duplex, noise, 0, "speed")
+    share = 60 * minutes * 12 * batches / (time.perf_counter() - begun) / frames
+    if share < 1:
+        print(f"{share:.0%} of the items, to end within {minutes:.1f} minutes")
+    return min(1, share)
 
 
 def use_one_thread(duplex):

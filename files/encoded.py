@@ -150,7 +150,7 @@ def check_encoded(line, row, text_size):
         raise ValueError("its turns are not those of the index")
     for turn in line.get("turns", ()):
         check_fields(turn, {"role": text(6), "tokens": tokens, "copies": OBJECTS},
-                     {"echoes": OBJECTS, "starts": list_of(FRAMES)})
+                     {"echoes": OBJECTS, "starts": list_of(FRAMES), "voice": text(1000)})
     for part in line.get("interjections", ()):
         check_fields(part, {"at": SECONDS, "tokens": tokens, "copies": OBJECTS})
     for sentence in line.get("sentences", ()):

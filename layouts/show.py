@@ -4,11 +4,13 @@ import random
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 
+from layouts.division import divide
 from layouts.prompts import in_role, prompt
 from layouts.states import BREAK, SHIFT, states
 from layouts.typed import typed
-from streams import K, Utterance, Vocab, delay, response_tts, show
+from streams import K, Utterance, Vocab, delay, given, response_tts, show
 
 WORDS = ["how", "late", "it", "is", "noon", "stop", "say", "twice", "SHIFT", "BREAK"]
 V = Vocab.own(len(WORDS) + 3, 64, ((0,) * K,))
@@ -33,8 +35,15 @@ def main():
             ("Typed turn (after Hello-Chat)",
              typed([(USER, MODEL)], [1], DATA, None, lambda user, rng: True)),
             ("Prompt (PersonaPlex): a role, a voice, nothing; then Response-TTS in this role",
-             np.concatenate([prompt([6, 2, 7], said([], 61, 3).codes, V), twice], 1))):
+             np.concatenate([prompt([6, 2, 7], said([], 61, 3).codes, V), twice], 1)),
+            ("Decoupling (Covo-Audio): a voice, nothing; then what it reads, after a request",
+             np.concatenate([prompt([], said([], 51, 3).codes, V),
+                             response_tts([(USER, said(given([2, 4]), 54, 4))], [1], V)], 1))):
         show(title, delay(grid, V.empty), V, WORDS)
+    native = torch.from_numpy(delay(response_tts([(USER, SHORT)], [1], V), V.empty))[None]
+    learn = torch.ones(1, native.shape[-1] - 1, dtype=torch.bool)
+    divided, *_ = divide(native, learn, learn[:, None], V)
+    show("Time division (Covo-Audio-FD): each frame as two columns", divided[0].numpy(), V, WORDS)
 
 
 if __name__ == "__main__":

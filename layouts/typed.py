@@ -8,12 +8,13 @@ model's own transcript, so that a model of the usual stages has an idea of it to
 import dataclasses
 
 from files.tokenizer import encode_words
+from layouts.prompts import tokens_of
 from streams import TEXT_LEAD, dialogue, given
 
 
 def typed_tokens(text, v, tokenizer):
     """What Session.type takes: the tokens of a text, between <asr> and <answer>."""
-    return [v.asr, *(t for word in encode_words(text, tokenizer) for t in word), v.answer]
+    return [v.asr, *tokens_of(text, tokenizer), v.answer]
 
 
 def typed(turns, gaps, data, rng, types=lambda user, rng: rng.random() < 0.5):

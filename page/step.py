@@ -69,16 +69,9 @@ class StatelessModel(DuplexModel):
         cache.position += 1
         return model.norm(x[:, 0])
 
-    def sample(self, logits, row, state):
-        """DuplexModel.sample with a draw from outside."""
-        how, recent = self.sampling[row], state.recent[:, row]
-        token = draw(logits, how, self.uniforms[:, row], recent)
-        state.failed |= token < 0
-        token = token.clamp(min=0)
-        if how.penalty != 1:
-            word = token if row or self.release else token.masked_fill(token == self.vocab.wait, -1)
-            recent.copy_(torch.cat([recent[:, 1:], word[:, None]], 1))
-        return token
+    def draw(self, logits, how, row, recent, state):
+        """DuplexModel.draw with random numbers from outside."""
+        return draw(logits, how, self.uniforms[:, row], recent)
 
 
 # ------------------------------------------------------------------------------------------------------------

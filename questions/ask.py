@@ -10,10 +10,12 @@ tables that are printed have means and standard deviations over seeds. To ask on
 variants as in layouts.py, and its name below. A new layout is a function in layouts/.
 
     paper      what each stage is for, word-aligned text (FLM-Audio, RQ1 and RQ2)
-    long       the same with twice the steps
+    long       the same where answers are long
     states     SHIFT and BREAK around each answer (Covo-Audio-Chat-FD)
-    typed      turns that are typed (Hello-Chat)
+    division   two columns for each frame (Covo-Audio-FD)
+    voices     voice prompts (PersonaPlex), decoupling of speaker and dialogue (Covo-Audio)
     prompts    roles (PersonaPlex)
+    typed      turns that are typed (Hello-Chat)
     teacher    distillation from the text model, replay of text (Hello-Chat)
 """
 import argparse
@@ -31,20 +33,23 @@ from tqdm import tqdm
 import prepare
 import train
 from chat import DuplexModel
-from eval import KINDS
 from evals.recogniser import get_recogniser
 from files.atomic import read_json, replace_when_done
-from files.manifest import read_manifest
 from model import CONFIGS
-from questions.layouts import PROMPTS, STATES, TYPED
-from questions.paper import LONG, PAPER, multiplexing
-from questions.recipe import MEASURES
+from questions.layouts import DIVISION, PROMPTS, STATES, TYPED
+from questions.paper import LONG, LONG_WORLD, PAPER, multiplexing
+from questions.recipe import MEASURES, World
 from questions.teacher import TEACHER, start_teacher
-from toy import script as toy_script
+from questions.voices import VOICES, WORLD as VOICES_WORLD
 
-DATA, OUT, CODEC = "data/questions", "out/questions", "out/codec/checkpoint.pt"
-QUESTIONS = {"paper": PAPER, "long": LONG, "states": STATES, "typed": TYPED, "prompts": PROMPTS,
-             "teacher": TEACHER}
+OUT, CODEC = "out/questions", "out/codec/checkpoint.pt"
+QUESTIONS = {"paper": PAPER, "long": LONG, "states": STATES, "division": DIVISION, "voices": VOICES,
+             "prompts": PROMPTS, "typed": TYPED, "teacher": TEACHER}
+WORLDS = {"long": LONG_WORLD, "voices": VOICES_WORLD}
+
+
+def world_of(question):
+    return WORLDS.get(question, World())
 
 
 def folder_of(question, name, seed):
@@ -55,40 +60,42 @@ def answer(task):
     """Train one variant with one seed and measure it, unless that is done."""
     question, name, seed, items, share = task
     torch.set_num_threads(1)  # Run then uses one thread too
-    variant, out = QUESTIONS[question][name], folder_of(question, name, seed)
-    path = os.path.join(out, "scores.json")
+    variant, world, out = QUESTIONS[question][name], world_of(question), folder_of(question, name, seed)
+    path, how = os.path.join(out, "scores.json"), {"items": items, "share": share}
     if os.path.exists(path):
-        return question, name, read_json(path)
+        scores = read_json(path)
+        if any(scores[key] != value for key, value in how.items()):
+            raise ValueError(f"{path}: is of --items {scores['items']} --share {scores['share']}; delete it, "
+                             "or ask as before")
+        return question, name, scores
     if variant.prepare:
         variant.prepare()
     random.seed(seed)
     torch.manual_seed(seed)
-    model_task = variant.task(CONFIGS["tiny"], os.path.join(DATA, "encoded"), "cpu")
+    model_task = variant.task(CONFIGS["tiny"], os.path.join(world.folder, "encoded"), "cpu")
     model_task.from_nothing = variant.muon
     stages = [dataclasses.replace(s, steps=max(1, round(s.steps * share))) for s in variant.stages]
     if hasattr(model_task, "teacher"):
         start_teacher(model_task, out, seed, stages)
     train.train(model_task, stages, out, resume=True, seed=seed)
-    recogniser = get_recogniser(None, DATA, "out/questions/recogniser", 1.5, "cpu")
-    manifest = read_manifest(os.path.join(DATA, "manifest.jsonl"))
-    held_out = [d for d in manifest if d["split"] == "seen" and d["kind"] in KINDS]
-    scores = variant.measure(model_task, DuplexModel.load(out, "cpu"), recogniser, held_out[:items])
+    recogniser = get_recogniser(None, world.folder, "out/questions/recogniser", None, "cpu")
+    duplex = DuplexModel.load(out, "cpu")
+    scores = {**how, **variant.measure(model_task, duplex, recogniser, world.held_out()[:items])}
     with replace_when_done(path) as temporary, open(temporary, "w") as f:
         json.dump(scores, f)
     return question, name, scores
 
 
-def make_data(processes):
-    """The data of all variants, encoded, and the recogniser that judges them, unless they are there."""
-    encoded = os.path.exists(os.path.join(DATA, "encoded"))
+def make_data(world, processes):
+    """A world's data, encoded, and the recogniser that judges, unless they are there."""
+    encoded = os.path.exists(os.path.join(world.folder, "encoded"))
     if not encoded and not os.path.exists(CODEC):
         raise ValueError(f"{CODEC}: not there; needs what `make demo` leaves")
-    toy_script.KIND_PROPORTIONS = {kind: toy_script.KIND_PROPORTIONS[kind] for kind in KINDS}
-    if not os.path.exists(DATA):
-        toy_script.make_toy(DATA, "en", items=4000, tests=240, sentences=2000, voices=6, seed=2, tts=None)
+    if not os.path.exists(world.folder):
+        world.make()
     if not encoded:
-        prepare.encode(DATA, CODEC, "bpe", 512, 1, 0.0, False, processes, "cpu")
-    get_recogniser(None, DATA, "out/questions/recogniser", 1.5, "cpu")
+        prepare.encode(world.folder, CODEC, "bpe", 512, 1, 0.0, False, processes, "cpu")
+    get_recogniser(None, world.folder, "out/questions/recogniser", None, "cpu")
 
 
 def table(found, measures, title):
@@ -103,7 +110,8 @@ def table(found, measures, title):
 
 
 def ask(names, seeds, items, processes, share=1.0):
-    make_data(processes)
+    for world in dict.fromkeys(map(world_of, names)):
+        make_data(world, processes)
     wanted = [(question, name, seed, items, share) for question in names for seed in range(1, seeds + 1)
               for name in QUESTIONS[question]]
     found = {question: {name: [] for name in QUESTIONS[question]} for question in names}

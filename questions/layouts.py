@@ -4,8 +4,11 @@ import torch
 from evals.conversations import converse_all, written
 from evals.turns import LEAD, silence, words_of
 from files.audio import SAMPLE_RATE, read_audio
+from layouts.division import divide, halves
 from layouts.prompts import ROLES, make_prompt
+from model import FLM
 from questions.recipe import ANSWER, FADE, Variant, answers, stages
+from train import ModelTask
 
 FADED = {"asr_response_tts": FADE["asr_response_tts"]}
 
@@ -44,4 +47,33 @@ PROMPTS = {
     "recipe": Variant(stages(), measure=in_roles, titles=ROLE_TITLES),
     "roles": Variant(stages(fine_2={**FADED, "response_tts": (0.3, 0.3), "prompts:prompted": (1, 1)}),
                      measure=in_roles, titles=ROLE_TITLES),
+}
+
+
+class DividedTask(ModelTask):
+    """Trains on two columns for each frame."""
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.batch = lambda *args: divide(*self.data.batch(*args), self.vocab)
+
+
+class DividedFLM(FLM):
+    """Reads each column in two steps."""
+    vocab = None
+
+    def step(self, column, cache, sample_text, sample_code):
+        said, heard = halves(column, self.vocab)
+        self.hidden_step(said, cache)
+        return super().step(heard, cache, sample_text, sample_code)
+
+
+def divided(task, duplex, recogniser, items):
+    duplex.model.__class__, duplex.model.vocab = DividedFLM, duplex.vocab
+    return answers(task, duplex, recogniser, items)
+
+
+# Two steps of the temporal transformer a frame instead of one; `paper` prints the time that they take.
+DIVISION = {
+    "native": Variant(stages()),
+    "time-division": Variant(stages(), task=DividedTask, measure=divided),
 }

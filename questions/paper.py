@@ -9,7 +9,8 @@
     AdamW              the recipe with the paper's optimiser for everything
     no language        the recipe without the text-only stage; fine-tuning gets its steps
 
-LONG asks RQ1 and RQ2 again with twice the steps and a depth transformer that learns from more frames.
+LONG asks RQ1 and RQ2 again where answers are long (eight words and more), with twice the steps and a depth
+transformer that learns from more frames.
 """
 import dataclasses
 import time
@@ -18,7 +19,7 @@ import torch
 
 import streams
 from model import CONFIGS, FLM
-from questions.recipe import ANSWER, Variant, stages
+from questions.recipe import ANSWER, Variant, World, stages
 from streams import ROWS
 
 ALIGNED = {"word_aligned": (1, 1)}
@@ -53,7 +54,9 @@ def variants(**more):
 
 RQ = ("recipe", "TTS only", "ASR only", "no fine-tuning 1", "word-aligned")
 PAPER = variants()
-LONG = {name: variant for name, variant in variants(times=2, depth=(0.4, 0.4)).items() if name in RQ}
+LONG = {name: variant for name, variant in variants(times=2, depth=(0.4, 0.4), rows=(4, 192)).items()
+        if name in RQ}
+LONG_WORLD = World("data/long", ("repeat", "count", "chant"), words=8)
 
 
 def multiplexing(seconds=10):

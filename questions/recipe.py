@@ -1,8 +1,12 @@
 """The recipe that every variant changes one thing of, and how it is measured."""
+import os
 from dataclasses import dataclass
 
 import eval as evaluation
 import train
+from files.manifest import read_manifest
+from toy.script import make_toy
+from toy.world import KIND_PROPORTIONS
 
 BOTH = {"tts": (1, 1), "asr": (2, 2)}
 FADE = {"asr_response_tts": (0.7, -0.7), "response_tts": (1, 1)}
@@ -12,11 +16,15 @@ MEASURES = {"text": "text right", "text, repeat": "- repeat", "text, count": "- 
             "spoken 1 - WER": "spoken 1 - WER", "in time": "in time", "early": "early"}
 
 
-def stages(post=BOTH, fine_1=train.FINE_1, fine_2=FADE, wait=0.3, language=250, times=1, depth=(0.25, 0.05)):
-    """times: as many steps as the recipe has. depth: see train.Stage."""
+def stages(post=BOTH, fine_1=train.FINE_1, fine_2=FADE, wait=0.3, language=250, times=1, depth=(0.25, 0.05),
+           rows=(8, 96)):
+    """times: as many steps as the recipe has. depth: see train.Stage. rows: of a batch, and the frames of
+    each."""
+    batch, frames = rows
+
     def stage(name, steps, layouts, end=1.5e-3):
-        return train.Stage(name, times * steps, 8, 1.5e-3, end, 96, layouts, wait=wait, frame_dropout=0.15,
-                           depth=depth)
+        return train.Stage(name, times * steps, batch, 1.5e-3, end, frames, layouts, wait=wait,
+                           frame_dropout=0.15, depth=depth)
     begin = train.Stage("language", times * language, 8, 1.5e-3, 1.5e-3, 96, train.LANGUAGE, wait=1.0)
     more = (250 - language) // 2
     return (*([begin] if language else []), stage("post-training", 150, post),
@@ -28,6 +36,26 @@ def answers(task, duplex, recogniser, items):
     shares = evaluation.Proportions()
     evaluation.answers(duplex, recogniser, items, 7, shares, "seen")
     return {measure: shares.proportion(f"seen {measure}") for measure in MEASURES}
+
+
+@dataclass(frozen=True)
+class World:
+    """The toy world of a question: few user voices, no stories."""
+    folder: str = "data/questions"
+    kinds: tuple = evaluation.KINDS
+    script: tuple = ()  # more for toy.script.Script
+    words: int = 1  # in the answers of held-out dialogues that are asked for, at least
+
+    def make(self):
+        proportions = {kind: KIND_PROPORTIONS[kind] for kind in self.kinds}
+        make_toy(self.folder, "en", items=4000, tests=240, sentences=2000, voices=6, seed=2, tts=None,
+                 proportions=proportions, **dict(self.script))
+
+    def held_out(self):
+        """Its dialogues in known voices."""
+        return [d for d in read_manifest(os.path.join(self.folder, "manifest.jsonl"))
+                if d["split"] == "seen" and d["kind"] in self.kinds
+                and len(d["turns"][1]["text"].split()) >= self.words]
 
 
 @dataclass(frozen=True)

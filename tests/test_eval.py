@@ -138,6 +138,18 @@ def test_the_whole_on_an_untrained_model(world, tmp_path, monkeypatch):
     assert out.count("user: ") >= 2 and list((world / "flm/samples").glob("*.wav"))
 
 
+def test_a_machine_that_is_too_slow_takes_fewer_items(world, monkeypatch):
+    """However slow: an item of each kind at least."""
+    monkeypatch.setattr(turns, "TAIL", 0.5)
+    asr = f"{sys.executable} -c \"print('one')\" {{wav}}"
+    for minutes, n in ((1e-6, 1), (1e4, 3)):
+        code, out, err = run("eval.py", "--checkpoint", world / "flm", "--data", world / "toy", "--items", 3,
+                             "--asr", asr, "--only", "answers", "--minutes", minutes)
+        assert code == 0, err
+        assert ("of the items, to end within" in out) == (n == 1)
+        assert json.load(open(world / "flm/eval-answers.json"))["shares"]["seen text"][1] == n
+
+
 @pytest.fixture(scope="module")
 def people(tmp_path_factory):
     folder = tmp_path_factory.mktemp("people")

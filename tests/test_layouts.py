@@ -2,6 +2,7 @@
 import dataclasses
 import random
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,15 +12,18 @@ from test_streams import MODEL, R, USER, A, E, V, W, said
 
 import train
 from chat import DuplexModel
+from layouts.division import divide
 from layouts.prompts import ROLES, in_role, make_prompt, prompt
 from layouts.show import DATA as SHOWN
 from layouts.states import states
 from layouts.typed import typed, typed_tokens
+from layouts.voices import decoupled, readings, voiced
 from live.engine import Engine
 from mimi import FRAME
+from questions.layouts import DividedFLM
 from streams import LISTEN, ROWS, SPEAK, TEXT, pack, response_tts
 
-NAMES = ["states:states", "typed:typed", "typed:typed_counts", "prompts:prompted"]
+NAMES = ["states:states", "typed:typed", "typed:typed_counts", "prompts:prompted", "voices:voiced"]
 SHIFT, BREAK = 1, 2
 
 
@@ -87,6 +91,50 @@ def test_roles():
     assert backward.codes[:, 0].tolist() == [37, 38, 33, 34, 35, 36, 30, 31, 32]
 
 
+class Voices:
+    """Data in which two voices answer and read, and a third only reads."""
+    vocab = V
+    lines = [[("a", 30)], [("b", 40)], [("c", 50)], [("user", 20), ("a", 30)], [("user", 20), ("b", 40)]]
+    said = {"train": [np.array([[0, 0], [1, 0], [2, 0], [3, 1], [4, 1]]), np.zeros((0, 2), int)]}
+    encoded = SimpleNamespace(index={"turns": np.array([1, 1, 1, 2, 2])})
+
+    def line(self, i):
+        return {"turns": [{"voice": voice, "first": first} for voice, first in self.lines[i]]}
+
+    def utterance(self, turn, rng):
+        return said([8], turn["first"], 2)
+
+
+def test_voices():
+    data, (a, b) = Voices(), (dataclasses.replace(MODEL, voice=v) for v in "ab")
+    assert readings(data) == ({"a": [(0, 0)], "b": [(1, 0)], "c": [(2, 0)]}, ["c"])
+    grid = voiced([(USER, b), (USER, a), (USER, b)], [1, 1, 2], data, random.Random(0))
+    packed, loss = pack([grid], grid.shape[1], V)
+    answer = [30, 31, 32, 33, 34]
+    assert packed[SPEAK][0].tolist() == [40, 41, E] + [0] * 6 + answer + [9] + [0] * 6 + answer
+    assert not loss[:2, :3].any() and loss[:2, 3:].all()
+    grid = decoupled([(USER, a)], [1], data, random.Random(0))
+    packed, loss = pack([grid], grid.shape[1], V)
+    assert packed[TEXT].tolist() == [W] * 7 + [8] + [W] * 3
+    assert packed[SPEAK][0].tolist() == [50, 51, E] + [0] * 6 + [50, 51]
+    assert np.flatnonzero(~loss[TEXT]).tolist() == [0, 1, 2, 7], "what was read is not learned from"
+    assert loss[SPEAK.start, 3:].all()
+
+
+def test_time_division():
+    T = 10
+    grid, loss = pack([response_tts([(USER, MODEL)], [0], V)], T, V)
+    learn = torch.rand(1, T - 1) < 0.5
+    grid, loss = torch.from_numpy(grid), torch.from_numpy(loss)
+    two, learn_2, loss_2 = divide(grid[None], learn, loss[None, :9, 1:], V)
+    assert [*two.shape, *learn_2.shape, *loss_2.shape] == [1, ROWS, 2 * T, 1, 2 * T - 1, 1, 9, 2 * T - 1]
+    assert two[0, TEXT].tolist() == [x for token in grid[TEXT] for x in (token, W)]
+    assert two[0, SPEAK][0].tolist() == [x for code in grid[SPEAK][0] for x in (code, E)]
+    assert two[0, LISTEN][0].tolist() == [x for code in grid[LISTEN][0] for x in (E, code)]
+    assert (torch.where(learn_2[0])[0] + 1).tolist() == [2 * (t + 1) for t in torch.where(learn[0])[0]]
+    assert loss_2[..., 1::2].all() and not loss_2[..., ::2].any(), "targets are what is said"
+
+
 def test_they_are_printed(capsys):
     sys.modules.pop("layouts.show")  # it is run as a program
     code, out, _ = run("streams.py")
@@ -94,6 +142,7 @@ def test_they_are_printed(capsys):
     assert "text            · (<asr>) (how) (late) (<answer>) it is noon" in out
     assert "text            (say) (it) (twice)  (·)  (·)  (·)  (·)   ·" in out
     assert "SHIFT it is noon  ·  ·  ·  ·  ·  ·  ·  · BREAK" in out
+    assert "listen semantic - · - 11" in out
 
 
 # ---- training ----
@@ -184,6 +233,18 @@ def test_streaming_equals_teacher_forced(task, duplex, layout):
             steps = torch.stack([model.hidden_step(grid[..., t], cache) for t in range(P, 96)], 1)
             assert (steps - h[:, P:]).abs().max() < 1e-5
             assert cache.position.tolist() == [96, 96]
+
+
+def test_time_division_streaming_equals_teacher_forced(task, duplex, world):
+    """A conversation in which each frame takes two steps, read again as the grid that training has."""
+    other = DuplexModel.load(str(world / "flm"))
+    other.model.__class__, other.model.vocab = DividedFLM, other.vocab
+    (text, _), read = columns_of(other, lambda: other.converse(voice(0)[None]))
+    nothing = torch.zeros(1, read.shape[-1] - 1, dtype=torch.bool)
+    grid = divide(read, nothing, nothing[:, None].repeat(1, 9, 1), other.vocab)[0]
+    with torch.no_grad():
+        logits = duplex.model.text_logits(duplex.model.hidden(grid))[0, 1::2, :duplex.vocab.text_size]
+    assert torch.equal(logits.argmax(-1), text[0])
 
 
 def test_a_conversation_after_a_prompt_is_the_layout_of_training(duplex, tmp_path):

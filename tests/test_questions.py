@@ -1,4 +1,5 @@
 """Experiments: a variant trains, is measured and gives a row of its table; the teacher's places by hand."""
+import dataclasses
 import random
 
 import pytest
@@ -7,10 +8,13 @@ from conftest import FLM
 from test_streams import MODEL, R, USER, A, V, W
 
 import model
+import prepare
 import train
 from layouts import states
-from questions import ask, layouts, teacher
+from questions import ask, layouts, recipe, teacher, voices
+from files.manifest import read_manifest
 from streams import TEXT, asr_response_tts, pack
+from toy.script import make_toy
 
 
 class Deaf:
@@ -20,22 +24,54 @@ class Deaf:
 
 @pytest.mark.parametrize("question, name", [
     ("states", "SHIFT, BREAK"), ("typed", "half typed"), ("typed", "counts typed"), ("prompts", "roles"),
-    ("teacher", "teacher"), ("teacher", "replay"), ("long", "word-aligned")])
+    ("teacher", "teacher"), ("teacher", "replay"), ("long", "word-aligned"), ("division", "time-division")])
 def test_a_variant_from_training_to_its_row(world, tmp_path, monkeypatch, question, name):
     import streams
     monkeypatch.setattr(streams, "tts", streams.tts)  # put back what word-aligned replaces
-    monkeypatch.setattr(ask, "DATA", str(world / "toy"))
+    monkeypatch.setattr(ask, "world_of", lambda question: recipe.World(str(world / "toy")))
     monkeypatch.setattr(ask, "OUT", str(tmp_path))
-    monkeypatch.setattr(ask, "CONFIGS", {"tiny": FLM})
+    monkeypatch.setattr(ask, "CONFIGS", {"tiny": dataclasses.replace(FLM, context=256)})
     monkeypatch.setattr(ask, "get_recogniser", lambda *a: Deaf())
     found = ask.answer((question, name, 1, 2, 0.004))
     assert found[:2] == (question, name)
     assert ask.answer((question, name, 1, 2, 0.004)) == found, "read, not trained again"
+    with pytest.raises(ValueError, match="is of --items 2 --share 0.004; delete it"):
+        ask.answer((question, name, 1, 3, 0.004))
     titles = ask.QUESTIONS[question][name].titles or ask.MEASURES
     assert set(titles) <= set(found[2]) and all(0 <= found[2][key] <= 1 for key in titles)
     table = ask.table({name: [found[2], found[2]]}, titles, "a title").splitlines()
     assert table[0].startswith("| a title | ") and table[2].startswith(f"| {name} | ")
     assert table[0].count("|") == table[1].count("|") == table[2].count("|") == len(titles) + 2
+
+
+@pytest.fixture(scope="module")
+def world_of_voices(world, tmp_path_factory):
+    """A small world in which the model has four voices, encoded."""
+    small = dict(items=24, tests=12, sentences=1000, voices=2, seed=2, tts=None)
+    folder = str(tmp_path_factory.mktemp("voices") / "data")
+    found = recipe.World(folder, script=voices.WORLD.script)
+    make_toy(folder, "en", **small, model_voices=voices.MODEL_VOICES)
+    prepare.encode(folder, str(world / "codec.pt"), "bpe", 300, 1, 0.0, False, 1, "cpu")
+    return found
+
+
+def test_voices_from_training_to_their_row(world_of_voices, tmp_path, monkeypatch):
+    monkeypatch.setattr(voices, "WORLD", world_of_voices)
+    monkeypatch.setattr(ask, "world_of", lambda question: world_of_voices)
+    monkeypatch.setattr(ask, "OUT", str(tmp_path))
+    monkeypatch.setattr(ask, "CONFIGS", {"tiny": dataclasses.replace(FLM, context=256)})
+    monkeypatch.setattr(ask, "get_recogniser", lambda *a: Deaf())
+    scores = ask.answer(("voices", "decoupled", 1, 6, 0.004))[2]
+    assert set(ask.VOICES["decoupled"].titles) <= set(scores)
+    assert scores["original"] > 0.9, "the judge of voices knows those of original recordings"
+
+
+def test_who_reads_answers_nothing(world_of_voices):
+    manifest = list(read_manifest(f"{world_of_voices.folder}/manifest.jsonl"))
+    who = {kind: {t["voice"] for d in manifest if (d["kind"] == "said") == kind for t in d["turns"]
+                  if t["role"] == "model"} for kind in (True, False)}
+    assert who[True] == set(voices.MODEL_VOICES) and who[False] == set(voices.MODEL_VOICES[:-1])
+    assert len({t["audio"] for d in manifest for t in d["turns"] if t["role"] == "model"}) >= 250 // 4
 
 
 def test_a_question_has_one_recipe_and_columns():

@@ -17,7 +17,7 @@ from files.audio import SAMPLE_RATE, read_audio, write_audio
 from files.augment import make_noise
 from files.manifest import SPOKEN, spoken_parts, write_manifest
 from mimi import FRAME
-from toy.voices import Style, get_synthesiser, is_installed, speak_all
+from toy.voices import Style, get_synthesiser, speak_all, voices_named
 from toy.world import (HELD_OUT_PAIRS, KIND_PROPORTIONS, LANGUAGES, cut_in_two, make_request, make_sentence,
                        make_story)
 
@@ -33,8 +33,9 @@ def on_frames(words, gap=0.04):
     return np.concatenate(padded), starts.round(4).tolist()
 
 
-def model_turn(text):
-    return {"role": "model", "voice": "model", "text": text, "audio": f"model/{text.replace(' ', '-')}.flac"}
+def model_turn(text, voice="model"):
+    name = text.replace(" ", "-") + ("" if voice == "model" else f"-{voice}")
+    return {"role": "model", "voice": voice, "text": text, "audio": f"model/{name}.flac"}
 
 
 def interject(story, ends, hazard):
@@ -53,11 +54,13 @@ class Script:
     """Who says what: the lines of a manifest, before anything is spoken.
 
     users: {language: {split: groups of voices}}; each group is heard as often as any other. known: {voice:
-    the words that it can say}, for recordings of words; other voices say all."""
+    the words that it can say}, for recordings of words; other voices say all. proportions: of the kinds of
+    dialogues. model_voices: the model has them in turn, the last of several in sentences alone; "model" is
+    the language's own."""
 
-    def __init__(self, users, seed, known=None, proportions=KIND_PROPORTIONS):
+    def __init__(self, users, seed, known=None, proportions=KIND_PROPORTIONS, model_voices=("model",)):
         self.rng, self.users, self.known = random.Random(seed), users, known or {}
-        self.proportions = proportions
+        self.proportions, self.model_voices = proportions, model_voices
         self.lines = []
         self.user_turns = []  # (turn, its parts, the pauses between them, split)
         self.stories = []  # (line, number of the clause that is a hazard, or None)
@@ -73,7 +76,8 @@ class Script:
             turns.append({"role": "user", "voice": voice, "text": " ".join(request), "audio": audio})
             self.user_turns.append((turns[0], request, pauses, split))
         if answer:
-            turns.append(model_turn(answer))
+            voices = self.model_voices[:-1] if request and self.model_voices[1:] else self.model_voices
+            turns.append(model_turn(answer, voices[len(self.lines) % len(voices)]))
         self.lines.append({"id": len(self.lines), "kind": kind, "lang": code, "split": split, "turns": turns})
         return self.lines[-1]
 
@@ -151,15 +155,16 @@ class Script:
         """Speak all model turns: {audio file: seconds}. Each word is spoken once, and then put together on
         frames."""
         turns = [(d["lang"], t) for d in self.lines for t in spoken_parts(d) if t["role"] == "model"]
-        words = sorted({(code, w) for code, t in turns for w in t["text"].split()})
-        paths = [os.path.join(work, f"words/{code}-{w}.flac") for code, w in words]
-        jobs = [(path, [w], [], LANGUAGES[c].model_voice, MODEL_STYLE) for path, (c, w) in zip(paths, words)]
+        words = sorted({(code, t["voice"], w) for code, t in turns for w in t["text"].split()})
+        paths = [os.path.join(work, f"words/{i}.flac") for i in range(len(words))]
+        name = lambda code, voice: LANGUAGES[code].model_voice if voice == "model" else voice
+        jobs = [(path, [w], [], name(c, voice), MODEL_STYLE) for path, (c, voice, w) in zip(paths, words)]
         speak_all(jobs, "words", synthesiser)
         words = {key: read_audio(path).numpy() for key, path in zip(words, paths)}
         shutil.rmtree(os.path.join(work, "words"))
         seconds = {}
         for code, turn in turns:
-            x, turn["starts"] = on_frames([words[code, w] for w in turn["text"].split()])
+            x, turn["starts"] = on_frames([words[code, turn["voice"], w] for w in turn["text"].split()])
             if turn["audio"] not in seconds:
                 write_audio(os.path.join(work, turn["audio"]), x, flush=False)
                 seconds[turn["audio"]] = len(x) / SAMPLE_RATE
@@ -177,21 +182,21 @@ class Script:
         return sum(seconds.values()) / 3600
 
 
-def make_toy(out, lang, items, tests, sentences, voices, seed, tts, others=""):
-    """Speak the toy world into the folder `out`: user/*.flac, model/*.flac, manifest.jsonl."""
+def make_toy(out, lang, items, tests, sentences, voices, seed, tts, others="", **script):
+    """Speak the toy world into the folder `out`: user/*.flac, model/*.flac, manifest.jsonl. script: more for
+    Script."""
     out, work = check_folder(out, SPOKEN)
-    others = [voice for voice in others.split(",") if voice]
-    synthesiser, codes = get_synthesiser(tts, others), lang.split(",")  # such as en, zh
+    codes = lang.split(",")  # such as en, zh
     unknown = " and no ".join(sorted(set(codes) - {*LANGUAGES}))
     if unknown:
         raise ValueError(f"--lang {lang}: there is no {unknown}; languages are {', '.join(LANGUAGES)}")
-    users = {}
+    more = {code: voices_named(others, LANGUAGES[code].other_voices) for code in codes}
+    synthesiser, users = get_synthesiser(tts, any(more.values())), {}
     for code in codes:
         some = LANGUAGES[code].user_voices(voices // len(codes), seed)
-        more = others or ([] if tts else list(filter(is_installed, LANGUAGES[code].other_voices)))
-        groups = [some] * 3 + [more or some] * 2
+        groups = [some] * 3 + [more[code] or some] * 2
         users[code] = {"train": groups, "seen": groups, "new": [LANGUAGES[code].new_voices]}
-    script = Script(users, seed)
+    script = Script(users, seed, **script)
     for i, code in enumerate(codes):
         part = lambda n: n * (i + 1) // len(codes) - n * i // len(codes)
         script.fill(code, part(sentences), part(items), {"seen": part(tests), "new": part(tests)})

@@ -127,8 +127,15 @@ class Several:
         return self.others[name].speak(text, rest, style)
 
 
-def get_synthesiser(tts, others=()):
-    """tts: a command that speaks everything or, if others are given, only the voices that begin with tts:"""
+def voices_named(others, known):
+    """--others: names with commas, or "installed" for those of `known` that this machine has."""
+    if others == "installed":
+        return list(filter(is_installed, known))
+    return [voice for voice in others.split(",") if voice]
+
+
+def get_synthesiser(tts, others=False):
+    """tts: a command that speaks everything or, beside others, only the voices that begin with tts:"""
     return SpeakingCommand(tts) if tts and not others else Several(tts)
 
 

@@ -1,0 +1,103 @@
+"""Does it have the voice that it is prompted with, one that it only ever heard reading too?
+
+The model's answers are in three voices, and a fourth one only reads sentences. The judge of voices learns
+from what the codec makes of recordings; its score on others of them is the ceiling. That of one for original
+recordings stands beside it.
+"""
+import os
+import random
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+import eval as evaluation
+from files.audio import read_audio
+from files.manifest import read_manifest
+from layouts.prompts import make_prompt
+from mimi import MELS, LogMel
+from questions.recipe import FADE, Variant, World, stages
+
+MODEL_VOICES = ("model", "en-us+f4", "en-us+klatt4", "en-us+Annie")
+READER = MODEL_VOICES[-1]
+JUDGED = 30  # sentences of a voice that its judge learns from; as many test the judge
+WORLD = World("data/voices", script=(("model_voices", MODEL_VOICES),))
+
+
+class VoiceJudge:
+    """Softmax regression on the mean and the deviation of log-mel frames with sound."""
+
+    def __init__(self, clips):
+        """clips: {voice: [(N,) samples, ...]}"""
+        self.voices, self.mel = list(clips), LogMel(240)
+        x = torch.stack([self.features(wav) for wavs in clips.values() for wav in wavs])
+        y = torch.tensor([i for i, wavs in enumerate(clips.values()) for _ in wavs])
+        self.mean, self.std = x.mean(0), x.std(0) + 0.05
+        self.weights = torch.zeros(x.shape[1] + 1, len(clips), requires_grad=True)
+        optimizer = torch.optim.LBFGS([self.weights], max_iter=100)
+
+        def loss():
+            optimizer.zero_grad()
+            value = F.cross_entropy(self.logits(x), y) + 1e-3 * self.weights.square().sum()
+            value.backward()
+            return value
+        optimizer.step(loss)
+
+    def features(self, wav):
+        x = self.mel(F.pad(wav, (0, -len(wav) % 240))[None, None], self.mel.init_state(1))[0]
+        sounds = x.mean(0) >= x.mean(0).quantile(0.5)
+        return torch.cat([x[:, sounds].mean(1), x[:, sounds].std(1, correction=0)])
+
+    def logits(self, x):
+        x = (x - self.mean) / self.std
+        return torch.cat([x, x.new_ones(len(x), 1)], 1) @ self.weights
+
+    @torch.no_grad()
+    def voice(self, wav):
+        return self.voices[self.logits(self.features(wav)[None]).argmax()]
+
+
+def sentences(split, n=2 * JUDGED):
+    """{voice: up to n files of the model's sentences}"""
+    found = {}
+    for d in read_manifest(os.path.join(WORLD.folder, "manifest.jsonl")):
+        if d["split"] == split and d["kind"] == "said":
+            files = found.setdefault(d["turns"][0]["voice"], [])
+            files += [d["turns"][0]["path"]] * (len(files) < n)
+    return found
+
+
+def in_voices(task, duplex, recogniser, items):
+    """Held-out requests after held-out sentences in each voice."""
+    prompts, found, rng = sentences("seen"), {}, random.Random(7)
+    through = partial(evaluation.reconstruct, duplex.codec)
+    for name, decode in (("original", lambda wav: wav), ("codec", through)):
+        clips = {v: [decode(read_audio(f)) for f in files] for v, files in sentences("train").items()}
+        judge = VoiceJudge({v: wavs[:JUDGED] for v, wavs in clips.items()})
+        right = [judge.voice(wav) == v for v, wavs in clips.items() for wav in wavs[JUDGED:]]
+        found[name] = sum(right) / len(right)
+    for name, voices, some in (("", MODEL_VOICES[:-1], items), ("reader ", (READER,), items[::3])):
+        scores = evaluation.Proportions()
+        for i, voice in enumerate(voices):
+            duplex.prompt = make_prompt(duplex, voice=rng.choice(prompts[voice]))
+            heard = evaluation.answers(duplex, recogniser, some[i::len(voices)], 7, scores, "seen")
+            for _, _, (_, said) in heard:
+                scores.add("voice", judge.voice(said) == voice)
+        duplex.prompt = None
+        found |= {f"{name}text": scores.proportion("seen text"), f"{name}voice": scores.proportion("voice"),
+                  f"{name}spoken": scores.proportion("seen spoken 1 - WER")}
+    return found
+
+
+HOW = {"measure": in_voices, "titles": {
+    "text": "text right", "voice": "voice matched", "spoken": "spoken 1 - WER", "reader text": "reader: text",
+    "reader voice": "reader: voice", "reader spoken": "reader: spoken", "original": "judge, originals",
+    "codec": "judge, codec"}}
+FADED = {"asr_response_tts": FADE["asr_response_tts"]}
+PROMPTED = {**FADED, "voices:voiced": (1, 1)}
+ROWS = {"rows": (6, 128)}
+VOICES = {
+    "recipe": Variant(stages(**ROWS), **HOW),
+    "prompted": Variant(stages(fine_2=PROMPTED, **ROWS), **HOW),
+    "decoupled": Variant(stages(fine_2={**PROMPTED, "voices:decoupled": (0.5, 0.5)}, **ROWS), **HOW),
+}
