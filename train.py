@@ -38,9 +38,12 @@ from mimi import FRAME, Mimi
 from published.release import start_from
 from streams import K, LISTEN, SPEAK, TEXT, Utterance, blank, pack
 from toy.codec import CodecTask
-from training import flags, lora, parallel, plan
+from training import flags, float8, lora, parallel, plan
+from training.audio import init_audio
+from training.documents import attention, pack_apart
 from training.lines import Lines
 from training.muon import make_optimizer
+from training.recompute import selective
 from training.run import Run, Stopped, default_precision
 from training.survey import PAUSE, survey
 
@@ -64,6 +67,7 @@ class Stage:
     depth: tuple = (1.0, 1.0)  # shares of frames of speech, of silence that the depth transformer learns from
     sources: tuple = (1.0, 1.0)  # weights of recordings transcribed by a machine, by a person
     epochs: float = 0.0  # over the data, instead of steps
+    documents: bool = False  # whether the samples that share a row do not see each other
     augment: float = 0.0  # codec: share of users' clips that it hears through another throat and microphone
 
     @property
@@ -212,7 +216,8 @@ class Conversations(Lines):
 
     def row(self, stage, shares, split, rng):
         """A row (17, T) packed with samples of the layouts, which frames the depth transformer learns from,
-        (T-1,), and which tokens and codes of what the model says carry a loss, (9, T-1)."""
+        (T-1,), and which tokens and codes of what the model says carry a loss, (9, T-1). With
+        stage.documents also the sample that each frame is of, (T,)."""
         grids = []
         while (room := stage.frames - sum(g.shape[1] for g in grids)) > 0:
             layout = rng.choices(list(shares), list(shares.values()))[0]
@@ -220,11 +225,12 @@ class Conversations(Lines):
             if layout == "asr" and grid.shape[1] > room:  # it would be cut before its transcript
                 grid = blank(room, self.vocab, self.vocab.empty)
             grids.append(grid)
-        (grid, loss), rng = pack(grids, stage.frames, self.vocab), np.random.default_rng(rng.getrandbits(64))
+        grid, loss, *documents = (pack_apart if stage.documents else pack)(grids, stage.frames, self.vocab)
+        rng = np.random.default_rng(rng.getrandbits(64))
         learn = frames_to_learn(grid, self.vocab, stage.depth, rng) & loss[SPEAK, 1:].any(0)
         if split == "train" and stage.frame_dropout:
             mask_heard(grid, stage.frame_dropout, self.vocab.empty, rng)
-        return grid, learn, loss[:LISTEN.start, 1:]
+        return grid, learn, loss[:LISTEN.start, 1:], *documents
 
     def batch(self, stage, progress, split, rng, rows=None):
         """(B, 17, T), (B, T-1) and (B, 9, T-1): see row. rows: which of the batch's rows to make (default:
@@ -274,11 +280,11 @@ def kinds_of_target(grid, learn, loss, v):
     return {"text": counts & ~wait, "wait": counts & wait, "semantic": real[:, :1], "acoustic": real[:, 1:]}
 
 
-def eq_3(flm, grid, learn, mask, v, gamma, totals):
-    """Eq. 3 for some rows of a batch, to be summed over all of them. grid, learn, mask: Conversations.batch.
-    totals (4,): how many targets of each kind the whole batch has. The two kinds of text token share one
-    mean, over the monologue tokens. Returns (loss, its parts)."""
-    text, right, codes = flm(grid, learn)
+def eq_3(flm, grid, learn, mask, v, gamma, totals, documents=None):
+    """Eq. 3 for some rows of a batch, to be summed over all of them. grid, learn, mask, documents:
+    Conversations.batch. totals (4,): how many targets of each kind the whole batch has. The two kinds of text
+    token share one mean, over the monologue tokens. Returns (loss, its parts)."""
+    text, right, codes = flm(grid, learn, None if documents is None else attention(documents[:, :-1]))
     masks = kinds_of_target(grid, learn, mask, v)
     n = dict(zip(masks, totals.clamp(min=1)))
     values = {"text": text, "wait": text, "semantic": codes[:, :1], "acoustic": codes[:, 1:]}
@@ -294,16 +300,20 @@ class ModelTask:
     """What train() needs to know of the model and its data; toy/codec.py has the same of the codec."""
     kind = "flm"
 
-    def __init__(self, config, data, device, init=None, seed=1, eight_bit=False, precision=None, rank=0):
+    def __init__(self, config, data, device, init=None, seed=1, eight_bit=False, precision=None, rank=0,
+                 recompute=None, in_float8=False):
         """init: a folder to start from instead of from nothing, see published/release.py: start_from.
-        eight_bit: see make_optimizer. rank: of low-rank adapters, see training/lora.py; 0 for none."""
-        self.device, self.precision = device, precision
+        eight_bit: see make_optimizer. rank: of low-rank adapters, see training/lora.py; 0 for none.
+        recompute: one of training/recompute.py's choices. in_float8: see training/float8.py."""
+        self.device, self.precision, self.recompute = device, precision, recompute
         bfloat16 = (precision or default_precision(device)) == "bfloat16"
         self.data = Conversations(data)
         vocab, meta = self.data.vocab, self.data.encoded.meta
 
         def place(flm):
             flm = flm.bfloat16() if eight_bit else lora.halve(flm) if rank and bfloat16 else flm
+            flm = float8.convert(flm, device) if in_float8 else flm
+            flm = selective(flm) if recompute == "selective" else flm
             return parallel.shard_and_allocate(flm, device, bfloat16)
         if init:
             self.model, audio = start_from(init, dataclasses.replace(config, empty=vocab.empty), vocab, meta,
@@ -317,7 +327,7 @@ class ModelTask:
         self.modules, self.from_nothing = self.model, not init
         if not audio:
             codebooks = Mimi.load(meta["codec"], device).codebooks()
-            self.model.init_audio(codebooks, seed=seed, assign=parallel.assign_shard)
+            init_audio(self.model, codebooks, seed=seed, assign=parallel.assign_shard)
         if rank:
             lora.add_adapters(self.model, rank, seed)
         self.fingerprint, self.batch = self.data.fingerprint, self.data.batch
@@ -334,13 +344,13 @@ class ModelTask:
 
     def totals(self, batch):
         """How many targets of each kind there are, (4,)."""
-        return torch.stack([mask.sum() for mask in kinds_of_target(*batch, self.vocab).values()]).double()
+        return torch.stack([mask.sum() for mask in kinds_of_target(*batch[:3], self.vocab).values()]).double()
 
     def loss(self, stage, micro, totals):
         """(loss, its parts to be logged, what after_step wants) of a micro-batch: see eq_3."""
-        self.model.recompute = stage.recompute
-        grid, learn, mask = (x.to(self.device, non_blocking=True) for x in micro)
-        return *eq_3(self.model, grid, learn, mask, self.vocab, stage.wait, totals.float()), None
+        self.model.recompute = self.recompute == "all" if self.recompute else stage.recompute
+        grid, learn, mask, *documents = (x.to(self.device, non_blocking=True) for x in micro)
+        return *eq_3(self.model, grid, learn, mask, self.vocab, stage.wait, totals.float(), *documents), None
 
     def after_step(self, kept, step):
         pass
@@ -413,9 +423,8 @@ def main():
         if args.plan:
             if args.config == "codec":
                 raise ValueError("--plan is for a model")
-            flags.check_alone(args.config, args.eight_bit, args.lora, args.gpus > 1)
-            return plan.show(args.config, config, stages, args.gpus, args.card, args.utilisation,
-                             args.eight_bit, args.lora)
+            flags.check_alone(args, args.gpus > 1)
+            return plan.show(args, config, stages)
         run(args, config, stages)
     except Stopped as e:
         print(e.args[0], file=sys.stderr)
@@ -432,14 +441,14 @@ def run(args, config, stages):
     begun = time.monotonic()
     check_device(args.device)
     args.device = parallel.begin(args.device)
-    flags.check_alone(args.config, args.eight_bit, args.lora, parallel.is_distributed())
+    flags.check_alone(args, parallel.is_distributed())
     if args.lora and not args.init:
         raise ValueError("--lora needs a model to start from: --init")
     if args.config == "codec":
         task = CodecTask(config, args.data or "data/toy", args.device, args.precision)
     else:
         task = ModelTask(config, args.data or "data/toy/encoded", args.device, args.init, args.seed,
-                         args.eight_bit, args.precision, args.lora)
+                         args.eight_bit, args.precision, args.lora, args.recompute, args.float8)
     notes, stages = survey(task, stages)
     if parallel.rank() == 0:
         print("\n".join([*map(flags.describe, (task.config, *stages)), *notes]), flush=True)

@@ -6,6 +6,7 @@ import textwrap
 import torch
 
 from training import plan
+from training.recompute import CHOICES
 
 NOT_FLAGS = {"name", "layouts", "empty"}  # tables in the code, and what the data decides
 
@@ -44,6 +45,10 @@ def build_parser(description, configs, *classes):
     add("--minutes", type=float, help="train about this long on this machine instead of the table's steps")
     add("--eight-bit", action="store_true", help="weights in bfloat16, optimiser in 8 bits: a third of "
                                                  "the memory, on a single process")
+    add("--float8", action="store_true", help="products of the temporal transformer in eight bits, on GPUs "
+                                              "that multiply them")
+    add("--recompute", choices=CHOICES, help="what of each layer is computed again for the gradients instead "
+                                             "of kept (default: all, for rows longer than 1024 frames)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     add("--save-every", type=float, default=60, help="seconds between checkpoints; more if saving takes over "
                                                      "5%% of the time")
@@ -54,7 +59,8 @@ def build_parser(description, configs, *classes):
     add("--plan", action="store_true", help="train nothing: tell what it would take, on --gpus of --card")
     add("--gpus", type=int, default=1)
     add("--card", default="H100", choices=plan.BF16)
-    add("--utilisation", type=float, default=0.4, help="share of the card's peak that --plan counts on")
+    add("--utilisation", type=float, help="share of the card's peak that --plan counts on (default: reckoned "
+                                          "from data sheets)")
     return parser
 
 
@@ -71,12 +77,14 @@ def parse(text, kind, name):
         raise ValueError(f"--{name.replace('_', '-')} {text}: is not of type {kind}") from None
 
 
-def check_alone(config, eight_bit, rank, torchrun):
+def check_alone(args, torchrun):
     """ValueError if what trains in a single process is to train in several, or what excludes each other."""
-    alone = {"the codec": config == "codec", "--eight-bit": eight_bit, "--lora": rank}
+    alone = {"the codec": args.config == "codec", "--eight-bit": args.eight_bit, "--lora": args.lora}
     alone = [name for name, given in alone.items() if given]
     if alone and torchrun:
         raise ValueError(f"{alone[0]} trains in one process, without torchrun")
+    alone += ["--float8"] if args.float8 and alone else []
+    alone += ["--recompute"] if args.recompute and args.config == "codec" else []
     if alone[1:]:
         raise ValueError(f"{' and '.join(alone)} do not go together")
 

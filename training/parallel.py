@@ -105,6 +105,7 @@ def shard_and_allocate(model, device, bf16):
     if torch.device(device).type == "cuda":
         for block in model.blocks:
             block.compile()
+        model.depth.losses = torch.compile(model.depth.losses, dynamic=True)  # of any number of frames
     return model.to_empty(device=device)
 
 

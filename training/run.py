@@ -392,6 +392,7 @@ class Run:
     def check_plan(self, saved, path):
         """ValueError if this run would go on in other stages, with other data, or by another clock."""
         for old, new in itertools.zip_longest(saved["stages"], map(dataclasses.asdict, self.stages)):
+            old = old and {**{f.name: f.default for f in dataclasses.fields(self.stages[0])}, **old}
             if old != new:
                 same = old and new and old["name"] == new["name"]
                 odd = ", ".join(k for k in new if old.get(k) != new[k]) if same else "not in both"
