@@ -28,71 +28,27 @@ import json
 import os
 import random
 import sys
-from collections import Counter
 
 import torch
-from tqdm import tqdm
 
 from chat import DuplexModel
+from evals.codec import ceiling, codec_quality, understood_line
 from evals.conversations import (converse_all, read_conversations, save_conversation, save_samples,
                                  share_within, written)
 from evals.recogniser import get_recogniser
+from evals.scores import Proportions
 from evals.strangers import make_strangers
 from evals.testsets import measure, transcribe
-from evals.turns import LEAD, Reply, ScenarioMaker, earliest, format_proportion, report_turns, run_scenarios
-from evals.turns import score_all, silence, speech, wilson, words_of
+from evals.turns import (LEAD, Reply, ScenarioMaker, earliest, report_turns, run_scenarios, score_all,
+                         silence, speech, words_of)
 from files.atomic import replace_when_done
 from files.audio import SAMPLE_RATE, read_audio
 from files.device import check_device
 from files.manifest import read_manifest
-from files.spectrogram import log_spectral_distance, mel_filters
 from mimi import Mimi
 
 KINDS = ("repeat", "count", "next", "opposite")  # of requests; chants and stories have no single right answer
 LISTEN_ON = 2.5  # seconds that a recording goes on after the expected answer
-
-
-# ------------------------------------------------------------------------------------------------------------
-# measures
-
-
-def edit_distance(found, right):
-    """Substitutions, deletions and insertions that separate two sequences (Levenshtein)."""
-    row = list(range(len(right) + 1))
-    for i, a in enumerate(found, 1):
-        last, row[0] = row[0], i
-        for j, b in enumerate(right, 1):
-            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (a != b))
-    return row[-1]
-
-
-class Proportions:
-    """Named counts of hits, printed as proportions with their 95% intervals, and of errors."""
-
-    def __init__(self):
-        self.hits, self.n, self.errors = Counter(), Counter(), Counter()
-
-    def add(self, name, hit, of=1):
-        self.hits[name] += hit
-        self.n[name] += of
-
-    def add_errors(self, name, found, right):
-        """Words or letters that were found, and the right ones."""
-        errors = edit_distance(found, right)
-        self.errors[name] += errors
-        self.add(name, max(0, len(right) - errors), len(right))
-
-    def proportion(self, name):
-        return self.hits[name] / max(1, self.n[name])
-
-    def error_rate(self, name):
-        return self.errors[name] / max(1, self.n[name])
-
-    def line(self, name):
-        line = format_proportion(self.proportion(name), *wilson(self.hits[name], self.n[name]), self.n[name])
-        if name not in self.errors:
-            return line
-        return f"{line}   {'CER' if 'CER' in name else 'WER'} {self.error_rate(name):.3f}"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -157,55 +113,6 @@ def turn_taking(duplex, dialogues, tts, seed, n, keep, voices=None):
                 save_conversation(keep, item, said, out[-1].written)
         return out
     return score_all(run_scenarios(run, ScenarioMaker(dialogues, tts, seed, voices), n))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# the recogniser and the codec
-
-
-def ceiling(codec, recogniser, items, scores, split):
-    """How well the recogniser understands the original recordings, and the same after the codec."""
-    for turn in (t for d in items for t in d["turns"]):
-        audio = read_audio(turn["path"])
-        for version, x in (("original", audio), ("codec", reconstruct(codec, audio))):
-            understood(recogniser, x, turn["text"], scores, f"{split} {turn['role']} {version}")
-
-
-def understood(recogniser, audio, text, scores, label):
-    heard, right = recogniser.hear(audio), text.split()
-    scores.add_errors(f"{label} 1 - WER", heard, right)
-    scores.add(f"{label} exactly", heard == right)
-
-
-def understood_line(scores, labels):
-    return "   ".join(f"{label.split()[-1]} {scores.proportion(f'{label} 1 - WER'):.3f} / "
-                      f"{scores.proportion(f'{label} exactly'):.3f}" for label in labels)
-
-
-def reconstruct(codec, x):
-    device = next(codec.parameters()).device
-    return codec.decode(codec.encode(x[None, None].to(device)))[0, 0, :len(x)].cpu()
-
-
-def codec_quality(codec, recogniser, dialogues, n, seed):
-    """Held-out speech through the codec: the distance of log-mel spectra, and how well it is still
-    understood."""
-    print(f"\nHeld-out speech through the codec, seed {seed}: the recogniser's 1 - WER / exact clips")
-    filters = mel_filters(1024)
-    for split, role, who in (("seen", "user", "users heard in training"), ("new", "user", "new users"),
-                             ("seen", "model", "the model's voice")):
-        turns = [t for d in dialogues if d["split"] == split for t in d["turns"] if t["role"] == role]
-        clips = sorted({t["path"]: t["text"] for t in turns}.items())
-        clips = random.Random(seed).sample(clips, min(n, len(clips)))
-        scores, distance = Proportions(), 0.0
-        for path, text in tqdm(clips, who, unit="clip", leave=False):
-            audio = read_audio(path)
-            decoded = reconstruct(codec, audio)
-            distance += log_spectral_distance(audio, decoded, filters) / len(clips)
-            understood(recogniser, audio, text, scores, "original")
-            understood(recogniser, decoded, text, scores, "codec")
-        print(f"  {who:24} {len(clips):4} clips   log-mel distance {distance:5.2f} dB   "
-              + understood_line(scores, ("original", "codec")))
 
 
 # ------------------------------------------------------------------------------------------------------------

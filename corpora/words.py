@@ -16,7 +16,7 @@ from files.atomic import check_folder
 from files.audio import SAMPLE_RATE, read_audio
 from files.manifest import SPOKEN
 from toy.script import Script
-from toy.voices import Style, get_synthesiser, normalise, trim, trim_noisy, voices_named
+from toy.voices import get_synthesiser, normalise, trim, trim_noisy, voices_named
 from toy.world import LANGUAGES
 
 LAYOUTS = (re.compile(r"(?P<word>[a-z]+)/(?P<speaker>\w+)_nohash_\d+\.wav"),  # Speech Commands

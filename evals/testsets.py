@@ -14,7 +14,6 @@ import math
 import os
 import random
 import re
-import shlex
 import shutil
 import statistics
 import unicodedata

@@ -2,8 +2,9 @@
 import os
 from dataclasses import dataclass
 
-import eval as evaluation
 import train
+from eval import KINDS, answers as hold_conversations
+from evals.scores import Proportions
 from files.manifest import read_manifest
 from toy.script import make_toy
 from toy.world import KIND_PROPORTIONS
@@ -33,8 +34,8 @@ def stages(post=BOTH, fine_1=train.FINE_1, fine_2=FADE, wait=0.3, language=250, 
 
 def answers(task, duplex, recogniser, items):
     """What eval.py measures in held-out conversations: {a key of MEASURES: proportion}."""
-    shares = evaluation.Proportions()
-    evaluation.answers(duplex, recogniser, items, 7, shares, "seen")
+    shares = Proportions()
+    hold_conversations(duplex, recogniser, items, 7, shares, "seen")
     return {measure: shares.proportion(f"seen {measure}") for measure in MEASURES}
 
 
@@ -42,7 +43,7 @@ def answers(task, duplex, recogniser, items):
 class World:
     """The toy world of a question: few user voices, no stories."""
     folder: str = "data/questions"
-    kinds: tuple = evaluation.KINDS
+    kinds: tuple = KINDS
     script: tuple = ()  # more for toy.script.Script
     words: int = 1  # in the answers of held-out dialogues that are asked for, at least
 

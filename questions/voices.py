@@ -11,11 +11,13 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-import eval as evaluation
+from eval import answers
+from evals.codec import reconstruct
+from evals.scores import Proportions
 from files.audio import read_audio
 from files.manifest import read_manifest
 from layouts.prompts import make_prompt
-from mimi import MELS, LogMel
+from mimi import LogMel
 from questions.recipe import FADE, Variant, World, stages
 
 MODEL_VOICES = ("model", "en-us+f4", "en-us+klatt4", "en-us+Annie")
@@ -70,17 +72,17 @@ def sentences(split, n=2 * JUDGED):
 def in_voices(task, duplex, recogniser, items):
     """Held-out requests after held-out sentences in each voice."""
     prompts, found, rng = sentences("seen"), {}, random.Random(7)
-    through = partial(evaluation.reconstruct, duplex.codec)
+    through = partial(reconstruct, duplex.codec)
     for name, decode in (("original", lambda wav: wav), ("codec", through)):
         clips = {v: [decode(read_audio(f)) for f in files] for v, files in sentences("train").items()}
         judge = VoiceJudge({v: wavs[:JUDGED] for v, wavs in clips.items()})
         right = [judge.voice(wav) == v for v, wavs in clips.items() for wav in wavs[JUDGED:]]
         found[name] = sum(right) / len(right)
     for name, voices, some in (("", MODEL_VOICES[:-1], items), ("reader ", (READER,), items[::3])):
-        scores = evaluation.Proportions()
+        scores = Proportions()
         for i, voice in enumerate(voices):
             duplex.prompt = make_prompt(duplex, voice=rng.choice(prompts[voice]))
-            heard = evaluation.answers(duplex, recogniser, some[i::len(voices)], 7, scores, "seen")
+            heard = answers(duplex, recogniser, some[i::len(voices)], 7, scores, "seen")
             for _, _, (_, said) in heard:
                 scores.add("voice", judge.voice(said) == voice)
         duplex.prompt = None

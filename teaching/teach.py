@@ -27,7 +27,8 @@ from tqdm import tqdm
 import prepare
 from chat import DuplexModel
 from corpora.words import People
-from eval import KINDS, Proportions, understands
+from eval import KINDS, understands
+from evals.scores import Proportions
 from evals.turns import LEAD, silence
 from files.atomic import check_folder, move_folder
 from files.audio import SAMPLE_RATE, read_audio, write_audio
@@ -212,7 +213,7 @@ def main():
             record_prompts(args.recordings, prompts)
         teach(args.checkpoint, args.recordings, args.out, args.minutes, args.steps, seed=args.seed,
               device=args.device)
-    except Stopped as e:
+    except Stopped:
         sys.exit(f"stopped; the recordings are in {args.recordings}, and the model is as it was")
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")

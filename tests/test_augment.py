@@ -7,7 +7,7 @@ import torch
 
 import prepare
 from conftest import noise
-from files.audio import SAMPLE_RATE, read_audio
+from files.audio import SAMPLE_RATE
 from files.augment import Microphone, Version, change_throat, draw_ratio, fast_length
 from files.encoded import read_encoded
 from mimi import FRAME

@@ -12,7 +12,8 @@ import torch
 from evals import turns
 from conftest import record, run
 from chat import DuplexModel
-from eval import Proportions, answers, edit_distance, hearing, understands
+from eval import answers, hearing, understands
+from evals.scores import Proportions, edit_distance
 from files.audio import SAMPLE_RATE, read_audio
 from files.manifest import read_manifest
 from mimi import FRAME, Mimi

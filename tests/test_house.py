@@ -153,3 +153,13 @@ def test_the_book_needs_no_extra(tmp_path):
         """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_nothing_is_imported_in_vain():
+    """At the top of a file."""
+    for name in tracked(".py"):
+        tree = ast.parse(read(name))
+        found = {(alias.asname or alias.name).split(".")[0] for node in tree.body
+                 if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+        used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        assert not found - used, name

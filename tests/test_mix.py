@@ -8,7 +8,6 @@ import soundfile
 import torch
 
 from corpora import mix
-import prepare
 import train
 from conftest import FLM, encode, loss_of, noise, run
 from files.audio import SAMPLE_RATE
