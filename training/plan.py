@@ -155,7 +155,10 @@ def plan(config, stage, gpus, bf16=True, eight_bit=False, rank=0, how=None):
     working = rows * stage.frames * (4 * config.mlp + 8 * config.width) * size + losses
     micro_batches = stage.batch / rows
     # a backward pass is twice a forward pass, less where frozen weights need no gradients
-    useful = each.flops - each.forward * (how != "nothing") if rank else 3 * each.forward
+    useful = 3 * each.forward
+    if rank:
+        others, depth = measure(config, "all", rows, stage.frames, share, bf16, rank=rank)
+        useful = (others + depth).flops - each.forward
     # The norms, rotations and activations of a layer, forward and backward, compiled: some 20 numbers of its
     # width and 5 of its MLP's. The optimiser reads and writes weight, gradient and two states.
     between = 3 * rows * stage.frames * config.layers * (20 * config.width + 5 * config.mlp) * size

@@ -126,8 +126,10 @@ class Run:
             losses = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
             if parallel.rank() == 0 and (losses or not self.num_steps):
                 print(f"{self.stage.name}: {'held out  ' + losses if losses else 'no time left'}", flush=True)
-            self.progress["stage"], self.progress["step"] = self.progress["stage"] + 1, 0
-            self.save()
+            went_on, self.progress["step"] = self.step > 0, 0
+            self.progress["stage"] += 1
+            if went_on or self.progress["stage"] == len(self.stages):
+                self.save()
 
     # batches
 
