@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from streams import pack
 
@@ -33,15 +32,21 @@ def attention(documents):
     keys of its own sample up to itself."""
     if documents.is_cuda:
         return Blocks.of(documents)
-    return Masked((documents[:, :, None] == documents[:, None]).tril()[:, None])
+    may_look = (documents[:, :, None] == documents[:, None]).tril()[:, None]
+    return Masked(torch.zeros(may_look.shape, device=may_look.device).masked_fill(~may_look, -torch.inf))
 
 
 @dataclass
 class Masked:
-    mask: torch.Tensor  # (B, 1, T, T): True where a query may look
+    """The plain formula of model.attend, with another bias."""
+    bias: torch.Tensor  # (B, 1, T, T): zero where a query may look, else minus infinity
 
     def __call__(self, q, k, v):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, enable_gqa=True)
+        (B, H, T, E), G = q.shape, k.shape[1]
+        stack = lambda x: x.reshape(B * G, -1, x.shape[-1])
+        bias = stack(self.bias.to(q.dtype).expand(B, H, T, T))
+        weights = torch.baddbmm(bias, stack(q), stack(k).mT, alpha=E ** -0.5).softmax(-1, dtype=q.dtype)
+        return (weights @ stack(v)).view(B, H, T, E)
 
 
 @dataclass
