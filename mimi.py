@@ -36,10 +36,10 @@ from tqdm import tqdm
 from files.audio import SAMPLE_RATE, read_audio, write_audio
 from files.device import check_device
 from files.checkpoint import check_weights, from_fields, is_safetensors, load_checkpoint, load_weights
+from files.spectrogram import MELS, WINDOW, InverseFourier, LogMel, log_spectral_distance
 from published import kyutai
 
 FRAME = 1920  # samples in one frame: 80 ms
-WINDOW = 960  # of a spectrogram: 40 ms
 
 # Codes are the nearest vectors, and the ten bits of TF32 would choose others here and there: float32 as a CPU
 # has it. (Matrix products are float32 unless someone allows less; convolutions are not.)
@@ -201,9 +201,6 @@ def seanet_block(n):
 # ------------------------------------------------------------------------------------------------------------
 # front end 2: a spectrogram at 100 Hz, and back (trains in minutes): a window every ratios[0] = 240 samples
 
-MELS = 80
-
-
 def spectral_encoder(c: MimiConfig):
     hop, r = c.ratios
     return StreamingSequential(
@@ -229,69 +226,6 @@ class Pointwise(nn.Module):
 
     def forward(self, x):  # (B, C, T)
         return self.down(F.gelu(self.up(self.norm(x.mT)))).mT
-
-
-def mel_filters(n_fft, n_mels=MELS):
-    """Triangular filters, evenly spaced on the mel scale: (n_mels, n_fft//2 + 1)."""
-    top = 2595 * math.log10(1 + SAMPLE_RATE / 2 / 700)
-    edges = 700 * (10 ** (torch.linspace(0, top, n_mels + 2) / 2595) - 1)
-    f = torch.linspace(0, SAMPLE_RATE / 2, n_fft // 2 + 1)
-    rise = (f - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
-    fall = (edges[2:, None] - f) / (edges[2:] - edges[1:-1])[:, None]
-    return torch.minimum(rise, fall).clamp(min=0)
-
-
-class LogMel(nn.Module):
-    """(B, 1, hop*T) -> (B, 80, T), one step for each window that has just ended. State: the windows'
-    overlap."""
-
-    def __init__(self, hop):
-        super().__init__()
-        self.hop = hop
-        self.register_buffer("window", torch.hann_window(WINDOW), persistent=False)
-        self.register_buffer("mel", mel_filters(WINDOW), persistent=False)
-
-    def init_state(self, B):
-        return {"past": self.window.new_zeros(B, WINDOW - self.hop)}
-
-    def forward(self, x, state):
-        with torch.autocast(x.device.type, enabled=False):
-            x = torch.cat([state["past"], x[:, 0].float()], -1)
-            state["past"].copy_(x[:, self.hop - WINDOW:])
-            x = torch.fft.rfft(x.unfold(-1, WINDOW, self.hop) * self.window)  # (B, T, bins)
-            power = x.real.square() + x.imag.square()
-            return 0.3 * torch.log(power @ self.mel.T + 1e-3).mT  # roughly within -2..2
-
-
-class InverseFourier(nn.Module):
-    """(B, C, T) -> (B, 1, hop*T): each step predicts magnitudes and phases of one window, and the windows are
-    overlap-added. State: what the last windows add to samples that are not complete yet."""
-
-    def __init__(self, c_in, hop):
-        super().__init__()
-        self.hop = hop
-        self.norm = nn.LayerNorm(c_in)
-        self.head = nn.Linear(c_in, WINDOW + 2)
-        self.register_buffer("window", torch.hann_window(WINDOW), persistent=False)
-
-    def init_state(self, B):
-        return {"overlap": self.window.new_zeros(B, WINDOW - self.hop)}
-
-    def forward(self, x, state):
-        magnitude, phase = self.head(self.norm(x.mT)).float().chunk(2, dim=-1)  # (B, T, bins)
-        with torch.autocast(x.device.type, enabled=False):
-            return self.overlap_add(torch.polar(magnitude.clamp(max=6).exp(), phase), state)[:, None]
-
-    def overlap_add(self, spectrum, state):
-        """(B, T, bins) -> (B, hop*T)"""
-        B, T, _ = spectrum.shape
-        n = WINDOW // self.hop
-        squares = 0.375 * n  # the sum of n squared Hann windows: one is applied in analysis, one here
-        windows = (torch.fft.irfft(spectrum, WINDOW) * self.window / squares).view(B, T, n, self.hop)
-        y = sum(F.pad(windows[:, :, i], (0, 0, i, n - 1 - i)) for i in range(n)).flatten(1)
-        y = torch.cat([y[:, :WINDOW - self.hop] + state["overlap"], y[:, WINDOW - self.hop:]], -1)
-        state["overlap"].copy_(y[:, T * self.hop:].detach())
-        return y[:, :T * self.hop]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -386,7 +320,7 @@ def rotate(x, rotation):
 
 class Codebook(nn.Module):
     """EMA vector quantisation: an embedding is a running sum of the vectors assigned to it over a running
-    count of them, as Mimi's files store it."""
+    count of them, as Mimi's files store it (toy/codec.py: ema_update)."""
 
     def __init__(self, size, dim):
         super().__init__()
@@ -405,20 +339,6 @@ class Codebook(nn.Module):
     def nearest(self, x):  # (N, dim) -> (N,)
         # argmin |x - e|^2 = argmax x.e - |e|^2 / 2
         return torch.addmm(self.neg_half_squared_norm, x, self.embedding.T).argmax(1)
-
-    @torch.no_grad()
-    def ema_update(self, x, codes, decay=0.97, dead=0.2):
-        """Move the embeddings towards the vectors x (N, dim) assigned to the codes (N,). A dead code, whose
-        usage is below `dead`, restarts at one of the vectors."""
-        one_hot = F.one_hot(codes, len(self.cluster_usage)).to(x.dtype)
-        self.cluster_usage.lerp_(one_hot.sum(0), 1 - decay)
-        self.embedding_sum.lerp_(one_hot.T @ x, 1 - decay)
-        restart = self.cluster_usage < dead
-        sample = x[torch.randint(len(x), (len(restart),), device=x.device)]
-        self.embedding_sum[restart] = sample[restart]
-        self.cluster_usage[restart] = 1.0
-        self.update_embedding()
-
 
 class ResidualQuantizer(nn.Module):
     """Each codebook quantises the residual of those before it."""
@@ -444,24 +364,6 @@ class ResidualQuantizer(nn.Module):
     def decode(self, codes):  # (B, K, T) -> (B, C, T)
         x = sum(layer.embedding[codes[:, k]] for k, layer in enumerate(self.layers[:codes.shape[1]]))
         return self.output_proj(x.mT)
-
-    def forward(self, x, n_codebooks):
-        """Quantise for training: x (B, C, T), each item with its first n_codebooks (B,). Gradients pass
-        straight through. Returns the quantised x (B, C, T), the commitment loss, and what each codebook is
-        updated with: [(vectors (B*T, dim), their codes (B*T,)), ...]. Full precision, as in encode."""
-        x = self.input_proj(x.float()).mT  # (B, T, dim)
-        residual, out, commitment, assigned = x, torch.zeros_like(x), x.new_zeros(()), []
-        for k, layer in enumerate(self.layers):
-            used = (n_codebooks > k)[:, None, None]
-            vectors = residual.detach().flatten(0, 1)
-            codes = layer.nearest(vectors)
-            assigned.append((vectors, codes))
-            quantised = layer.embedding[codes].view_as(residual)
-            commitment = commitment + ((residual - quantised.detach()).square() * used).mean()
-            out, residual = out + quantised * used, residual - quantised.detach()
-        out = x + (out - x).detach()
-        return self.output_proj(out.mT), commitment / len(self.layers), assigned
-
 
 # ------------------------------------------------------------------------------------------------------------
 # the codec
@@ -510,24 +412,6 @@ class Mimi(nn.Module):
         """(B, K, T) codes -> (B, 1, 1920*T) samples."""
         state = self.init_state(len(codes))
         return torch.cat([self.decode_step(c, state) for c in codes.split(chunk, -1)], -1)
-
-    def forward(self, wav, n_codebooks, decoded):
-        """One training pass: wav (B, 1, 1920*T) -> the reconstruction of its `decoded` rows (a mask), the
-        quantised semantic part (B, C, T), the commitment loss, and the assignments for `update_codebooks`.
-        n_codebooks (B,): how many each item uses (quantiser dropout)."""
-        x = self.encoder(wav, self.encoder.init_state(len(wav)))
-        with torch.autocast(x.device.type, enabled=False):
-            semantic, loss1, assigned1 = self.semantic(x, n_codebooks)
-            acoustic, loss2, assigned2 = self.acoustic(x, n_codebooks - 1)
-        latent = (semantic + acoustic)[decoded]
-        y = self.decoder(latent, self.decoder.init_state(len(latent))) if len(latent) else wav[:0]
-        return y, semantic, loss1 + loss2, assigned1 + assigned2
-
-    def update_codebooks(self, assigned):
-        """EMA update of each codebook with what was assigned to it: [(vectors (N, dim), codes (N,)), ...]."""
-        layers = (*self.semantic.layers, *self.acoustic.layers)
-        for layer, (vectors, codes) in zip(layers, assigned, strict=True):
-            layer.ema_update(vectors, codes)
 
     def silence(self):
         """The codes of a stream that begins with silence, [[code] * K, ...]; the last frame's repeat."""
@@ -594,20 +478,6 @@ def restore(state, rows, other):
 
 # ------------------------------------------------------------------------------------------------------------
 # a file through the codec
-
-
-def log_spectral_distance(x, y, filters=None):
-    """Distance of two waveforms (N,) in dB: root mean square over frequency of the difference of their power
-    spectra in dB, mean over windows of 43 ms. With filters (bands, 513): over bands instead of single
-    frequencies."""
-    total, windows = 0.0, 0
-    for pair in zip(x.split(60 * SAMPLE_RATE), y.split(60 * SAMPLE_RATE)):
-        power = [torch.stft(F.pad(p, (512, 512)), 1024, 256, window=torch.hann_window(1024), center=False,
-                            return_complex=True).abs().square() for p in pair]
-        a, b = (10 * torch.log10((p if filters is None else filters @ p) + 1e-5) for p in power)
-        distance = (a - b).square().mean(0).sqrt()
-        total, windows = total + distance.sum().item(), windows + len(distance)
-    return total / windows
 
 
 def reconstruct(codec, wav):

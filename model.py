@@ -81,9 +81,11 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 def attend(q, k, v, mask=None):
     """Scaled dot-product attention. q (B, H, T, E), k and v (B, G, S, E). A single query (T = 1) sees all
-    keys, or those where the mask (B, 1, 1, S) is True; several queries are causal."""
+    keys, or those where the mask (B, 1, 1, S) is True; several are causal, or what a function `mask` does."""
     B, H, T, E = q.shape
     G = k.shape[1]
+    if callable(mask):
+        return mask(q, k, v)
     if T == 1:  # the heads that share keys become as many queries, which see the same
         q = q.reshape(B, G, -1, E)
         if mask is not None and q.device.type != "cpu":
@@ -125,6 +127,12 @@ def in_eights(w, parts=1):
     bfloat16 at full speed only where rows begin at multiples of 16 bytes."""
     n = w.shape[-1] // parts
     return w if n % 8 == 0 else F.pad(w.unflatten(-1, (parts, n)), (0, -n % 8)).flatten(-2)
+
+
+def for_products(w):
+    """w as autocast would make it, once."""
+    kind = w.device.type
+    return w.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else w
 
 
 def rotary(position, E, base):
@@ -226,9 +234,9 @@ class DepthBlock(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(K, W, 2 * hidden))
         self.down = nn.Parameter(torch.empty(K, hidden, W))
 
-    def forward(self, x, k0, past):
+    def forward(self, x, k0, past, weights=None):
         """x (N, n, W): positions k0 to k0 + n of N frames. past: keys and values of the positions before
-        them, [(N, 2H, n, E), ...], to which these are appended."""
+        them, [(N, 2H, n, E), ...], to which these are appended. weights: see aligned."""
         N, n, W = x.shape
         qkv = self.qkv(self.norm1(x)).view(N, n, 3 * self.H, W // self.H).transpose(1, 2)
         q, kv = qkv.split([self.H, 2 * self.H], 1)
@@ -236,13 +244,13 @@ class DepthBlock(nn.Module):
         k, v = (torch.cat(past, 2) if past[1:] else kv).chunk(2, 1)
         x = x + self.out(attend(q, k, v).transpose(1, 2).reshape(N, n, W))
         y = self.norm2(x).transpose(0, 1)  # (n, N, W): one matrix product for each position
-        gate_up, down = self.aligned(k0, n) if x.is_cuda else (self.gate_up[k0:k0 + n], self.down[k0:k0 + n])
+        gate_up, down = weights or (self.gate_up[k0:k0 + n], self.down[k0:k0 + n])
         gate, up = torch.bmm(y, gate_up).chunk(2, -1)
         return x + torch.bmm(F.silu(gate) * up, down).transpose(0, 1)
 
-    def aligned(self, k0=0, n=K):
-        """Both weights of n positions, in_eights. The zeros change no result."""
-        return in_eights(self.gate_up[k0:k0 + n], 2), in_eights(self.down[k0:k0 + n].mT).mT
+    def aligned(self):
+        """The MLPs' weights in_eights, in the precision of products. The zeros change no result."""
+        return for_products(in_eights(self.gate_up, 2)), for_products(in_eights(self.down.mT).mT)
 
 
 class Depth(nn.Module):
@@ -261,27 +269,34 @@ class Depth(nn.Module):
 
     def forward(self, h, codes):
         """For training: h (N, D), the frames' own codes (N, K) -> their cross-entropies (N, K)."""
-        def cross_entropy(h, codes):
-            return F.cross_entropy(self.logits(h, codes).float().mT, codes, reduction="none")
-        return in_pieces(cross_entropy, h, codes, pieces_of_codes(self.config))
+        weights = self.aligned() if h.is_cuda else None  # once, not in every piece
+        losses = lambda h, codes: self.losses(h, codes, weights)
+        return in_pieces(losses, h, codes, pieces_of_codes(self.config))
 
-    def logits(self, h, codes):
+    def losses(self, h, codes, weights=None):
+        return F.cross_entropy(self.logits(h, codes, weights).float().mT, codes, reduction="none")
+
+    def aligned(self):
+        return for_products(in_eights(self.heads)), [block.aligned() for block in self.blocks]
+
+    def logits(self, h, codes, weights=None):
         """Teacher-forced: h (N, D) and the frame's own codes (N, K) -> logits (N, K, A)."""
+        heads, of_blocks = weights or (self.heads, [None] * len(self.blocks))
         seen = torch.cat([torch.full_like(codes[:, :1], self.config.empty), codes[:, :-1]], 1)
         x = torch.stack([e(seen[:, k]) for k, e in enumerate(self.codes)], 1)
         x = x + self.from_h(h).unflatten(-1, self.positions.shape) + self.positions
-        for block in self.blocks:
-            x = block(x, 0, [])
-        heads = in_eights(self.heads) if h.is_cuda else self.heads
+        for block, mlp in zip(self.blocks, of_blocks):
+            x = block(x, 0, [], mlp)
         logits = torch.bmm(self.norm(x).transpose(0, 1), heads).transpose(0, 1)
         return logits[..., :self.config.audio_vocab_size]
 
     @torch.no_grad()
     def align(self):
         """To talk on a GPU: the weights in_eights once, instead of in every step. Not for a model to save."""
-        self.heads = nn.Parameter(in_eights(self.heads))
-        for block in self.blocks:
-            block.gate_up, block.down = map(nn.Parameter, block.aligned())
+        heads, of_blocks = self.aligned()
+        self.heads = nn.Parameter(heads)
+        for block, mlp in zip(self.blocks, of_blocks):
+            block.gate_up, block.down = map(nn.Parameter, mlp)
 
     def generate(self, h, sample):
         """h (B, D) -> codes (B, K), each chosen by sample(logits (B, A), k) -> (B,) and shown to the next
@@ -342,38 +357,21 @@ class FLM(nn.Module):
                 value.fill_(1.0)
             assign(p, value)
 
-    @torch.no_grad()
-    def init_audio(self, codebooks, std=0.05, seed=0, assign=torch.Tensor.copy_):
-        """Start the audio embeddings as a random projection of the codec's own vectors, codebooks (K, A - 1,
-        dim): codes that sound alike then look alike, and the sum over a frame's acoustic codes is a
-        picture of its sound. A model that starts from scratch learns to hear much sooner."""
-        for group in (slice(0, 1), slice(1, K)):  # semantic, acoustic: two vector spaces
-            vectors = codebooks[group] - codebooks[group].mean(1, keepdim=True)
-            spread = vectors.square().mean(1).sum(0).sum().sqrt()  # of the sum over the group
-            for side in ("speak", "listen"):
-                D, device = self.config.width, vectors.device
-                rng = rng_for(f"{side} {group}", seed, device)
-                projection = torch.randn(vectors.shape[-1], D, device=device, generator=rng)
-                for table, v in zip(getattr(self, side)[group], vectors):
-                    empty = torch.randn(1, D, device=device, generator=rng) * 0.02
-                    assign(table.weight, torch.cat([v @ projection * (std / spread), empty]))
-
     def embed(self, grid):
         """Eq. 1: (B, 17, T) -> (B, T, D)."""
         channels = [self.text, *self.speak, *self.listen]
         return sum(table(grid[:, row]) for row, table in enumerate(channels)) * self.config.input_scale
 
-    def hidden(self, grid, cache=None):
+    def hidden(self, grid, cache=None, mask=None):
         """Eq. 2, teacher-forced: (B, 17, T) -> h (B, T, D), which text_logits and depth read. With a KVCache
-        the frames become the first of its conversations (prefill)."""
+        the frames become the first of its conversations (prefill). mask: a function, see attend."""
         B, _, T = grid.shape
         assert T <= self.config.context, (T, self.config.context)
         cos, sin = rotary(torch.arange(T, device=grid.device), self.blocks[0].E, self.config.rope_base)
         x = self.embed(grid)
         recompute = self.recompute and x.requires_grad
         for i, block in enumerate(self.blocks):
-            layer = cache.layers[i] if cache else None
-            given = x, cos, sin, layer
+            given = x, cos, sin, cache.layers[i] if cache else None, None, mask
             x = checkpoint(block, *given, use_reentrant=False) if recompute else block(*given)
         if cache:
             cache.position.fill_(T)
@@ -383,12 +381,12 @@ class FLM(nn.Module):
         """h (..., D) -> (..., V)"""
         return self.head(h) * self.config.output_scale
 
-    def forward(self, grid, learn):
+    def forward(self, grid, learn, mask=None):
         """For training, all in one call (FSDP2's hooks are on this call): grid (B, 17, T), and
         learn (B, T-1), which frames the depth transformer learns from, N in all -> cross-entropies of the
         text (B, T-1), whether its most probable token was right (B, T-1), cross-entropies of the codes (N,
-        K)."""
-        h, target = self.hidden(grid[..., :-1]), grid[..., 1:]
+        K). mask: see attend."""
+        h, target = self.hidden(grid[..., :-1], mask=mask), grid[..., 1:]
         text = self.text_losses(h.flatten(0, 1), target[:, TEXT].flatten()).view(*learn.shape, 2)
         return *text.unbind(-1), self.depth(h[learn], target[:, SPEAK].transpose(1, 2)[learn])
 
@@ -453,7 +451,7 @@ def pieces_of_text(c: FLMConfig):
 
 
 def pieces_of_codes(c: FLMConfig):
-    return max(1, PIECE // (K * (c.audio_vocab_size + 24 * c.depth_width)))
+    return max(1, 2 * PIECE // (K * (c.audio_vocab_size + 24 * c.depth_width)))
 
 
 def in_pieces(f, x, y, rows):

@@ -17,14 +17,12 @@ What a kill, a resume, several processes, the threads of a CPU and a time budget
 
 B rows in a batch, T frames in a row, K codebooks.
 """
-import argparse
 import dataclasses
-import functools
 import math
 import pkgutil
 import random
 import sys
-import textwrap
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,14 +34,16 @@ import model
 import streams
 from files.audio import SAMPLE_RATE
 from files.device import check_device
-from files.encoded import read_encoded
-from files.tokenizer import load_tokenizer
 from mimi import FRAME, Mimi
 from published.release import start_from
-from streams import K, LISTEN, SPEAK, TEXT, Utterance, Vocab, blank, pack
+from streams import K, LISTEN, SPEAK, TEXT, Utterance, blank, pack
 from toy.codec import CodecTask
-from training import flags, lora, parallel, plan
+from training import flags, float8, lora, parallel, plan
+from training.audio import init_audio
+from training.documents import attention, pack_apart
+from training.lines import Lines
 from training.muon import make_optimizer
+from training.recompute import selective
 from training.run import Run, Stopped, default_precision
 from training.survey import PAUSE, survey
 
@@ -67,6 +67,7 @@ class Stage:
     depth: tuple = (1.0, 1.0)  # shares of frames of speech, of silence that the depth transformer learns from
     sources: tuple = (1.0, 1.0)  # weights of recordings transcribed by a machine, by a person
     epochs: float = 0.0  # over the data, instead of steps
+    documents: bool = False  # whether the samples that share a row do not see each other
     augment: float = 0.0  # codec: share of users' clips that it hears through another throat and microphone
 
     @property
@@ -136,50 +137,9 @@ ALPHA_1, ALPHA_2, BETA = 1.0, 0.5, 1.0  # Eq. 3: semantic, acoustic, monologue; 
 # layouts into batches
 
 
-class Conversations:
-    """The lines of `prepare.py encode`, sorted by the layouts that they serve, and batches of grids."""
-
-    def __init__(self, folders):
-        self.encoded = read_encoded(folders)
-        meta, index = self.encoded.meta, self.encoded.index
-        if meta["codebooks"] != K:
-            raise ValueError(f"{folders}: has {meta['codebooks']} codes in a frame, streams.py K = {K}")
-        self.vocab = Vocab.own(meta["text_size"], meta["codebook_size"], tuple(map(tuple, meta["silence"])))
-        self.tokenizer = load_tokenizer(meta["tokenizer"])
-        # For each split: numbers of lines, or (line, turn) of clips: [transcribed by a machine, by a person].
-        # heard, said: clips of users and of the model; dialogues: those without interjections, free: all;
-        # recorded: stereo. "seen" is the held-out split: requests that were never trained on, in voices that
-        # were.
-        self.heard, self.said, self.dialogues = {}, {}, {}
-        self.free, self.recorded, self.backchannels, self.noise = {}, {}, {}, {}
-        for split in ("train", "seen"):
-            mine = index["split"] == split.encode()
-            for kind, lines in ((b"backchannel", self.backchannels), (b"noise", self.noise)):
-                lines[split] = np.flatnonzero(mine & (index["kind"] == kind))
-                mine &= index["kind"] != kind
-            self.recorded[split] = np.flatnonzero(mine & index["sentences"])
-            self.free[split] = np.flatnonzero(mine & (index["turns"] > 1))
-            mine &= ~index["interjections"]  # in fine-tuning 1 the model only speaks when the user has ended
-            self.dialogues[split] = np.flatnonzero(mine & (index["turns"] > 1))
-            by = [mine & (index["annotated"] == by_hand) for by_hand in (False, True)]
-            self.heard[split] = [clips(index, some, b"user") for some in by]
-            self.said[split] = [clips(index, some, b"model") for some in by]
-        self.line = functools.lru_cache(20_000)(self.encoded.line)
-        self.sources = functools.cache(self.find_sources)
-        self.fingerprint = f"{meta['codec_sha256'][:16]} {meta['tokenizer_sha256'][:16]} {len(index)} lines"
-        self.used = None  # a list while ModelTask.clips_of asks which codes a batch reads
-
-    def find_sources(self, layout, split, frames):
-        """What a layout is made of: numbers of lines, or clips; of these only such as fit into a row of
-        `frames` with their transcripts."""
-        found = {"tts": self.said, "asr": self.heard, "recorded": self.recorded, "response_tts": self.free,
-                 "free_response_tts": self.free}.get(layout, self.dialogues)[split]
-        if layout not in ("tts", "asr"):
-            return found
-        return [some[self.encoded.index["frames"][some[:, 0]] <= frames - PAUSE] for some in found]
-
-    def holds(self, layout, split, frames):
-        return any(map(np.size, self.sources(layout, split, frames)))
+class Conversations(Lines):
+    """Batches of grids, made of the lines of `prepare.py encode`. What each layout is made of:
+    training/lines.py."""
 
     def dialogue(self, number):
         """[(user, model), ...] of a line; what the model says during the user's first turn is in that."""
@@ -256,7 +216,8 @@ class Conversations:
 
     def row(self, stage, shares, split, rng):
         """A row (17, T) packed with samples of the layouts, which frames the depth transformer learns from,
-        (T-1,), and which tokens and codes of what the model says carry a loss, (9, T-1)."""
+        (T-1,), and which tokens and codes of what the model says carry a loss, (9, T-1). With
+        stage.documents also the sample that each frame is of, (T,)."""
         grids = []
         while (room := stage.frames - sum(g.shape[1] for g in grids)) > 0:
             layout = rng.choices(list(shares), list(shares.values()))[0]
@@ -264,11 +225,12 @@ class Conversations:
             if layout == "asr" and grid.shape[1] > room:  # it would be cut before its transcript
                 grid = blank(room, self.vocab, self.vocab.empty)
             grids.append(grid)
-        (grid, loss), rng = pack(grids, stage.frames, self.vocab), np.random.default_rng(rng.getrandbits(64))
+        grid, loss, *documents = (pack_apart if stage.documents else pack)(grids, stage.frames, self.vocab)
+        rng = np.random.default_rng(rng.getrandbits(64))
         learn = frames_to_learn(grid, self.vocab, stage.depth, rng) & loss[SPEAK, 1:].any(0)
         if split == "train" and stage.frame_dropout:
             mask_heard(grid, stage.frame_dropout, self.vocab.empty, rng)
-        return grid, learn, loss[:LISTEN.start, 1:]
+        return grid, learn, loss[:LISTEN.start, 1:], *documents
 
     def batch(self, stage, progress, split, rng, rows=None):
         """(B, 17, T), (B, T-1) and (B, 9, T-1): see row. rows: which of the batch's rows to make (default:
@@ -281,17 +243,6 @@ class Conversations:
         seeds = [rng.getrandbits(64) for _ in range(stage.batch)]
         made = [self.row(stage, shares, split, random.Random(seeds[i])) for i in rows or range(stage.batch)]
         return tuple(torch.from_numpy(np.stack(x)) for x in zip(*made))
-
-
-def clips(index, mask, role):
-    """(line, turn) of each turn of a role in the lines of a mask, (n, 2). In a dialogue user and model take
-    turns."""
-    single = np.flatnonzero(mask & (index["turns"] == 1) & np.isin(index["role"], (role, b"either")))
-    dialogues = np.flatnonzero(mask & (index["turns"] > 1))
-    n = index["turns"][dialogues].astype(int) // 2
-    turns = 2 * (np.arange(n.sum()) - np.repeat(n.cumsum() - n, n)) + (role == b"model")
-    lines = np.concatenate([single, np.repeat(dialogues, n)])
-    return np.stack([lines, np.concatenate([np.zeros_like(single), turns])], 1)
 
 
 def frames_to_learn(grid, v, shares, rng):
@@ -329,11 +280,11 @@ def kinds_of_target(grid, learn, loss, v):
     return {"text": counts & ~wait, "wait": counts & wait, "semantic": real[:, :1], "acoustic": real[:, 1:]}
 
 
-def eq_3(flm, grid, learn, mask, v, gamma, totals):
-    """Eq. 3 for some rows of a batch, to be summed over all of them. grid, learn, mask: Conversations.batch.
-    totals (4,): how many targets of each kind the whole batch has. The two kinds of text token share one
-    mean, over the monologue tokens. Returns (loss, its parts)."""
-    text, right, codes = flm(grid, learn)
+def eq_3(flm, grid, learn, mask, v, gamma, totals, documents=None):
+    """Eq. 3 for some rows of a batch, to be summed over all of them. grid, learn, mask, documents:
+    Conversations.batch. totals (4,): how many targets of each kind the whole batch has. The two kinds of text
+    token share one mean, over the monologue tokens. Returns (loss, its parts)."""
+    text, right, codes = flm(grid, learn, None if documents is None else attention(documents[:, :-1]))
     masks = kinds_of_target(grid, learn, mask, v)
     n = dict(zip(masks, totals.clamp(min=1)))
     values = {"text": text, "wait": text, "semantic": codes[:, :1], "acoustic": codes[:, 1:]}
@@ -349,16 +300,20 @@ class ModelTask:
     """What train() needs to know of the model and its data; toy/codec.py has the same of the codec."""
     kind = "flm"
 
-    def __init__(self, config, data, device, init=None, seed=1, eight_bit=False, precision=None, rank=0):
+    def __init__(self, config, data, device, init=None, seed=1, eight_bit=False, precision=None, rank=0,
+                 recompute=None, in_float8=False):
         """init: a folder to start from instead of from nothing, see published/release.py: start_from.
-        eight_bit: see make_optimizer. rank: of low-rank adapters, see training/lora.py; 0 for none."""
-        self.device, self.precision = device, precision
+        eight_bit: see make_optimizer. rank: of low-rank adapters, see training/lora.py; 0 for none.
+        recompute: one of training/recompute.py's choices. in_float8: see training/float8.py."""
+        self.device, self.precision, self.recompute = device, precision, recompute
         bfloat16 = (precision or default_precision(device)) == "bfloat16"
         self.data = Conversations(data)
         vocab, meta = self.data.vocab, self.data.encoded.meta
 
         def place(flm):
             flm = flm.bfloat16() if eight_bit else lora.halve(flm) if rank and bfloat16 else flm
+            flm = float8.convert(flm, device) if in_float8 else flm
+            flm = selective(flm) if recompute == "selective" else flm
             return parallel.shard_and_allocate(flm, device, bfloat16)
         if init:
             self.model, audio = start_from(init, dataclasses.replace(config, empty=vocab.empty), vocab, meta,
@@ -372,7 +327,7 @@ class ModelTask:
         self.modules, self.from_nothing = self.model, not init
         if not audio:
             codebooks = Mimi.load(meta["codec"], device).codebooks()
-            self.model.init_audio(codebooks, seed=seed, assign=parallel.assign_shard)
+            init_audio(self.model, codebooks, seed=seed, assign=parallel.assign_shard)
         if rank:
             lora.add_adapters(self.model, rank, seed)
         self.fingerprint, self.batch = self.data.fingerprint, self.data.batch
@@ -389,13 +344,13 @@ class ModelTask:
 
     def totals(self, batch):
         """How many targets of each kind there are, (4,)."""
-        return torch.stack([mask.sum() for mask in kinds_of_target(*batch, self.vocab).values()]).double()
+        return torch.stack([mask.sum() for mask in kinds_of_target(*batch[:3], self.vocab).values()]).double()
 
     def loss(self, stage, micro, totals):
         """(loss, its parts to be logged, what after_step wants) of a micro-batch: see eq_3."""
-        self.model.recompute = stage.recompute
-        grid, learn, mask = (x.to(self.device, non_blocking=True) for x in micro)
-        return *eq_3(self.model, grid, learn, mask, self.vocab, stage.wait, totals.float()), None
+        self.model.recompute = self.recompute == "all" if self.recompute else stage.recompute
+        grid, learn, mask, *documents = (x.to(self.device, non_blocking=True) for x in micro)
+        return *eq_3(self.model, grid, learn, mask, self.vocab, stage.wait, totals.float(), *documents), None
 
     def after_step(self, kept, step):
         pass
@@ -457,35 +412,7 @@ def resolve(args, rest):
 
 
 def build_parser():
-    every = f"Every field of a config and of a stage is a flag too: {flags.known(model.FLMConfig, Stage)}. " \
-            "(The codec's config has other fields; an unknown flag lists them.) --steps is for all stages " \
-            "together, --lr is the highest rate; the others keep their proportion. --epochs is for each " \
-            "stage, over what the data holds for it."
-    parser = argparse.ArgumentParser(description=__doc__, epilog=textwrap.fill(every, 100),
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--config", default="tiny", choices=STAGES)
-    add("--data", help="default: data/toy for the codec; for a model data/toy/encoded (several: with commas)")
-    add("--out", help="default: out/CONFIG")
-    add("--init", help="folder to start from: of a run of ours, such as out/tiny, whose codec and tokeniser "
-                       "the data must be encoded with; or the published weights of Qwen2.5 or FLM-Audio")
-    add("--lora", type=int, default=0, metavar="RANK",
-        help="with --init: freeze the temporal transformer and train low-rank adapters, on a single process")
-    add("--minutes", type=float, help="train about this long on this machine instead of the table's steps")
-    add("--eight-bit", action="store_true", help="weights in bfloat16, optimiser in 8 bits: a third of "
-                                                 "the memory, on a single process")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
-    add("--save-every", type=float, default=60, help="seconds between checkpoints; more if saving takes over "
-                                                     "5%% of the time")
-    add("--precision", choices=("float32", "bfloat16"), help="of matrix products (default: bfloat16 where "
-                                                             "the device has instructions for it)")
-    add("--seed", type=int, default=1)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--plan", action="store_true", help="train nothing: tell what it would take, on --gpus of --card")
-    add("--gpus", type=int, default=1)
-    add("--card", default="H100", choices=plan.BF16)
-    add("--utilisation", type=float, default=0.4, help="share of the card's peak that --plan counts on")
-    return parser
+    return flags.build_parser(__doc__, STAGES, model.FLMConfig, Stage)
 
 
 def main():
@@ -496,9 +423,8 @@ def main():
         if args.plan:
             if args.config == "codec":
                 raise ValueError("--plan is for a model")
-            flags.check_alone(args.config, args.eight_bit, args.lora, args.gpus > 1)
-            return plan.show(args.config, config, stages, args.gpus, args.card, args.utilisation,
-                             args.eight_bit, args.lora)
+            flags.check_alone(args, args.gpus > 1)
+            return plan.show(args, config, stages)
         run(args, config, stages)
     except Stopped as e:
         print(e.args[0], file=sys.stderr)
@@ -512,21 +438,23 @@ def main():
 
 
 def run(args, config, stages):
+    begun = time.monotonic()
     check_device(args.device)
     args.device = parallel.begin(args.device)
-    flags.check_alone(args.config, args.eight_bit, args.lora, parallel.is_distributed())
+    flags.check_alone(args, parallel.is_distributed())
     if args.lora and not args.init:
         raise ValueError("--lora needs a model to start from: --init")
     if args.config == "codec":
         task = CodecTask(config, args.data or "data/toy", args.device, args.precision)
     else:
         task = ModelTask(config, args.data or "data/toy/encoded", args.device, args.init, args.seed,
-                         args.eight_bit, args.precision, args.lora)
+                         args.eight_bit, args.precision, args.lora, args.recompute, args.float8)
     notes, stages = survey(task, stages)
     if parallel.rank() == 0:
         print("\n".join([*map(flags.describe, (task.config, *stages)), *notes]), flush=True)
     out = args.out or f"out/{args.config}"
-    path = train(task, stages, out, args.minutes, args.resume, args.seed, args.save_every)
+    minutes = args.minutes and max(0.01, args.minutes - (time.monotonic() - begun) / 60)
+    path = train(task, stages, out, minutes, args.resume, args.seed, args.save_every)
     if parallel.rank() == 0:
         size = sum(p.numel() for p in task.model.parameters())
         print(f"Wrote {path} ({size / 1e6:.1f} M parameters)")

@@ -5,7 +5,7 @@ from tqdm import tqdm
 
 from evals.scores import Proportions
 from files.audio import read_audio
-from mimi import log_spectral_distance, mel_filters
+from files.spectrogram import log_spectral_distance, mel_filters
 
 
 def ceiling(codec, recogniser, items, scores, split):

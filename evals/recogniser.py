@@ -27,8 +27,8 @@ from corpora.transcribe import AsrCommand
 from files.atomic import replace_when_done
 from files.checkpoint import load_weights, open_safetensors
 from files.manifest import read_manifest
+from files.spectrogram import MELS, LogMel
 from toy.codec import Clips, letters_loss
-from mimi import MELS, LogMel
 from train import Stage, train
 
 

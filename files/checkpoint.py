@@ -25,7 +25,7 @@ NAMES = re.compile(r"collections OrderedDict|__builtin__ set"
                    r"|torch\.serialization _get_layout|torchao\.\S+ \w+")
 PICKLE = 1 << 21  # bytes of it, at most
 CODES = 8  # in a frame, of every model
-CHECKED = 1 << 31  # larger files are not read twice, to compare their checksums
+CHECKED = 1 << 31  # of larger files, checksums are compared only where all of the file is read
 
 BOUNDS = {  # of the numbers in a config
     **dict.fromkeys(("layers", "depth_layers", "encoder_layers", "decoder_layers"), whole(0, 512)),
@@ -50,12 +50,12 @@ def save_checkpoint(path, kind, config, **parts):
 
 
 def load_checkpoint(path, kind, mmap=False):
-    """What save_checkpoint wrote, or (mmap) what reads it from the disk as it is needed. Never runs code from
-    the file. Raises ValueError or OSError with the file's name."""
+    """What save_checkpoint wrote, or (mmap) what reads it from the disk as it is needed, unchecked if it is
+    large. Never runs code from the file. Raises ValueError or OSError with the file's name."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
-        check_archive(path)
+        check_archive(path, os.path.getsize(path) < CHECKED or not mmap)
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as e:  # torch has no one class for a damaged file
         reason = str(e) if type(e) is ValueError else type(e).__name__
@@ -85,16 +85,16 @@ def layouts_of(folder):
         raise ValueError(f"{path}: its stages are not what train.py writes") from None
 
 
-def check_archive(path):
-    """ValueError unless a file is what torch.save writes: a zip whose parts are as large as they say, and a
-    pickle of tensors among them."""
+def check_archive(path, checksums=True):
+    """ValueError unless a file is what torch.save writes: a zip whose parts are as large as they say, with
+    the right checksums, and a pickle of tensors among them."""
     size = os.path.getsize(path)
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
         if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or \
                 sum(part.file_size for part in parts) > size:
             raise ValueError("its parts are larger than the file")
-        if size < CHECKED and (bad := archive.testzip()):
+        if checksums and (bad := archive.testzip()):
             raise ValueError(f"its part {bad} is damaged")
         pickles = [part for part in parts if part.filename.endswith(".pkl")]
         if len(pickles) != 1 or pickles[0].file_size > PICKLE:
@@ -102,6 +102,16 @@ def check_archive(path):
         for op, name, _ in pickletools.genops(archive.read(pickles[0])):
             if "GLOBAL" in op.name and not NAMES.fullmatch(name or ""):
                 raise ValueError(f"its pickle names {name}")
+            if "GLOBAL" in op.name and name.startswith("torchao"):
+                know_eight_bits()
+
+
+def know_eight_bits():
+    """torchao tells PyTorch of its tensors when it is imported. ValueError without it."""
+    try:
+        import torchao.optim  # noqa: F401
+    except ImportError:
+        raise ValueError("its optimiser's states have 8 bits: pip install '.[eightbit]'") from None
 
 
 def from_fields(cls, fields, where):

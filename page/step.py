@@ -20,8 +20,8 @@ from torch import nn
 
 import mimi
 from chat import DuplexModel
+from files.spectrogram import WINDOW, InverseFourier, LogMel
 from kernels.sampling import POWERS, penalise, scale
-from mimi import WINDOW, InverseFourier, LogMel
 from model import rotary
 
 

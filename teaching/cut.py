@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from files.audio import SAMPLE_RATE
-from mimi import mel_filters
+from files.spectrogram import mel_filters
 from toy.voices import Style, normalise, trim
 
 HOP, WINDOW = SAMPLE_RATE // 100, 1024

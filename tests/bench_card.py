@@ -59,6 +59,8 @@ def steps(dry, work):
     codec = "tiny" if dry else "mimi"
     talk = ["python", "tests/bench_talk.py", "--config", large, "--device", device, "--codec", codec, *ticks]
     training = ["python", "tests/bench_train.py", "--device", device, "--data", data]
+    layers = ["--config", large, *(["--layers", "2", "--rounds", "1"] if dry else
+                                   ["--layers", "6", "--rounds", "3"])]
     kernels = ["python", "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider",
                "tests/test_kernels.py", "-k",
                "test_random_heads and backwards and sizes0" if dry else "cuda or not cpu"]
@@ -75,8 +77,11 @@ def steps(dry, work):
         Step("training stopped by SIGTERM, and resumed", 90, own("resume", "--size", size)),
         Step("utilisation in training", 60, [*training, "--config", size, "--rounds", "1" if dry else "4"]),
         Step("utilisation in training, 7b's layers", 90,
-             [*training, "--config", large, *(["--layers", "2", "--rounds", "1"] if dry else
-                                              ["--layers", "6", "--rounds", "3"])]),
+             [*training, *layers]),
+        Step("the same: selective recomputation, samples that do not see each other", 90,
+             [*training, *layers, "--recompute", "selective", "--documents"]),
+        *([] if dry else [Step("the same: products in float8", 90,
+                               [*training, *layers, "--recompute", "selective", "--float8"], "torchao")]),
         Step("one process under torchrun, losses in small pieces", 60,
              ["python", "-m", "torch.distributed.run", "--nproc_per_node", "1",
               *own("pieces", "--size", "tiny")[1:]]),

@@ -4,8 +4,9 @@ library, and where the time of ours goes.
     python tests/bench_train.py                         after `make demo`: `tiny` on its own data
     python tests/bench_train.py --device cuda           the same on a GPU, in bfloat16
     python tests/bench_train.py --config 7b --layers 8 --device cuda
+    python tests/bench_train.py --config 7b --layers 8 --device cuda --recompute selective --float8 --documents
 
-The last command measures the utilisation of a size with as many layers as fit: its FLOP/s, counted as
+The last commands measure the utilisation of a size with as many layers as fit: its FLOP/s, counted as
 `--plan` counts them, over those of one large matrix product.
 
 The plain model is transformers' Qwen2Model under the sum of 17 embeddings, and a depth transformer whose
@@ -32,6 +33,7 @@ from files.device import check_device  # noqa: E402
 from model import CONFIGS  # noqa: E402
 from streams import K, ROWS, SPEAK, TEXT  # noqa: E402
 from training.muon import make_optimizer  # noqa: E402
+from training.recompute import CHOICES  # noqa: E402
 
 
 class PlainDepthLayer(nn.Module):
@@ -96,7 +98,7 @@ def run_of(config, stage, args, adamw=False):
     returns the seconds that it waited for its batch."""
     device = args.device
     torch.manual_seed(1)
-    task = train.ModelTask(config, args.data, device)
+    task = train.ModelTask(config, args.data, device, recompute=args.recompute, in_float8=args.float8)
     task.from_nothing = not adamw
     optimizer = make_optimizer(task.modules, task.from_nothing)
     with tempfile.TemporaryDirectory() as folder:
@@ -134,7 +136,7 @@ def utilisation(args):
     """The FLOP/s of a step over those of a large matrix product."""
     config, stage = CONFIGS[args.config], train.STAGES[args.config][-1]
     config = dataclasses.replace(config, layers=args.layers or config.layers)
-    stage = dataclasses.replace(stage, batch=4 * stage.micro_batch or stage.batch)
+    stage = dataclasses.replace(stage, batch=4 * stage.micro_batch or stage.batch, documents=args.documents)
     run, step = run_of(config, stage, args, adamw=args.layers is not None)
     bf16 = run.precision == "bfloat16"
     n = 8192 if args.device != "cpu" else 512
@@ -142,7 +144,8 @@ def utilisation(args):
     product = median([seconds(lambda: a @ a, args.device) for _ in range(5)])
     took = median([seconds(step, args.device, 2) for _ in range(args.rounds + 1)][1:])
     waited = sum(step() for _ in range(4)) / 4 / took
-    flops, frames = plan.plan(run.task.config, stage, 1, bf16).useful, stage.batch * stage.frames
+    p, frames = plan.plan(run.task.config, stage, 1, bf16, how=args.recompute), stage.batch * stage.frames
+    flops = p.useful
     peak, size = 2 * n ** 3 / product, sum(p.numel() for p in run.params)
     print(f"{args.config}, {config.layers} layers, {size / 1e6:.1f} M parameters, {args.device}, "
           f"{run.precision}, {stage.batch} x {stage.frames} frames: {1000 * took:.0f} ms a step, "
@@ -150,6 +153,13 @@ def utilisation(args):
           f"{ROWS * frames / took:.0f} tokens/s; {flops / took / 1e12:.3f} of {peak / 1e12:.3f} TFLOP/s, "
           f"those of a product of {n} x {n}: {flops / took / peak:.0%}; it waits for batches "
           f"{waited:.1%} of the time")
+    name = torch.cuda.get_device_name() if args.device != "cpu" else ""
+    for card in (card for card in plan.BF16 if card in name):
+        expected = plan.seconds_of(p, 1, card, args.float8)
+        print(f"of the data sheet's {plan.BF16[card][0] / 1e12:.0f} TFLOP/s: "
+              f"{flops / took / plan.BF16[card][0]:.0%}; --plan reckons "
+              f"{flops / sum(expected.values()) / plan.BF16[card][0]:.0%}: "
+              + ", ".join(f"{1000 * t:.0f} ms {what}" for what, t in expected.items()))
 
 
 def compare(args):
@@ -205,6 +215,9 @@ def main():
     parser.add_argument("--rounds", type=int, default=8, help="of five steps of each of the two")
     parser.add_argument("--config", choices=CONFIGS, help="instead: the utilisation of this size")
     parser.add_argument("--layers", type=int, help="of the temporal transformer, with --config")
+    parser.add_argument("--recompute", choices=CHOICES, help="with --config, as the next two: see train.py")
+    parser.add_argument("--float8", action="store_true")
+    parser.add_argument("--documents", action="store_true")
     args = parser.parse_args()
     try:
         check_device(args.device)

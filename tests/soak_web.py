@@ -4,7 +4,8 @@ one: those two must lose no frame.
 
     python tests/soak_web.py --checkpoint out/tiny --minutes 60
 
-The server runs in this process, under the loopback address. Each line says what it holds at that time.
+The server runs in this process, under the loopback address. Each line says what it holds at that time. A
+machine whose cores are busy loses frames by itself: compare with --attacks 0 beside the same load.
 """
 import argparse
 import asyncio

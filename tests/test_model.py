@@ -11,6 +11,7 @@ import model
 from model import CONFIGS, FLM, FLMConfig
 from streams import K, LISTEN, ROWS, SPEAK, TEXT, Vocab
 from train import eq_3, frames_to_learn, kinds_of_target
+from training.audio import init_audio
 
 C = FLMConfig(layers=2, width=32, heads=4, kv_heads=2, mlp=48, depth_layers=2, depth_width=16, depth_heads=2,
               vocab_size=40, empty=20, context=32)
@@ -210,7 +211,7 @@ def test_audio_embeddings_may_start_from_the_codec(flm):
     torch.manual_seed(0)
     books = torch.randn(K, 20, 6) + 3
     books[:, 1] = books[:, 0] + 0.01  # two codes that sound alike
-    flm.init_audio(books)
+    init_audio(flm, books)
     for tables in (flm.speak, flm.listen):
         for table in tables:
             near, far = ((table.weight[0] - table.weight[i]).norm() for i in (1, 2))
@@ -264,6 +265,26 @@ def test_weights_in_eights_give_the_same(flm):
         assert torch.equal(flm.depth.generate(h, greedy), said)
         flm.depth.align()
         assert torch.equal(flm.depth.generate(h, greedy), said), "once more changes nothing"
+
+
+def test_the_depth_transformers_losses_compile_for_any_number_of_frames(flm):
+    """As training on a GPU does: in pieces of a few frames, with weights in_eights computed once for all."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+    torch._dynamo.reset()
+    counter, plain = CompileCounterWithBackend("aot_eager"), flm.depth.losses
+    compiled = torch.compile(plain, dynamic=True, backend=counter)
+
+    def grads(losses, n, aligned):
+        h = torch.linspace(-1, 1, n * 32).view(n, 32).requires_grad_()
+        codes = torch.arange(n * K).view(n, K) % 20
+        weights = flm.depth.aligned() if aligned else None
+        y = model.in_pieces(lambda h, codes: losses(h, codes, weights), h, codes, 4)
+        return y, *torch.autograd.grad(y.sum(), [h, *flm.depth.parameters()])
+    for n in (6, 11, 30):
+        for a, b in zip(grads(compiled, n, True), grads(plain, n, False)):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    assert counter.frame_count <= 2
+    torch._dynamo.reset()
 
 
 def test_gradients_through_weights_in_eights():

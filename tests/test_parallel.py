@@ -268,6 +268,38 @@ def tensors_of(number):
     return {"model a": torch.full((7, 3), float(number)), "step a": torch.tensor(float(number))}
 
 
+def test_a_flipped_bit_of_a_shard_is_noticed(tmp_path):
+    parallel.save(str(tmp_path), 1, tensors_of(2), {"n": 1})
+    parallel.check(folder := parallel.newest(str(tmp_path)))
+    path = os.path.join(folder, "0-of-1.pt")
+    with open(path, "rb") as f:
+        whole = f.read()
+    at = whole.index(b"\0\0\0\x40" * 20) + 40
+    with open(path, "wb") as f:
+        f.write(whole[:at] + b"\1" + whole[at + 1:])
+    with pytest.raises(ValueError, match="0-of-1.pt: its part .* is damaged"):
+        parallel.check(folder)
+
+
+def test_sigterm_ends_all_processes_with_one_checkpoint(world, tmp_path):
+    """As at the time limit of a batch system: each writes its part once, and says so."""
+    out = tmp_path / "o"
+    script = SCRIPT.format(root=ROOT, tests=os.path.join(ROOT, "tests")).replace(
+        "device =", "save = parallel.save\n"
+                    "def counted(*args):\n    save(*args)\n    print('saved', file=sys.stderr, flush=True)\n"
+                    "parallel.save = counted\ndevice =")
+    process = start(2, world / "toy/encoded", out, script=script, args=(999, "float32", 0))
+    wait_until((out / "log.jsonl").exists, process)
+    os.killpg(process.pid, signal.SIGTERM)  # torchrun passes it on, so the others may get it twice
+    assert process.wait(60) != 0
+    said = open(str(out) + ".log").read()
+    assert said.count("saved\n") == 2 and said.count("stopped and saved at step") >= 2, said[-3000:]
+    (folder,) = [name for name in os.listdir(out) if name.startswith("shards-")]
+    assert sorted(os.listdir(out / folder)) == ["0-of-2.pt", "1-of-2.pt"]
+    facts, _ = parallel.read(str(out / folder))
+    assert facts["progress"]["step"] >= 1
+
+
 def test_a_sharded_checkpoint_survives_what_an_earlier_save_left(tmp_path):
     """A leftover .partial with foreign files stays out of the new checkpoint, and the old one goes last."""
     parallel.save(str(tmp_path), 1, tensors_of(1), {"n": 1})

@@ -10,16 +10,19 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
 import torch
 
+import files.checkpoint
 import model
 import prepare
 import streams
 import train
 import toy.codec
+import training.run
 from conftest import CODEC, FLM, ROOT, encode, loss_of, run
 from files.checkpoint import load_checkpoint
 from published.release import load_release
@@ -167,6 +170,37 @@ def test_both_precisions_learn(world, tmp_path):
         log = [e for e in map(json.loads, open(tmp_path / precision / "log.jsonl")) if "loss" in e]
         for name in ("text_loss", "semantic_loss", "acoustic_loss"):
             assert log[-1][name] < 0.9 * log[0][name], (precision, name)
+
+
+@pytest.mark.parametrize("seconds", [2, 12, 40, lambda now: 3 if now < 150 else 9])
+def test_a_time_budget_is_kept_on_any_machine(world, tmp_path, monkeypatch, seconds):
+    """Five minutes of a clock that only batches and checkpoints move: the run ends within a step of them, and
+    its stages have their shares, unless one step is longer. The last case: a machine that becomes slow."""
+    now = [1000.0]
+    monkeypatch.setattr(training.run, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    step = seconds if callable(seconds) else lambda _: seconds
+    stages = [dataclasses.replace(s, batch=1, frames=16, layouts={"language": (1, 1)}) for s in SHORT]
+    task, minutes = train.ModelTask(FLM, str(world / "toy/encoded"), "cpu"), 5
+    batch, counts = task.batch, {}
+
+    def slow_batch(stage, progress, split, *rest):
+        now[0] += step(now[0] - 1000) * (0.3 if split == "seen" else 1)
+        counts[stage.name, split] = counts.get((stage.name, split), 0) + 1
+        return batch(stage, progress, split, *rest)
+
+    def slow_save(run_):
+        run_.save_took = 3 * step(now[0] - 1000)
+        now[0] += run_.save_took
+        run_.saved_at = now[0]
+    task.batch = slow_batch
+    monkeypatch.setattr(train.Run, "save", slow_save)
+    train.train(task, stages, str(tmp_path / "o"), minutes)
+    took, each = now[0] - 1000, step(now[0] - 1000)
+    assert took <= 60 * minutes + 6 * each, took
+    if each < 20:
+        assert took > 0.9 * 60 * minutes - 4 * each
+    if each == 2:
+        assert 1.5 * counts["one", "train"] < counts["two", "train"] < 2.5 * counts["one", "train"]
 
 
 def test_a_stage_gets_as_many_batches_as_steps(world, tmp_path):
@@ -365,6 +399,44 @@ def test_damaged_checkpoints_are_one_clear_error(world, tmp_path, damage, messag
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("damage, message", [
+    (lambda state: state[0].update(exp_avg=torch.zeros(3)), "states are not those of this model"),
+    (lambda state: state[0].pop("exp_avg"), "states are not those of this model"),
+    (lambda state: state[0].update(exp_avg=[1.0]), "its checkpoint is damaged"),
+    (lambda state: state[0]["exp_avg"].fill_(math.nan), "optimiser's exp_avg holds NaN"),
+    (lambda state: state.update({99: state[0]}), "its checkpoint is damaged"),
+    (lambda state: state.update({0: 7}), "its checkpoint is damaged")])
+def test_another_models_optimiser_is_one_clear_error(world, tmp_path, damage, message):
+    run_ = new_run(world, tmp_path / "o")
+    for p in run_.params:
+        p.grad = torch.zeros_like(p)
+    run_.optimizer.step()
+    run_.save()
+    assert new_run(world, tmp_path / "o", resume=True).optimizer.state
+    saved = load_checkpoint(run_.path, "flm")
+    damage(saved["optimizer"]["state"])
+    torch.save(saved, run_.path)
+    with pytest.raises(ValueError, match=message) as error:
+        new_run(world, tmp_path / "o", resume=True)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_a_flipped_bit_of_a_large_checkpoint_is_noticed_when_all_of_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.checkpoint, "CHECKED", 0)
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"kind": "codec", "config": {}, "model": {"x": torch.full((5000,), 2.0)}}, path)
+    load_checkpoint(str(path), "codec")
+    whole = path.read_bytes()
+    at = whole.index(b"\0\0\0\x40" * 100) + 40
+    path.write_bytes(whole[:at] + b"\1" + whole[at + 1:])
+    with pytest.raises(ValueError, match="data/0 is damaged"):
+        load_checkpoint(str(path), "codec")
+    path.write_bytes(whole[:-100])
+    for mmap in (False, True):
+        with pytest.raises(ValueError, match="cut off"):
+            load_checkpoint(str(path), "codec", mmap)
+
+
 def test_nothing_in_a_checkpoint_is_run(tmp_path):
     import pickle
 
@@ -524,6 +596,19 @@ def test_eight_bits_need_the_extra(world, tmp_path, monkeypatch):
     code, _, err = run("train.py", "--data", world / "toy/encoded", "--out", tmp_path / "o", "--eight-bit",
                        "--device", "cpu")
     assert code == 1 and "pip install '.[eightbit]'" in err
+
+
+def test_states_in_eight_bits_are_read_by_whoever_has_torchao(tmp_path):
+    """By a process that has not imported it yet, as chat.py's."""
+    pytest.importorskip("torchao")
+    from torchao.optim.subclass_8bit import OptimState8bit
+    state = OptimState8bit.zeros((16, 256))
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"kind": "codec", "config": {}, "model": {}, "optimizer": {0: state}}, path)
+    script = (f"import sys; sys.path.insert(0, {ROOT!r})\nfrom files.checkpoint import load_checkpoint\n"
+              f"print(load_checkpoint({str(path)!r}, 'codec', True)['optimizer'][0].shape)")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "torch.Size([16, 256])\n", done.stderr
 
 
 @pytest.mark.slow

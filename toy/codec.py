@@ -18,7 +18,8 @@ from files.augment import Microphone, change_throat, draw_ratio
 from files.audio import SAMPLE_RATE, read_audio, seconds_of
 from files.checkpoint import load_weights
 from files.manifest import clip_key, read_manifest
-from mimi import FRAME, Mimi, mel_filters
+from files.spectrogram import mel_filters
+from mimi import FRAME, Mimi
 
 
 class Clips:
@@ -115,8 +116,8 @@ class CodecTask:
         parts are means over the whole batch. The codec hears clips through microphones and rooms, but what
         it decodes is compared with the clips themselves."""
         wav, letters, microphones, depth, decoded, spectra = micro
-        y, semantic, commitment, chosen = self.model(heard(wav, microphones).to(self.device),
-                                                     depth.to(self.device), decoded.to(self.device))
+        y, semantic, commitment, chosen = reconstruct(self.model, heard(wav, microphones).to(self.device),
+                                                      depth.to(self.device), decoded.to(self.device))
         logits = self.letters(semantic.mT).float().unflatten(-1, (4, -1)).flatten(1, 2)  # (B, 4*T, letters)
         rows, wav = len(wav) / totals[0], wav[decoded].to(self.device)
         parts = {"commitment": commitment * rows, "letters": letters_loss(logits, letters) * rows}
@@ -133,7 +134,9 @@ class CodecTask:
         """The codebooks learn by moving averages, not by gradients. kept: the third value that loss returned
         for each micro-batch."""
         torch.manual_seed(step)  # unused codes restart at random
-        self.model.update_codebooks([[torch.cat(x) for x in zip(*choices)] for choices in zip(*kept)])
+        books = *self.model.semantic.layers, *self.model.acoustic.layers
+        for book, choices in zip(books, zip(*kept), strict=True):
+            ema_update(book, *map(torch.cat, zip(*choices)))
 
     def state(self):
         return {"model": self.model.state_dict(), "letters": self.letters.state_dict()}
@@ -141,6 +144,59 @@ class CodecTask:
     def load(self, saved, where):
         load_weights(self.model, saved["model"], where)
         load_weights(self.letters, saved["letters"], where)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# one training pass
+
+
+def reconstruct(codec, wav, n_codebooks, decoded):
+    """wav (B, 1, 1920*T) -> the reconstruction of its `decoded` rows (a mask), the quantised semantic part
+    (B, C, T), the commitment loss, and for each codebook what ema_update takes. n_codebooks (B,): how many
+    each item uses (quantiser dropout)."""
+    x = codec.encoder(wav, codec.encoder.init_state(len(wav)))
+    with torch.autocast(x.device.type, enabled=False):
+        semantic, loss1, assigned1 = quantise(codec.semantic, x, n_codebooks)
+        acoustic, loss2, assigned2 = quantise(codec.acoustic, x, n_codebooks - 1)
+    latent = (semantic + acoustic)[decoded]
+    y = codec.decoder(latent, codec.decoder.init_state(len(latent))) if len(latent) else wav[:0]
+    return y, semantic, loss1 + loss2, assigned1 + assigned2
+
+
+def quantise(quantizer, x, n_codebooks):
+    """x (B, C, T), each item with the quantiser's first n_codebooks (B,). Gradients pass straight through.
+    Returns the quantised x (B, C, T), the commitment loss, and what each codebook is updated with:
+    [(vectors (B*T, dim), their codes (B*T,)), ...]. Full precision, as in ResidualQuantizer.encode."""
+    x = quantizer.input_proj(x.float()).mT  # (B, T, dim)
+    residual, out, commitment, assigned = x, torch.zeros_like(x), x.new_zeros(()), []
+    for k, layer in enumerate(quantizer.layers):
+        used = (n_codebooks > k)[:, None, None]
+        vectors = residual.detach().flatten(0, 1)
+        codes = layer.nearest(vectors)
+        assigned.append((vectors, codes))
+        quantised = layer.embedding[codes].view_as(residual)
+        commitment = commitment + ((residual - quantised.detach()).square() * used).mean()
+        out, residual = out + quantised * used, residual - quantised.detach()
+    out = x + (out - x).detach()
+    return quantizer.output_proj(out.mT), commitment / len(quantizer.layers), assigned
+
+
+@torch.no_grad()
+def ema_update(book, x, codes, decay=0.97, dead=0.2):
+    """Move a codebook's embeddings towards the vectors x (N, dim) assigned to the codes (N,). A dead code,
+    whose usage is below `dead`, restarts at one of the vectors."""
+    one_hot = F.one_hot(codes, len(book.cluster_usage)).to(x.dtype)
+    book.cluster_usage.lerp_(one_hot.sum(0), 1 - decay)
+    book.embedding_sum.lerp_(one_hot.T @ x, 1 - decay)
+    restart = book.cluster_usage < dead
+    sample = x[torch.randint(len(x), (len(restart),), device=x.device)]
+    book.embedding_sum[restart] = sample[restart]
+    book.cluster_usage[restart] = 1.0
+    book.update_embedding()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# losses
 
 
 def letters_loss(logits, words):

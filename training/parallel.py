@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist  # its parts are imported where they are used: they take a second to load
 
 from files.atomic import replace_when_done
-from files.checkpoint import check_weights, from_fields, load_checkpoint
+from files.checkpoint import check_archive, check_weights, from_fields, load_checkpoint
 from files.encoded import sha256
 from model import FLM, FLMConfig
 
@@ -105,6 +105,7 @@ def shard_and_allocate(model, device, bf16):
     if torch.device(device).type == "cuda":
         for block in model.blocks:
             block.compile()
+        model.depth.losses = torch.compile(model.depth.losses, dynamic=True)  # of any number of frames
     return model.to_empty(device=device)
 
 
@@ -225,6 +226,18 @@ def read(folder):
         raise ValueError(f"{folder}: some of its files are missing")
     files = [load_checkpoint(os.path.join(folder, f"{i}-of-{n}.pt"), "shard", mmap=True) for i, n in found]
     return files[0]["facts"], [f["tensors"] for f in files]
+
+
+def check(folder):
+    """ValueError in every process if the checksums of a file are wrong; each reads some of them."""
+    bad = ""
+    for name in sorted(filter(FILE.fullmatch, os.listdir(folder)))[rank()::world_size()]:
+        try:
+            check_archive(os.path.join(folder, name))
+        except Exception as e:  # zipfile has no one class for a damaged file
+            bad = f"{name}: {e}"
+    if any_of(bool(bad)):
+        raise ValueError(f"{folder}: damaged ({bad or 'another process tells where'})")
 
 
 @torch.no_grad()

@@ -22,12 +22,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from files.atomic import copy
-from files.checkpoint import load_checkpoint, save_checkpoint
-from files.fields import check_fields, whole
+from files.checkpoint import check_finite, load_checkpoint, save_checkpoint
+from files.fields import check_fields, short, whole
 from training import parallel
 
 LOG_EVERY = 10  # steps
 SAVING = 0.05  # share of the time that saving may take
+PLAN_EVERY = 5  # seconds, with a time budget
 
 
 class Stopped(Exception):
@@ -74,7 +75,9 @@ class Run:
         else:
             self.micro_batches = 1
         self.signal, self.bar = None, None
-        self.saved_at, self.save_took = time.monotonic(), 0.0
+        self.saved_at, self.save_took, self.held_out_took = time.monotonic(), 0.0, 0.0
+        if minutes:  # a resumed run takes the part that its unfinished stages have
+            self.deadline = time.monotonic() + 60 * minutes * self.steps_left() / sum(s.steps for s in stages)
         if parallel.rank() == 0:
             os.makedirs(out, exist_ok=True)
 
@@ -101,6 +104,11 @@ class Run:
         """Of all stages so far."""
         return sum(self.progress["num_steps"][:self.progress["stage"]]) + self.step
 
+    def steps_left(self):
+        """Of the table, from here to the end: with a time budget, what the time is shared by."""
+        steps = [s.steps for s in self.stages[self.progress["stage"]:]]
+        return sum(steps) - steps[0] * self.fraction() if steps else 0
+
     def unfinished_stages(self):
         """Each stage that is not over; when the loop has done its steps, its held-out loss is printed and it
         is saved."""
@@ -110,13 +118,18 @@ class Run:
                             disable=parallel.rank() > 0)
             self.begun_at, self.first = time.monotonic(), self.step
             self.logged_at, self.tokens = self.begun_at, 0
+            if self.minutes:
+                self._share_time()
             yield self.stage
             self.bar.close()
-            losses = "  ".join(f"{name} {value:.3f}" for name, value in self.held_out(self.stage).items())
-            if parallel.rank() == 0 and losses:
-                print(f"{self.stage.name}: held out  {losses}", flush=True)
-            self.progress["stage"], self.progress["step"] = self.progress["stage"] + 1, 0
-            self.save()
+            losses = self.held_out(self.stage) if self.num_steps else {}
+            losses = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
+            if parallel.rank() == 0 and (losses or not self.num_steps):
+                print(f"{self.stage.name}: {'held out  ' + losses if losses else 'no time left'}", flush=True)
+            went_on, self.progress["step"] = self.step > 0, 0
+            self.progress["stage"] += 1
+            if went_on or self.progress["stage"] == len(self.stages):
+                self.save()
 
     # batches
 
@@ -226,6 +239,7 @@ class Run:
         this stage."""
         if not self.task.holds(stage, "seen"):
             return {}
+        begun_at = time.monotonic()
         self.task.modules.eval()
         means = {}
         for i in range(batches):
@@ -237,6 +251,7 @@ class Run:
                 means[name] = means.get(name, 0) + value.item() / batches
         self.task.modules.train()
         means.pop("loss")
+        self.held_out_took = time.monotonic() - begun_at
         self._write_log(split="held-out", **{name: round(value, 4) for name, value in means.items()})
         return means
 
@@ -248,11 +263,12 @@ class Run:
         self.progress["step"] += 1
         self.bar.update()
         self.tokens += self.task.tokens(batch) * parallel.world_size()
-        if self.minutes and self.step % 50 == 30:  # the first steps read files and are slow
+        if self.minutes:
             self._plan_steps()
         if self.step % LOG_EVERY == 1:
             self._log(parts, lr)
-        if self.num_steps and self.step % math.ceil(self.num_steps / 4) == 0 and self.step < self.num_steps:
+        n = self.num_steps
+        if n and self.step % math.ceil(n / 4) == 0 and self.step < n and not self._is_short():
             self.held_out(self.stage)
         if parallel.any_of(self.signal is not None):
             self.save()
@@ -262,14 +278,37 @@ class Run:
         if parallel.any_of(time.monotonic() - self.saved_at > max(self.save_every, self.save_took / SAVING)):
             self.save()
 
+    def _share_time(self):
+        """With a time budget: until when this stage may last, of what is left for it and those after it."""
+        now = time.monotonic()
+        share = self.stage.steps * (1 - self.fraction()) / (self.steps_left() or 1)
+        self.stage_end, self.timed, self.planned_at = now + (self.deadline - now) * share, None, now
+        if parallel.any_of(self._seconds_left() <= 0) and self.total_steps():  # the first stage has one step
+            self.progress["num_steps"][self.progress["stage"]] = self.step
+
+    def _is_short(self):
+        """Whether a held-out loss would take more than a fiftieth of this stage's time budget."""
+        spent = self.minutes and 50 * self.held_out_took > self.stage_end - self.begun_at
+        return bool(self.minutes) and parallel.any_of(bool(spent))
+
+    def _seconds_left(self):
+        """For steps of this stage; its held-out loss and its checkpoint come after them."""
+        return self.stage_end - self.held_out_took - self.save_took - time.monotonic()
+
     def _plan_steps(self):
-        """With a time budget: how many steps the stage will have, from how long they have taken so far."""
-        passed = torch.tensor(time.monotonic() - self.begun_at, device=self.params[0].device)
-        passed = parallel.all_sum(passed).item() / parallel.world_size()
-        if self.num_steps is None or not self.first:
-            seconds = 60 * self.minutes * self.stage.steps / sum(s.steps for s in self.stages)
-            steps = max(self.step, round((self.step - self.first) * seconds / passed))
-            self.bar.total = self.progress["num_steps"][self.progress["stage"]] = steps
+        """With a time budget: how many steps the stage will have, from how long they have taken so far; this
+        was the last one if the time is over."""
+        now, left, last = time.monotonic(), self._seconds_left(), self.num_steps
+        self.timed = self.timed or (now, self.step)  # the first step reads files, or compiles
+        begun_at, begun = self.timed
+        due = now > self.planned_at + PLAN_EVERY or last is not None and self.step >= last
+        if not parallel.any_of(left <= 0 or due and self.step > begun):
+            return
+        more = int(left * (self.step - begun) / (now - begun_at)) if left > 0 and self.step > begun else 0
+        steps = torch.tensor(self.step + max(0, more) if parallel.rank() == 0 else 0)
+        steps = parallel.all_sum(steps.to(self.params[0].device)).item()  # all processes do as the first
+        self.bar.total = self.progress["num_steps"][self.progress["stage"]] = steps
+        self.planned_at = now
 
     def _log(self, parts, lr):
         numbers = {name: round(value.item(), 4) for name, value in parts.items()}
@@ -310,6 +349,7 @@ class Run:
             if not path:
                 raise ValueError(f"{self.path}: is of one process; it cannot go on in several")
             saved, files = parallel.read(path)
+            parallel.check(path)
         else:
             path, saved = self.path, load_checkpoint(self.path, self.task.kind)
         if not {"progress", "seed", "stages", "data", "precision"} <= saved.keys():
@@ -331,13 +371,30 @@ class Run:
             parallel.restore(files, self.sharded_tensors())
         else:
             self.task.load(saved, path)
-            self.optimizer.load_state_dict(saved["optimizer"])
+            self.check_optimizer(saved["optimizer"], path)
+            # what belongs to a group, such as its betas, is the code's
+            self.optimizer.load_state_dict(saved["optimizer"] | {
+                "param_groups": self.optimizer.state_dict()["param_groups"]})
         if self.progress["stage"] == len(self.stages) and parallel.rank() == 0:
             print(f"{self.out}: is trained to the end; to train anew, remove it or name another with --out")
+
+    def check_optimizer(self, saved, path):
+        """ValueError unless the states are those of this model's parameters."""
+        params = [(p, group["muon"]) for group in self.optimizer.param_groups for p in group["params"]]
+        for i, state in saved["state"].items():
+            p, muon = dict(enumerate(params))[i]
+            names = ("exp_avg",) if muon else ("exp_avg", "exp_avg_sq")
+            found = {name: tuple(x.shape) for name, x in state.items()}
+            if found != {"step": (), **dict.fromkeys(names, tuple(p.shape))}:
+                raise ValueError(f"{path}: its optimiser's states are not those of this model (one is "
+                                 f"{short(found)}); --out names another folder")
+            plain = {name: x for name, x in state.items() if type(x) is torch.Tensor}  # not in 8 bits
+            check_finite({f"the optimiser's {name}": x for name, x in plain.items()}, path)
 
     def check_plan(self, saved, path):
         """ValueError if this run would go on in other stages, with other data, or by another clock."""
         for old, new in itertools.zip_longest(saved["stages"], map(dataclasses.asdict, self.stages)):
+            old = old and {**{f.name: f.default for f in dataclasses.fields(self.stages[0])}, **old}
             if old != new:
                 same = old and new and old["name"] == new["name"]
                 odd = ", ".join(k for k in new if old.get(k) != new[k]) if same else "not in both"
@@ -378,9 +435,9 @@ class Run:
         """While this lasts, SIGTERM and Ctrl-C stop the run after its step, saved (a second Ctrl-C at once),
         and another training that would write to the same folder is refused."""
         def stop(number, frame):
-            if self.signal:
+            if self.signal and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self.signal = number
+            self.signal = self.signal or number  # SIGTERM may come twice: from a batch system, from torchrun
         before = {}
         if threading.current_thread() is threading.main_thread():
             before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)
