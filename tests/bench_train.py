@@ -4,7 +4,7 @@ library, and where the time of ours goes.
     python tests/bench_train.py                         after `make demo`: `tiny` on its own data
     python tests/bench_train.py --device cuda           the same on a GPU, in bfloat16
     python tests/bench_train.py --config 7b --layers 8 --device cuda
-    python tests/bench_train.py --config 7b --layers 8 --device cuda --recompute selective --float8 --documents
+    ... --config 7b --layers 8 --device cuda --recompute selective --float8 --documents
 
 The last commands measure the utilisation of a size with as many layers as fit: its FLOP/s, counted as
 `--plan` counts them, over those of one large matrix product.
