@@ -1,12 +1,12 @@
 """Questions, asked of the toy world: each variant of a recipe is trained and measured, with several seeds.
 
-    python -m questions.ask              the paper's; after `make demo`; an hour or two; it can be continued
+    python -m questions.ask              the paper's; an hour or two; it can be continued
     python -m questions.ask states typed prompts teacher long
     python -m questions.ask states --seeds 1 --items 20
 
 Each variant trains the tiny model with the same data, number of steps and seeds, on fewer voices and without
 chants and stories, so that a run takes minutes; then it is evaluated in the same held-out conversations. The
-tables that are printed have means and standard deviations over seeds. To ask one of your own, write its
+codec is that of `make talk`. The tables that are printed have means and standard deviations over seeds. To ask one of your own, write its
 variants as in layouts.py, and its name below. A new layout is a function in layouts/.
 
     paper      what each stage is for, word-aligned text (FLM-Audio, RQ1 and RQ2)
@@ -35,6 +35,7 @@ import train
 from chat import DuplexModel
 from evals.recogniser import get_recogniser
 from files.atomic import read_json, replace_when_done
+from live.packed import unpack
 from model import CONFIGS
 from questions.layouts import DIVISION, PROMPTS, STATES, TYPED
 from questions.paper import LONG, LONG_WORLD, PAPER, multiplexing
@@ -42,7 +43,7 @@ from questions.recipe import MEASURES, World
 from questions.teacher import TEACHER, start_teacher
 from questions.voices import VOICES, WORLD as VOICES_WORLD
 
-OUT, CODEC = "out/questions", "out/codec/checkpoint.pt"
+OUT, CODEC = "out/questions", "out/talk/codec.pt"
 QUESTIONS = {"paper": PAPER, "long": LONG, "states": STATES, "division": DIVISION, "voices": VOICES,
              "prompts": PROMPTS, "typed": TYPED, "teacher": TEACHER}
 WORLDS = {"long": LONG_WORLD, "voices": VOICES_WORLD}
@@ -88,12 +89,11 @@ def answer(task):
 
 def make_data(world, processes):
     """A world's data, encoded, and the recogniser that judges, unless they are there."""
-    encoded = os.path.exists(os.path.join(world.folder, "encoded"))
-    if not encoded and not os.path.exists(CODEC):
-        raise ValueError(f"{CODEC}: not there; needs what `make demo` leaves")
+    if not os.path.exists(CODEC):
+        unpack("weights/talk.safetensors", os.path.dirname(CODEC))
     if not os.path.exists(world.folder):
         world.make()
-    if not encoded:
+    if not os.path.exists(os.path.join(world.folder, "encoded")):
         prepare.encode(world.folder, CODEC, "bpe", 512, 1, 0.0, False, processes, "cpu")
     get_recogniser(None, world.folder, "out/questions/recogniser", None, "cpu")
 
