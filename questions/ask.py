@@ -6,8 +6,9 @@
 
 Each variant trains the tiny model with the same data, number of steps and seeds, on fewer voices and without
 chants and stories, so that a run takes minutes; then it is evaluated in the same held-out conversations. The
-codec is that of `make talk`. The tables that are printed have means and standard deviations over seeds. To ask one of your own, write its
-variants as in layouts.py, and its name below. A new layout is a function in layouts/.
+codec is that of `make talk`. The tables that are printed have means and standard deviations over seeds. To
+ask one of your own, write its variants as in layouts.py, and its name below. A new layout is a function in
+layouts/.
 
     paper      what each stage is for, word-aligned text (FLM-Audio, RQ1 and RQ2)
     long       the same where answers are long
@@ -37,7 +38,7 @@ from evals.recogniser import get_recogniser
 from files.atomic import read_json, replace_when_done
 from live.packed import unpack
 from model import CONFIGS
-from questions.layouts import DIVISION, PROMPTS, STATES, TYPED
+from questions.layouts import DIVISION, PROMPTS, STATES, TYPED, cost_of_division
 from questions.paper import LONG, LONG_WORLD, PAPER, multiplexing
 from questions.recipe import MEASURES, World
 from questions.teacher import TEACHER, start_teacher
@@ -46,6 +47,7 @@ from questions.voices import VOICES, WORLD as VOICES_WORLD
 OUT, CODEC = "out/questions", "out/talk/codec.pt"
 QUESTIONS = {"paper": PAPER, "long": LONG, "states": STATES, "division": DIVISION, "voices": VOICES,
              "prompts": PROMPTS, "typed": TYPED, "teacher": TEACHER}
+COSTS = {"paper": multiplexing, "division": cost_of_division}  # what else a question prints
 WORLDS = {"long": LONG_WORLD, "voices": VOICES_WORLD}
 
 
@@ -129,8 +131,8 @@ def ask(names, seeds, items, processes, share=1.0):
         written.append(os.path.join(OUT, f"{question}.md"))
         with replace_when_done(written[-1]) as temporary, open(temporary, "w", encoding="utf-8") as f:
             f.write(text + "\n")
-    if "paper" in names:
-        multiplexing()
+    for name in names:
+        COSTS.get(name, lambda: None)()
     print(f"\nWrote {', '.join(written)}")
 
 

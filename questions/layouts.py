@@ -1,4 +1,7 @@
 """Does another layout do better? The variants that only change what stands in the grid of fine-tuning."""
+import statistics
+import time
+
 import torch
 
 from evals.conversations import converse_all, written
@@ -6,8 +9,9 @@ from evals.turns import LEAD, silence, words_of
 from files.audio import SAMPLE_RATE, read_audio
 from layouts.division import divide, halves
 from layouts.prompts import ROLES, make_prompt
-from model import FLM
+from model import CONFIGS, FLM
 from questions.recipe import ANSWER, FADE, Variant, answers, stages
+from streams import FRAME_RATE, K, ROWS, Vocab
 from train import ModelTask
 
 FADED = {"asr_response_tts": FADE["asr_response_tts"]}
@@ -72,7 +76,25 @@ def divided(task, duplex, recogniser, items):
     return answers(task, duplex, recogniser, items)
 
 
-# Two steps of the temporal transformer a frame instead of one; `paper` prints the time that they take.
+@torch.no_grad()
+def cost_of_division(seconds=10):
+    """What a frame of conversation costs in each, without the codec: medians over `seconds`, in turn."""
+    column, times, runs = torch.zeros(1, ROWS, dtype=torch.long), {}, {}
+    for name, kind in (("native", FLM), ("time-division", DividedFLM)):
+        model = kind(CONFIGS["tiny"]).eval()
+        model.vocab = Vocab.own(CONFIGS["tiny"].vocab_size, CONFIGS["tiny"].empty, ((0,) * K,))
+        runs[name] = model, model.init_cache(1)
+    for _ in range(round(seconds * FRAME_RATE)):
+        for name, (model, cache) in runs.items():
+            begun = time.perf_counter()
+            model.step(column, cache, lambda x: x.argmax(-1), lambda x, k: x.argmax(-1))
+            times.setdefault(name, []).append(1000 * (time.perf_counter() - begun))
+    native, divided = map(statistics.median, times.values())
+    print(f"\nA frame of conversation in `tiny`: native {native:.1f} ms, time-division {divided:.1f} ms "
+          f"({divided / native:.2f} times)")
+
+
+# Two steps of the temporal transformer a frame instead of one.
 DIVISION = {
     "native": Variant(stages()),
     "time-division": Variant(stages(), task=DividedTask, measure=divided),
