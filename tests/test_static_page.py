@@ -396,8 +396,6 @@ def test_a_recording_is_played_without_a_microphone(served, tmp_path, start):
 
 @pytest.mark.slow
 def test_once_loaded_it_works_without_a_network(served, tmp_path, start):
-    if start.__name__ == "firefox":
-        pytest.xfail("Firefox asks the network, not the service worker, for the worker's program")
     frames, ready = noises(5), "typeof talk !== 'undefined' && document.readyState === 'complete'"
 
     async def talk():
