@@ -67,18 +67,27 @@ function tell(message, transfer = []) { // one after another: the worker is a pr
   worker.then(started => started.postMessage(message, transfer), () => {})
 }
 
-// The worker and its runtime come from blobs: they inherit the page's content security policy, and the page may
-// ask for them without a network. (A service worker answers a page, but in Firefox not a worker from a blob.)
+// The worker and its runtime come from blobs, which inherit the page's content security policy. The page asks
+// for them, not the worker: without a network Firefox's service worker answers a page, but no blob's worker.
 async function start() {
   const blob = async name => {
     const answer = await fetch(name).catch(() => {})
     if (!answer?.ok) throw Error(`${name} was not loaded`)
     return URL.createObjectURL(new Blob([await answer.text()], { type: "text/javascript" }))
   }
+  const cache = await globalThis.caches?.open("nanoflm").catch(() => null)
+  cache?.addAll(facts.recordings).catch(() => {}) // for without a network
   const started = new Worker(await blob("worker.js"), { type: "module" })
   const runtime = await blob("ort.wasm.bundle.min.mjs")
   started.postMessage({ facts: { ...facts, runtime, folder: new URL(".", location).href } })
   return started
+}
+
+async function play(name) { // a request in the microphone's place
+  const answer = await fetch(name).catch(() => {})
+  if (talk) end("")
+  if (answer?.ok) begin(await answer.blob())
+  else show("The recording could not be loaded. Is there a network?")
 }
 
 const bar = document.createElement("progress")
@@ -88,9 +97,18 @@ $("floor").after(bar)
 if (!facts.toy) $("card").replaceChildren($("card").querySelector("summary"))
 $("hint")?.remove() // the page cannot be taught
 const note = document.createElement("p")
-note.textContent = `The model runs in this page. The first Talk loads ${(facts.download / 1e6).toFixed(1)} MB; `
-  + "after that it works without a network. Nothing that you say is sent anywhere."
+note.textContent = "The model runs in this page, and nothing that you say leaves it. The first Talk loads "
+  + `${(facts.download / 1e6).toFixed(1)} MB (gzip); after that it works without a network.`
+if (facts.recordings.length)
+  note.textContent += " No microphone? Press a request above, and a synthetic voice says it."
 $("card").append(note)
 $("card").hidden = false
+for (const [i, line] of $("card").querySelectorAll("dt").entries()) {
+  if (!facts.recordings[i]) continue
+  const button = document.createElement("button")
+  button.textContent = `\u25b8 ${line.textContent}`
+  button.onclick = () => play(facts.recordings[i])
+  line.replaceChildren(button)
+}
 navigator.serviceWorker?.register("offline.js").catch(() => {}) // missed only when there is no network
 }

@@ -112,7 +112,8 @@ async function step(data) {
   const heard = new DataView(data)
   const wav = Float32Array.from({ length: FRAME }, (_, i) => heard.getInt16(4 + 2 * i, true) / 32768)
   frames++
-  if (typed.length) state["state.text"] = new ort.Tensor("int64", BigInt64Array.of(BigInt(typed.shift())), [1])
+  if (typed.length)
+    state["state.text"] = new ort.Tensor("int64", BigInt64Array.of(BigInt(typed.shift())), [1])
   const draws = { length: facts.draws }
   const uniforms = Float64Array.from(draws, (_, draw) => uniform(seed, BigInt(frames), BigInt(draw)))
   const out = await session.run({ ...state, wav: new ort.Tensor("float32", wav, [1, 1, FRAME]),
