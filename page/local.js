@@ -85,6 +85,7 @@ async function start() {
 
 async function play(name) { // a request in the microphone's place
   const answer = await fetch(name).catch(() => {})
+  if ($("talk").disabled) return // a conversation is just beginning
   if (talk) end("")
   if (answer?.ok) begin(await answer.blob())
   else show("The recording could not be loaded. Is there a network?")
@@ -99,8 +100,11 @@ $("hint")?.remove() // the page cannot be taught
 const note = document.createElement("p")
 note.textContent = "The model runs in this page, and nothing that you say leaves it. The first Talk loads "
   + `${(facts.download / 1e6).toFixed(1)} MB (gzip); after that it works without a network.`
-if (facts.recordings.length)
-  note.textContent += " No microphone? Press a request above, and a synthetic voice says it."
+if (facts.recordings.length) {
+  $("floor").textContent = "Press Talk and say one of the requests below; or press a request, and a "
+    + "synthetic voice says it."
+  $("card").open = true
+}
 $("card").append(note)
 $("card").hidden = false
 for (const [i, line] of $("card").querySelectorAll("dt").entries()) {
