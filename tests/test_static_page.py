@@ -5,19 +5,22 @@ import contextlib
 import functools
 import hashlib
 import http.server
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 import threading
 
 import numpy as np
 import pytest
 import torch
+from soundfile import read as read_sound
 
-from page.export import (FILES, FOLDER, RUNTIME, build, export_step, narrow, page_of, runtime,
-                         token_bytes)
+from page.export import (FILES, FOLDER, RUNTIME, build, export_step, narrow, page_of, recordings,
+                         runtime, token_bytes)
 from page.step import ExportedStep, draw
 from chat import DuplexModel
 from conftest import ROOT, run
@@ -219,10 +222,19 @@ def test_another_runtime_is_refused(tmp_path, monkeypatch):
         runtime(str(tmp_path / "none.tgz"))
 
 
+def test_every_request_of_the_list_is_spoken_if_espeak_is_there(monkeypatch):
+    web = "<dt>up</dt><dd>a word</dd><dt>listen, the end</dt>"
+    short, long = [read_sound(io.BytesIO(data))[0] for data in recordings(web).values()]
+    assert list(recordings(web)) == ["request-0.flac", "request-1.flac"]
+    assert np.abs(short).max() > 0.05 and len(long) > len(short) + 0.6 * 24_000  # and a pause
+    monkeypatch.setitem(sys.modules, "espeakng_loader", None)
+    assert recordings(web) == {}
+
+
 def test_only_a_page_is_replaced(tmp_path):
     page = tmp_path / "page"
     page.mkdir()
-    for name in FILES:
+    for name in (*FILES, "request-0.flac"):
         (page / name).touch()
     assert check_folder(str(page), FOLDER, replace=True)[0] == str(page)
     (page / "index.htmlx").touch()
