@@ -10,6 +10,7 @@ Any static host can serve the folder; browsers give a microphone to pages from h
     worker.js       runs the model; offline.js keeps the page for times without a network
     model.bin       chat.py's step as an ONNX graph (step.py) with narrow weights, widened when it is loaded
     ort..., runtime.bin     ONNX Runtime Web, from npm: its JavaScript and its WebAssembly
+    request-0.flac ...      the requests that the page lists, if espeak-ng is there to speak them
 
 The two large files are compressed here, by gzip, so that it does not take a server that compresses.
 """
@@ -17,6 +18,8 @@ import argparse
 import base64
 import gzip
 import hashlib
+import html
+import io
 import json
 import logging
 import os
@@ -29,6 +32,7 @@ import tempfile
 import warnings
 from dataclasses import replace
 
+import soundfile
 import torch
 
 from page.step import ExportedStep
@@ -38,6 +42,7 @@ from files.checkpoint import layouts_of
 from kernels.sampling import Sampling
 from mimi import FRAME
 from streams import K
+from toy.voices import SAMPLE_RATE, Espeak, speak
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 WEB = os.path.join(os.path.dirname(HERE), "live", "web.html")
@@ -49,7 +54,7 @@ INTEGRITY = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7Q
 ORT_JS, ORT_WASM = "ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm"
 
 FILES = ("index.html", "model.bin", "runtime.bin", *SCRIPTS, ORT_JS)
-FOLDER = "|".join(map(re.escape, FILES))
+FOLDER = "|".join(map(re.escape, FILES)) + r"|request-\d\.flac"
 LARGE = 1024  # numbers of a tensor that is worth narrowing
 MOST = 1 << 28  # parameters of a model that a browser may be asked to hold: a gigabyte, widened
 
@@ -166,6 +171,22 @@ def token_bytes(tokenizer, token):
         return None
 
 
+def recordings(web):
+    """The requests that the page lists, spoken, for those without a microphone: {name: bytes}, or {} without
+    espeak-ng."""
+    try:
+        synthesiser = Espeak()
+    except ValueError:
+        return {}
+    files = {}
+    for n, text in enumerate(re.findall("<dt>(.*?)</dt>", web)):
+        parts, sound = re.split("(?<=,) ", html.unescape(text)), io.BytesIO()
+        audio, _ = speak(synthesiser, parts, [0.6] * (len(parts) - 1), "en-us+f3")
+        soundfile.write(sound, audio, SAMPLE_RATE, format="FLAC")
+        files[f"request-{n}.flac"] = sound.getvalue()
+    return files
+
+
 def page_of(web, facts):
     """live/web.html with the engine in it: the text of index.html."""
     def hashes(tag):
@@ -199,6 +220,9 @@ def build(duplex, out, archive, weights, layouts=()):
     with open(WEB, encoding="utf-8") as f:
         web = f.read()
     facts = facts_of(duplex, start, large, sum(map(len, files.values())), layouts)
+    spoken = recordings(web) if facts["toy"] else {}
+    files |= spoken
+    facts["recordings"] = list(spoken)
     shutil.rmtree(work, ignore_errors=True)
     os.makedirs(work)
     write_text(os.path.join(work, "index.html"), page_of(web, facts))

@@ -1,5 +1,5 @@
 // A service worker: without a network the page comes from what was kept of it. (worker.js keeps the model.)
-const FILES = ["./", "local.js", "worker.js", "ort.wasm.bundle.min.mjs"]
+const FILES = ["./", "index.html", "local.js", "worker.js", "ort.wasm.bundle.min.mjs"]
 oninstall = event => event.waitUntil(
   caches.open("nanoflm").then(cache => cache.addAll(FILES)).then(() => skipWaiting()))
 onactivate = event => event.waitUntil(clients.claim())

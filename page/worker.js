@@ -47,7 +47,7 @@ async function load(given) {
     postMessage({ loaded: loaded.reduce((a, b) => a + b), total })
   }
   const [model, wasm] = await Promise.all(parts.map(([name, file], i) => get(name, file, report(i))))
-  ort = await import("./ort.wasm.bundle.min.mjs")
+  ort = await import(facts.runtime)
   Object.assign(ort.env.wasm, { wasmBinary: wasm.buffer, numThreads: 1 })
   session = await ort.InferenceSession.create(model, { executionProviders: ["wasm"] })
 }
@@ -57,7 +57,7 @@ const SIMD = Uint8Array.of(0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 
                            10, 8, 1, 6, 0, 65, 0, 253, 15, 11)
 
 async function get(name, { bytes, sha256 }, report) { // kept for the next time, and for without a network
-  const url = new URL(`${name}?${sha256}`, import.meta.url).href
+  const url = new URL(`${name}?${sha256}`, facts.folder).href
   const cache = await globalThis.caches?.open("nanoflm").catch(() => null)
   const kept = await cache?.match(url)
   const answer = kept ?? await fetch(url).catch(() => {
@@ -112,7 +112,8 @@ async function step(data) {
   const heard = new DataView(data)
   const wav = Float32Array.from({ length: FRAME }, (_, i) => heard.getInt16(4 + 2 * i, true) / 32768)
   frames++
-  if (typed.length) state["state.text"] = new ort.Tensor("int64", BigInt64Array.of(BigInt(typed.shift())), [1])
+  if (typed.length)
+    state["state.text"] = new ort.Tensor("int64", BigInt64Array.of(BigInt(typed.shift())), [1])
   const draws = { length: facts.draws }
   const uniforms = Float64Array.from(draws, (_, draw) => uniform(seed, BigInt(frames), BigInt(draw)))
   const out = await session.run({ ...state, wav: new ort.Tensor("float32", wav, [1, 1, FRAME]),

@@ -109,6 +109,8 @@ async def same(folder, checkpoint, items):
                 print(f"{item.name}: text {'equal' if pieces == reply.written else 'differs'}, "
                       f"correlation of the audio {correlation:.6f}", flush=True)
     scores = [score_all(side) for side in (chats, pages)]
+    if scores[0] != scores[1]:
+        report_turns(scores[0], "chat.py")
     report_turns(scores[1], "page")
     equal = sum(a[1].written == b[1].written for a, b in zip(chats, pages))
     print(f"{equal} of {len(chats)} monologues equal, correlation at least {least:.6f}; "

@@ -5,19 +5,22 @@ import contextlib
 import functools
 import hashlib
 import http.server
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 import threading
 
 import numpy as np
 import pytest
 import torch
+from soundfile import read as read_sound
 
-from page.export import (FILES, FOLDER, RUNTIME, build, export_step, narrow, page_of, runtime,
-                         token_bytes)
+from page.export import (FILES, FOLDER, RUNTIME, build, export_step, narrow, page_of, recordings,
+                         runtime, token_bytes)
 from page.step import ExportedStep, draw
 from chat import DuplexModel
 from conftest import ROOT, run
@@ -25,9 +28,11 @@ from files.atomic import check_folder
 from files.audio import write_audio
 from kernels.sampling import Sampling, random_bits, reference
 from layouts.typed import typed_tokens
+from live.packed import unpack
 from live.transcript import Transcript
 from mimi import FRAME
 from streams import K
+from toy.voices import Espeak, speak
 
 DRAWN = Sampling(0.8, top_k=40, top_p=0.95, penalty=1.2)
 NODE = shutil.which("node")
@@ -217,10 +222,19 @@ def test_another_runtime_is_refused(tmp_path, monkeypatch):
         runtime(str(tmp_path / "none.tgz"))
 
 
+def test_every_request_of_the_list_is_spoken_if_espeak_is_there(monkeypatch):
+    web = "<dt>up</dt><dd>a word</dd><dt>listen, the end</dt>"
+    short, long = [read_sound(io.BytesIO(data))[0] for data in recordings(web).values()]
+    assert list(recordings(web)) == ["request-0.flac", "request-1.flac"]
+    assert np.abs(short).max() > 0.05 and len(long) > len(short) + 0.6 * 24_000  # and a pause
+    monkeypatch.setitem(sys.modules, "espeakng_loader", None)
+    assert recordings(web) == {}
+
+
 def test_only_a_page_is_replaced(tmp_path):
     page = tmp_path / "page"
     page.mkdir()
-    for name in FILES:
+    for name in (*FILES, "request-0.flac"):
         (page / name).touch()
     assert check_folder(str(page), FOLDER, replace=True)[0] == str(page)
     (page / "index.htmlx").touch()
@@ -243,16 +257,22 @@ def test_errors_of_the_command(world, tmp_path):
 # in a browser
 
 @pytest.fixture(scope="module")
-def served(world, packages, tmp_path_factory):
-    """(the folder of a page, its model)"""
+def archive(packages, tmp_path_factory):
+    """The path of ONNX Runtime Web."""
     pytest.importorskip("aiohttp", reason="needs the extra 'web'")
-    archive = os.path.join(ROOT, "out", f"{RUNTIME.replace('@', '-')}.tgz")
-    if not os.path.exists(archive):
-        archive = str(tmp_path_factory.mktemp("npm") / "runtime.tgz")
+    path = os.path.join(ROOT, "out", f"{RUNTIME.replace('@', '-')}.tgz")
+    if not os.path.exists(path):
+        path = str(tmp_path_factory.mktemp("npm") / "runtime.tgz")
     try:
-        runtime(archive)
+        runtime(path)
     except ValueError as e:
         pytest.skip(f"needs ONNX Runtime Web ({e})")
+    return path
+
+
+@pytest.fixture(scope="module")
+def served(world, archive, tmp_path_factory):
+    """(the folder of a page, its model)"""
     folder, duplex = str(tmp_path_factory.mktemp("page") / "page"), talker(world, DRAWN)
     build(duplex, folder, archive, "float16", ["typed:typed"])
     return folder, duplex
@@ -297,6 +317,58 @@ async def opened(folder, profile, start=None, **kwargs):
             await tab.until("typeof talk !== 'undefined' && document.readyState === 'complete'")
             yield tab, address, asked
 
+
+@pytest.mark.slow
+def test_a_request_into_the_microphone_is_answered_as_by_chat(archive, tmp_path):
+    """The weights of the repository in float32, and a fake microphone that says a request again and again.
+    chat.py hears what reached the model."""
+    from browser import CHROMIUM, chromium
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium (Debian: apt install chromium)")
+    unpack(os.path.join(ROOT, "weights/talk.safetensors"), str(tmp_path / "talk"))
+    duplex = DuplexModel.load(str(tmp_path / "talk"))
+    duplex.sampling = [Sampling()] * (1 + K)
+    build(duplex, str(tmp_path / "page"), archive, "float32")
+    second = torch.zeros(24_000)
+    request = torch.from_numpy(speak(Espeak(), ["what comes after six"], [], "en-us+f3")[0])
+    write_audio(str(tmp_path / "user.wav"), torch.cat([second, request, *[second] * 4]))
+
+    async def talk():
+        async with opened(str(tmp_path / "page"), tmp_path / "profile", chromium,
+                          microphone=tmp_path / "user.wav") as (tab, *_):
+            await tab.value(TAP)
+            await tab.value("$('talk').click()")
+            await tab.until("/seven/.test($('monologue').textContent)", 240)
+            frames = await tab.value("tapped.said.length")
+            await tab.until(f"tapped.said.length > {frames + 15}", 60)  # it says the answer, too
+            await tab.value("$('talk').click()")
+            pieces = await tab.value("JSON.stringify(record.pieces.map(p => [p.time, p.text]))")
+            heard, said = [torch.tensor(json.loads(await tab.value(f"JSON.stringify(tapped.{x}.flat())")))
+                           for x in ("heard", "said")]
+            return [tuple(p) for p in json.loads(pieces)], heard[:len(said)], said
+    pieces, heard, said = asyncio.run(talk())
+    texts, _, right = converse(duplex, (heard / 32768).view(-1, 1, 1, FRAME), 0)
+    transcript = Transcript(duplex)
+    for t, token in enumerate(texts):
+        transcript.add(t, token)
+    assert [p["text"].strip() for p in transcript.pieces] == [text.strip() for _, text in pieces]
+    assert "seven" in "".join(text for _, text in pieces)
+    assert right.abs().max() > 0.05
+    assert torch.corrcoef(torch.stack([said / 32767, right.flatten()]))[0, 1] > 0.999
+
+
+TAP = """{ // what reaches the model, and what it says, frame by frame
+    globalThis.tapped = { heard: [], said: [] }
+    const { send, receive } = LocalSocket.prototype
+    LocalSocket.prototype.send = function (data) {
+        if (data instanceof DataView) tapped.heard.push([...new Int16Array(data.buffer.slice(4))])
+        send.call(this, data)
+    }
+    LocalSocket.prototype.receive = function (data) {
+        if (data instanceof ArrayBuffer) tapped.said.push([...new Int16Array(data.slice(4))])
+        receive.call(this, data)
+    }
+}"""
 
 TALK = """{
     const bytes = Uint8Array.from(atob("AUDIO"), c => c.charCodeAt(0)), N = bytes.length / 2 / FRAME
@@ -380,7 +452,12 @@ def test_a_recording_is_played_without_a_microphone(served, tmp_path, start):
             await tab.value("$('talk').click()")
             message = await tab.until(
                 "!talk && /refused/.test($('floor').textContent) && $('floor').textContent")
-            assert message.endswith("Or play a file.")
+            assert message.endswith("Or play a file, or type.")
+            await tab.value("$('typed').value = 'up'; $('typed').onkeydown({ key: 'Enter' })")
+            await tab.until("talk && $('typed').value === '' && record.said.length > 5", 120)
+            await tab.value("$('card').querySelector('button').click()")  # the first request of the list
+            await tab.until(f"talk?.recording && {loud}", 120)
+            await tab.value("end('')")
             await tab.value(play)
             await tab.until(loud, 120)
             await tab.value("$('restart').click()")
@@ -396,8 +473,6 @@ def test_a_recording_is_played_without_a_microphone(served, tmp_path, start):
 
 @pytest.mark.slow
 def test_once_loaded_it_works_without_a_network(served, tmp_path, start):
-    if start.__name__ == "firefox":
-        pytest.xfail("Firefox asks the network, not the service worker, for the worker's program")
     frames, ready = noises(5), "typeof talk !== 'undefined' && document.readyState === 'complete'"
 
     async def talk():
