@@ -1,0 +1,274 @@
+/* For the laboratory: the depth transformer (model.py: Depth) as one persistent kernel. A single launch
+   computes the K codes of a frame, for up to four conversations. Conversations do not use it: no GPU has
+   shown yet what it saves.
+
+     h (B, D)
+       | phase 0        from_h                                            given (B, K W)
+       v
+     for each code k    x = embedding of code k - 1 + given + position    in shared memory
+       | for each layer
+       |   phase 1      norm, qkv                                         past (L, K, B, 3 W)
+       |   phase 2      attention over k + 1 positions, out               sum (B, W), joins x
+       |   phase 3      norm, gate and up of this position                hidden (B, 2 M)
+       |   phase 4      SwiGLU, down of this position                     sum (B, W), joins x
+       | phase 4 L + 1  norm, head of this codebook                       logits (K, B, V)
+       v draw           one block per conversation: sampling.cu's v2      token (K, B)
+
+   A phase multiplies vectors with a matrix (rows, columns), whose rows are split among the blocks. Everything
+   else is so small that each block computes all of it, rather than wait for another. The arrays on the right
+   are in global memory: each is written in one phase and read by all blocks in the next, after a grid sync.
+   Per frame these are K (4 L + 2), 208 for the release's six layers.
+
+   Weights are no part of that chain: which come next is known. So a block that has arrived at a grid sync
+   copies its rows of the next matrix into shared memory, as many as fit, while it waits for the others, and
+   has its rows of the matrix after that brought into L2.
+
+     arrive | next rows: L2 -> shared memory; those after: memory -> L2 | wait | multiply | arrive ...
+
+   The release (W = 1024, M = 2736, D = 3584, V = 2048) reads 59 MB of from_h, 50 MB of attention, which all
+   codes share, 807 MB of MLPs and 34 MB of heads: 950 MB. The floor is 0.28 ms on an H100 (3.35 TB/s), 0.20
+   on an H200 (4.8). If none of the attention's weights stay in L2 from one code to the next, it is 1,302 MB,
+   0.39 or 0.27 ms. Time: not measured on a GPU yet; bench.py measures it. By reckoning it is 0.6 to 0.7 ms on
+   either, most of it latency: a grid sync takes some 1.5 us, and what precedes a product 0.5.
+
+   Weights are bfloat16, sums float32, in an order that does not depend on the number of blocks. */
+#include "sampling.cu"
+
+const int K = 8; // codes of a frame
+
+// Mirrored by class DepthArgs in depth.py. M: hidden units of an MLP. A: entries of an embedding; V of them
+// may be drawn. D, W, M: multiples of 8.
+struct DepthArgs {
+    const Vec *from_h, *qkv, *out, *gate_up; // (K W, D), (L, 3 W, W), (L, W, W), (L, K, 2 M, W), bfloat16
+    const Vec *down, *heads;                 // (L, K, W, M), (K, A, W), bfloat16
+    const uint16_t* embeddings;              // (K, A, W), bfloat16
+    const float *positions, *gains, *h;      // (K, W), (2 L + 1, W), (B, D)
+    float *given, *past, *sum, *hidden;      // scratch: the picture has the shapes
+    float* logits;                           // (K, B, V), output
+    int64_t* token;                          // (K, B), output; -1 where logits are not numbers
+    float eps;
+    int B, D, W, H, M, L, A, V;
+    int staged;         // Vecs of weights in shared memory: set by the launch
+    SampleArgs draw[K]; // for each code
+};
+
+// How many floats of a phase's vectors are in shared memory at most. A draw has its V weights there.
+__device__ __host__ inline int widest(const DepthArgs& a) {
+    return max(a.B * max(a.D, max(a.W, a.M)), (a.V + 3) / 4 * 4);
+}
+
+// A block's shared memory, after the draw's.
+struct Block {
+    float* x;   // (B, W), the residual stream, the same in all blocks
+    float* in;  // (B, columns), what is multiplied with a phase's matrix
+    Vec* stage; // this block's rows of the matrix, as many as fit
+};
+
+// -----------------------------------------------------------------------------------------------------------
+// Phases
+
+enum Kind { FROM_H, QKV, OUT, GATE_UP, DOWN, HEAD, END };
+
+struct Phase {
+    Kind kind;
+    int k, l;          // code, layer
+    const Vec* matrix; // (rows, columns), row-major
+    int rows, columns;
+    float* to; // (B, rows): the products
+};
+
+// The i-th phase of a frame; after the last, one without rows.
+__device__ inline Phase phase(const DepthArgs& a, int i) {
+    int n = 4 * a.L + 1, k = (i - 1) / n, l = (i - 1) % n / 4, W = a.W, M = a.M;
+    int64_t lk = l * K + k, WW = int64_t(W) * W / 8, WM = int64_t(W) * M / 8; // in Vecs
+    if (i == 0) return {FROM_H, 0, 0, a.from_h, K * W, a.D, a.given};
+    if (k >= K) return {END, K, 0, nullptr, 0, 0, nullptr};
+    if (l == a.L) return {HEAD, k, l, a.heads + int64_t(k) * a.A * W / 8, a.V, W, a.logits + k * a.B * a.V};
+    switch ((i - 1) % n % 4) {
+    case 0: return {QKV, k, l, a.qkv + 3 * l * WW, 3 * W, W, a.past + lk * a.B * 3 * W};
+    case 1: return {OUT, k, l, a.out + l * WW, W, W, a.sum};
+    case 2: return {GATE_UP, k, l, a.gate_up + 2 * lk * WM, 2 * M, W, a.hidden};
+    default: return {DOWN, k, l, a.down + lk * WM, W, M, a.sum};
+    }
+}
+
+// The rows of one block.
+struct Share {
+    const Vec* at;
+    int begin, rows, vecs;
+};
+__device__ inline Share share(const Phase& p) {
+    int64_t begin = int64_t(p.rows) * blockIdx.x / gridDim.x, vecs = p.columns / 8;
+    int rows = int64_t(p.rows) * (blockIdx.x + 1) / gridDim.x - begin;
+    return {p.matrix + begin * vecs, int(begin), rows, int(rows * vecs)};
+}
+
+// Eight loads are in flight at a time, as in sampling.cu.
+__device__ inline void stage(const DepthArgs& a, const Block& block, const Phase& p) {
+    Share s = share(p);
+    int n = min(s.vecs, a.staged);
+    for (int i = threadIdx.x; i < n; i += 8 * THREADS) {
+        Vec w[8];
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            if (i + j * THREADS < n) w[j] = s.at[i + j * THREADS];
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            if (i + j * THREADS < n) block.stage[i + j * THREADS] = w[j];
+    }
+}
+
+struct alignas(8) Quad { unsigned word[2]; }; // 4 bfloat16: neighbouring lanes read neighbouring banks
+
+__device__ inline float dot(const Quad& w, const Vec& x) {
+    float sum = lower(w.word[0]) * __uint_as_float(x.word[0]);
+    sum += upper(w.word[0]) * __uint_as_float(x.word[1]);
+    sum += lower(w.word[1]) * __uint_as_float(x.word[2]);
+    return sum + upper(w.word[1]) * __uint_as_float(x.word[3]);
+}
+
+// The block's rows times each of the B vectors. A warp has N rows at a time, which share one read of `in`.
+__device__ inline void multiply(const DepthArgs& a, const Block& block, const Phase& p) {
+    const int N = 4, WARPS = THREADS / 32;
+    Share s = share(p);
+    const Quad *staged = (const Quad*)block.stage, *rest = (const Quad*)s.at;
+    const Vec* in = (const Vec*)block.in;
+    int lane = threadIdx.x % 32, quads = p.columns / 4;
+    for (int row = threadIdx.x / 32; row < s.rows; row += N * WARPS) {
+        float sums[N][ROWS] = {};
+        for (int c = lane; c < quads; c += 32) {
+            Quad w[N] = {};
+#pragma unroll
+            for (int n = 0; n < N; n++) {
+                int i = (row + n * WARPS) * quads + c;
+                if (row + n * WARPS < s.rows) w[n] = i < 2 * a.staged ? staged[i] : rest[i];
+            }
+            for_each_row(a.B, [&](int b) {
+                Vec x = in[b * quads + c];
+#pragma unroll
+                for (int n = 0; n < N; n++) sums[n][b] += dot(w[n], x);
+            });
+        }
+#pragma unroll
+        for (int n = 0; n < N; n++)
+            if (row + n * WARPS < s.rows)
+                for_each_row(a.B, [&](int b) {
+                    float sum = warp_sum(sums[n][b]);
+                    if (lane == 0) p.to[b * p.rows + s.begin + row + n * WARPS] = sum;
+                });
+    }
+}
+
+// -----------------------------------------------------------------------------------------------------------
+// Before the product: what each block computes whole
+
+template <class F> __device__ inline void for_each(int n, F f) {
+    for (int i = threadIdx.x; i < n; i += THREADS) f(i);
+    __syncthreads();
+}
+
+__device__ inline void embed(const DepthArgs& a, float* x, int k) {
+    for_each(a.B * a.W, [&](int i) {
+        int b = i / a.W, c = i % a.W, code = k ? max(int(a.token[(k - 1) * a.B + b]), 0) : a.A - 1;
+        float e = lower(a.embeddings[(int64_t(k) * a.A + code) * a.W + c]);
+        x[i] = e + a.given[(b * K + k) * a.W + c] + a.positions[k * a.W + c];
+    });
+}
+
+// RMSNorm. Each warp sums the squares for itself: that is faster than to wait for others.
+__device__ inline void norm(const DepthArgs& a, const float* x, float* in, const float* gain) {
+    for (int b = 0; b < a.B; b++, x += a.W, in += a.W) {
+        float squares = 0;
+        for (int i = threadIdx.x % 32; i < a.W; i += 32) squares += x[i] * x[i];
+        float inverse = 1 / sqrtf(warp_sum(squares) / a.W + a.eps);
+        for (int i = threadIdx.x; i < a.W; i += THREADS) in[i] = x[i] * inverse * gain[i];
+    }
+    __syncthreads();
+}
+
+// past (K, B, 3 W). Heads are split among the warps, the E channels of a head among the lanes.
+__device__ inline void attend(const DepthArgs& a, float* in, const float* past, int k) {
+    int W = a.W, E = W / a.H, lane = threadIdx.x % 32;
+    for (int i = threadIdx.x / 32; i < a.B * a.H; i += THREADS / 32) {
+        int b = i / a.H, first = i % a.H * E; // channel
+        auto at = [&](int position) { return past + (position * a.B + b) * 3 * W + first; };
+        float weight[K], top = -INFINITY, total = 0;
+#pragma unroll
+        for (int p = 0; p < K; p++) {
+            float sum = 0;
+            for (int e = lane; e < E && p <= k; e += 32) sum += at(k)[e] * at(p)[W + e];
+            weight[p] = p <= k ? warp_sum(sum) / sqrtf(E) : -INFINITY;
+            top = fmaxf(top, weight[p]);
+        }
+#pragma unroll
+        for (int p = 0; p < K; p++) total += weight[p] = expf(weight[p] - top);
+        for (int e = lane; e < E; e += 32) {
+            float sum = 0;
+#pragma unroll
+            for (int p = 0; p < K; p++)
+                if (p <= k) sum += weight[p] * at(p)[2 * W + e];
+            in[b * W + first + e] = sum / total;
+        }
+    }
+    __syncthreads();
+}
+
+__device__ inline void swiglu(const DepthArgs& a, float* in) {
+    for_each(a.B * a.M, [&](int i) {
+        const float* gate = a.hidden + i / a.M * 2 * a.M + i % a.M;
+        in[i] = gate[0] / (1 + expf(-gate[0])) * gate[a.M];
+    });
+}
+
+__device__ inline void prepare(const DepthArgs& a, const Block& block, const Phase& p) {
+    if (p.kind == FROM_H) return for_each(a.B * a.D, [&](int i) { block.in[i] = a.h[i]; });
+    if (p.kind == OUT) return attend(a, block.in, a.past + int64_t(p.l) * K * a.B * 3 * a.W, p.k);
+    if (p.kind == DOWN) return swiglu(a, block.in);
+    if (p.kind == QKV && p.l == 0) embed(a, block.x, p.k);
+    else for_each(a.B * a.W, [&](int i) { block.x[i] += a.sum[i]; });
+    norm(a, block.x, block.in, a.gains + (2 * p.l + (p.kind == GATE_UP)) * a.W);
+}
+
+// -----------------------------------------------------------------------------------------------------------
+// The frame
+
+__global__ void __launch_bounds__(THREADS, 1) depth(DepthArgs a) {
+    Shared* draw = (Shared*)shared_memory();
+    float* x = (float*)(draw + 1);
+    Block block{x, x + a.B * a.W, (Vec*)(x + a.B * a.W + widest(a))};
+    auto grid = cooperative_groups::this_grid();
+    Phase now = phase(a, 0);
+    stage(a, block, now);
+    for (int i = 1; now.kind != END; i++) {
+        prepare(a, block, now);
+        multiply(a, block, now);
+        auto token = grid.barrier_arrive(); // the block's threads have met: its stage may be overwritten
+        Phase next = phase(a, i);
+        stage(a, block, next);
+        Share after = share(phase(a, i + 1));
+        prefetch_to_L2(after.at, after.vecs * sizeof(Vec));
+        grid.barrier_wait(std::move(token));
+        int b = blockIdx.x;
+        if (now.kind == HEAD) {
+            if (b < a.B) sample_slice(a.draw[now.k], {(unsigned*)block.in, b, 0, a.V}, *draw);
+            if (next.kind != END) grid.sync();
+        }
+        now = next;
+    }
+}
+
+// -----------------------------------------------------------------------------------------------------------
+// Host
+
+// Returns 0 or CUDA's error number.
+extern "C" int generate(const DepthArgs* args, cudaStream_t stream) {
+    DepthArgs a = *args;
+    void* p[] = {&a};
+    int device, most, bytes = sizeof(Shared) + sizeof(float) * (a.B * a.W + widest(a));
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (bytes > most || a.B > ROWS) return 1; // cudaErrorInvalidValue
+    a.staged = (most - bytes) / sizeof(Vec);
+    cudaFuncSetAttribute(depth, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    return cudaLaunchCooperativeKernel(depth, dim3(multiprocessors()), dim3(THREADS), p, most, stream);
+}
