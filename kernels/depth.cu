@@ -1,23 +1,24 @@
 /* For the laboratory: the depth transformer (model.py: Depth) as one persistent kernel. A single launch
-   computes the K codes of a frame, for up to four conversations. Conversations do not use it: no GPU has
-   shown yet what it saves.
+   computes the K codes of a frame, for up to four conversations. Conversations do not use it, as no GPU has
+   shown yet that it pays.
 
+                        each block computes whole             its rows of a product      MB read
      h (B, D)
-       | phase 0        from_h                                            given (B, K W)
+       |  phase 0                                             from_h -> given (B, K W)        59
        v
-     for each code k    x = embedding of code k - 1 + given + position    in shared memory
-       | for each layer
-       |   phase 1      norm, qkv                                         past (L, K, B, 3 W)
-       |   phase 2      attention over k + 1 positions, out               sum (B, W), joins x
-       |   phase 3      norm, gate and up of this position                hidden (B, 2 M)
-       |   phase 4      SwiGLU, down of this position                     sum (B, W), joins x
-       | phase 4 L + 1  norm, head of this codebook                       logits (K, B, V)
-       v draw           one block per conversation: sampling.cu's v2      token (K, B)
+     for each code k
+       |  for each layer
+       |    phase 1     add; norm                             qkv -> past (L, K, B, 3 W)     6.3
+       |    phase 2     attention over k + 1 positions        out -> sum (B, W)              2.1
+       |    phase 3     add; norm                             gate, up -> hidden (B, 2 M)   11.2
+       |    phase 4     SwiGLU                                down -> sum (B, W)             5.6
+       |  phase 4 L + 1 add; norm                             head -> logits (K, B, V)       4.2
+       v  draw          for each conversation one block, by sampling.cu's v2 -> token (K, B)
 
-   A phase multiplies vectors with a matrix (rows, columns), whose rows are split among the blocks. Everything
-   else is so small that each block computes all of it, rather than wait for another. The arrays on the right
-   are in global memory: each is written in one phase and read by all blocks in the next, after a grid sync.
-   Per frame these are K (4 L + 2), 208 for the release's six layers.
+   "add": sum joins the residual stream x, of which every block has a copy in shared memory. At first x is the
+   embedding of code k - 1, plus given and position. The arrays on the right are in global memory, written in
+   one phase and read by all blocks in the next, after a grid sync: K (4 L + 2) in all, 208 for the release's
+   six layers. What a block computes whole is so small that sharing it would take longer.
 
    Weights are no part of that chain: which come next is known. So a block that has arrived at a grid sync
    copies its rows of the next matrix into shared memory, as many as fit, while it waits for the others, and
@@ -25,16 +26,17 @@
 
      arrive | next rows: L2 -> shared memory; those after: memory -> L2 | wait | multiply | arrive ...
 
-   The release (W = 1024, M = 2736, D = 3584, V = 2048) reads 59 MB of from_h, 50 MB of attention, which all
-   codes share, 807 MB of MLPs and 34 MB of heads: 950 MB. The floor is 0.28 ms on an H100 (3.35 TB/s), 0.20
-   on an H200 (4.8). If none of the attention's weights stay in L2 from one code to the next, it is 1,302 MB,
-   0.39 or 0.27 ms. Time: not measured on a GPU yet; bench.py measures it. By reckoning it is 0.6 to 0.7 ms on
-   either, most of it latency: a grid sync takes some 1.5 us, and what precedes a product 0.5.
+   MB are the release's (W = 1024, M = 2736, D = 3584, V = 2048). MLPs and heads differ from code to code, and
+   attention does not, so 950 MB of a frame are different, and the floor is 0.28 ms on an H100 (3.35 TB/s) and
+   0.20 on an H200 (4.8). If L2 keeps nothing of attention's 50 MB, it is 1,302 MB, 0.39 or 0.27 ms. Not
+   measured on a GPU yet; bench.py does that. By reckoning it takes 0.7 ms on either, most of it latency: 1.5
+   us or more for a grid sync, 1 for what a block computes whole and the product from shared memory.
 
    Weights are bfloat16, sums float32, in an order that does not depend on the number of blocks. */
 #include "sampling.cu"
 
 const int K = 8; // codes of a frame
+static_assert(sizeof(Shared) % sizeof(Vec) == 0, "what follows it in shared memory is aligned");
 
 // Mirrored by class DepthArgs in depth.py. M: hidden units of an MLP. A: entries of an embedding; V of them
 // may be drawn. D, W, M: multiples of 8.
@@ -43,7 +45,7 @@ struct DepthArgs {
     const Vec *down, *heads;                 // (L, K, W, M), (K, A, W), bfloat16
     const uint16_t* embeddings;              // (K, A, W), bfloat16
     const float *positions, *gains, *h;      // (K, W), (2 L + 1, W), (B, D)
-    float *given, *past, *sum, *hidden;      // scratch: the picture has the shapes
+    float *given, *past, *sum, *hidden;      // scratch
     float* logits;                           // (K, B, V), output
     int64_t* token;                          // (K, B), output; -1 where logits are not numbers
     float eps;
@@ -103,9 +105,11 @@ __device__ inline Share share(const Phase& p) {
     return {p.matrix + begin * vecs, int(begin), rows, int(rows * vecs)};
 }
 
-// Eight loads are in flight at a time, as in sampling.cu.
-__device__ inline void stage(const DepthArgs& a, const Block& block, const Phase& p) {
-    Share s = share(p);
+// The block's rows of two phases: of `later` into L2, of `next` into shared memory, eight loads at a time.
+__device__ inline void fetch(const DepthArgs& a, const Block& block, const Phase& next, const Phase& later) {
+    Share s = share(later);
+    prefetch_to_L2(s.at, s.vecs * sizeof(Vec));
+    s = share(next);
     int n = min(s.vecs, a.staged);
     for (int i = threadIdx.x; i < n; i += 8 * THREADS) {
         Vec w[8];
@@ -238,18 +242,16 @@ __global__ void __launch_bounds__(THREADS, 1) depth(DepthArgs a) {
     Block block{x, x + a.B * a.W, (Vec*)(x + a.B * a.W + widest(a))};
     auto grid = cooperative_groups::this_grid();
     Phase now = phase(a, 0);
-    stage(a, block, now);
+    fetch(a, block, now, now);
     for (int i = 1; now.kind != END; i++) {
         prepare(a, block, now);
         multiply(a, block, now);
-        auto token = grid.barrier_arrive(); // the block's threads have met: its stage may be overwritten
         Phase next = phase(a, i);
-        stage(a, block, next);
-        Share after = share(phase(a, i + 1));
-        prefetch_to_L2(after.at, after.vecs * sizeof(Vec));
+        auto token = grid.barrier_arrive(); // the block's threads have met: its stage may be overwritten
+        fetch(a, block, next, phase(a, i + 1));
         grid.barrier_wait(std::move(token));
-        int b = blockIdx.x;
         if (now.kind == HEAD) {
+            int b = blockIdx.x;
             if (b < a.B) sample_slice(a.draw[now.k], {(unsigned*)block.in, b, 0, a.V}, *draw);
             if (next.kind != END) grid.sync();
         }

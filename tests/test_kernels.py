@@ -190,8 +190,8 @@ def test_the_distribution_of_a_head(f, device):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# depth.cu: the codes of a frame. A norm's sums are not exact, so the logits are only close, to those of a Depth
-# that is given the codes. But the codes are the very ones that sample() draws from these logits.
+# depth.cu: the codes of a frame. A norm is not exact, so the logits are only close to those of a Depth that
+# is given the codes. But the codes are the very ones that sample() draws from these logits.
 
 NARROW = dataclasses.replace(CONFIGS["tiny"], width=32, heads=2, depth_width=40, empty=100)
 WIDE = dataclasses.replace(CONFIGS["tiny"], depth_layers=1, depth_width=384, depth_heads=8)
@@ -222,11 +222,13 @@ def test_greedy_codes_are_those_of_the_model(device):
 
 
 def test_a_frame_without_numbers_among_others(device):
+    """The others' codes are those that they get without it."""
     depth, (h, V, sampling, *ids, _) = random_depth(NARROW, device), random_frame(NARROW, 3, device)
-    h[1, 3] = torch.nan
-    codes, _ = generate(depth, pack(depth), h, V, sampling, *ids)
+    weights, h[1, 3] = pack(depth), torch.nan
+    codes, _ = generate(depth, weights, h, V, sampling, *ids)
     assert codes[1].tolist() == [-1] * 8
-    assert codes[::2].equal(generate_reference(depth, h, V, sampling, *ids)[0][::2])
+    alone, _ = generate(depth, weights, h[::2], V, sampling, *(x[::2] for x in ids))
+    assert codes[::2].equal(alone)
 
 
 @pytest.mark.parametrize("device", [GPU])
