@@ -39,7 +39,7 @@ const int K = 8; // codes of a frame
 static_assert(sizeof(Shared) % sizeof(Vec) == 0, "what follows it in shared memory is aligned");
 
 // Mirrored by class DepthArgs in depth.py. M: hidden units of an MLP. A: entries of an embedding; V of them
-// may be drawn. D, W, M: multiples of 8.
+// may be drawn. D, W and M are multiples of 8; W / H is even and at most 64.
 struct DepthArgs {
     const Vec *from_h, *qkv, *out, *gate_up; // (K W, D), (L, 3 W, W), (L, W, W), (L, K, 2 M, W), bfloat16
     const Vec *down, *heads;                 // (L, K, W, M), (K, A, W), bfloat16
@@ -140,6 +140,7 @@ __device__ inline void multiply(const DepthArgs& a, const Block& block, const Ph
     int lane = threadIdx.x % 32, quads = p.columns / 4;
     for (int row = threadIdx.x / 32; row < s.rows; row += N * WARPS) {
         float sums[N][ROWS] = {};
+#pragma unroll 4
         for (int c = lane; c < quads; c += 32) {
             Quad w[N] = {};
 #pragma unroll
@@ -171,66 +172,79 @@ template <class F> __device__ inline void for_each(int n, F f) {
     __syncthreads();
 }
 
-__device__ inline void embed(const DepthArgs& a, float* x, int k) {
-    for_each(a.B * a.W, [&](int i) {
-        int b = i / a.W, c = i % a.W, code = k ? max(int(a.token[(k - 1) * a.B + b]), 0) : a.A - 1;
-        float e = lower(a.embeddings[(int64_t(k) * a.A + code) * a.W + c]);
-        x[i] = e + a.given[(b * K + k) * a.W + c] + a.positions[k * a.W + c];
-    });
+// Channel i of (B, W) at position k: the code before it, h and the position.
+__device__ inline float embedding(const DepthArgs& a, int k, int i) {
+    int b = i / a.W, c = i % a.W, code = k ? max(int(a.token[(k - 1) * a.B + b]), 0) : a.A - 1;
+    float e = lower(a.embeddings[(int64_t(k) * a.A + code) * a.W + c]);
+    return e + a.given[(b * K + k) * a.W + c] + a.positions[k * a.W + c];
 }
 
-// RMSNorm. Each warp sums the squares for itself: that is faster than to wait for others.
-__device__ inline void norm(const DepthArgs& a, const float* x, float* in, const float* gain) {
+// RMSNorm; `in` has the gains. Each warp sums the squares for itself: that is faster than to wait for others.
+__device__ inline void norm(const DepthArgs& a, const float* x, float* in) {
     for (int b = 0; b < a.B; b++, x += a.W, in += a.W) {
         float squares = 0;
         for (int i = threadIdx.x % 32; i < a.W; i += 32) squares += x[i] * x[i];
         float inverse = 1 / sqrtf(warp_sum(squares) / a.W + a.eps);
-        for (int i = threadIdx.x; i < a.W; i += THREADS) in[i] = x[i] * inverse * gain[i];
+        for (int i = threadIdx.x; i < a.W; i += THREADS) in[i] *= x[i] * inverse;
     }
     __syncthreads();
 }
 
-// past (K, B, 3 W). Heads are split among the warps, the E channels of a head among the lanes.
+struct alignas(8) Pair { float a, b; };
+
+// past (K, B, 3 W). Each warp has a head at a time, each lane two of its E channels. All loads are in flight
+// together.
 __device__ inline void attend(const DepthArgs& a, float* in, const float* past, int k) {
     int W = a.W, E = W / a.H, lane = threadIdx.x % 32;
     for (int i = threadIdx.x / 32; i < a.B * a.H; i += THREADS / 32) {
-        int b = i / a.H, first = i % a.H * E; // channel
-        auto at = [&](int position) { return past + (position * a.B + b) * 3 * W + first; };
+        int b = i / a.H, channel = i % a.H * E + 2 * lane;
+        auto at = [&](int p, int part) { // of the query, key or value at position p
+            const float* pair = past + ((p * a.B + b) * 3 + part) * W + channel;
+            return p <= k && 2 * lane < E ? *(const Pair*)pair : Pair{0, 0};
+        };
+        Pair q = at(k, 0), key[K], value[K], sum = {0, 0};
+#pragma unroll
+        for (int p = 0; p < K; p++) key[p] = at(p, 1), value[p] = at(p, 2);
         float weight[K], top = -INFINITY, total = 0;
 #pragma unroll
         for (int p = 0; p < K; p++) {
-            float sum = 0;
-            for (int e = lane; e < E && p <= k; e += 32) sum += at(k)[e] * at(p)[W + e];
-            weight[p] = p <= k ? warp_sum(sum) / sqrtf(E) : -INFINITY;
+            weight[p] = p <= k ? warp_sum(q.a * key[p].a + q.b * key[p].b) / sqrtf(E) : -INFINITY;
             top = fmaxf(top, weight[p]);
         }
 #pragma unroll
-        for (int p = 0; p < K; p++) total += weight[p] = expf(weight[p] - top);
-        for (int e = lane; e < E; e += 32) {
-            float sum = 0;
-#pragma unroll
-            for (int p = 0; p < K; p++)
-                if (p <= k) sum += weight[p] * at(p)[2 * W + e];
-            in[b * W + first + e] = sum / total;
+        for (int p = 0; p < K; p++) {
+            float w = expf(weight[p] - top);
+            total += w, sum.a += w * value[p].a, sum.b += w * value[p].b;
         }
+        if (2 * lane < E) *(Pair*)(in + b * W + channel) = {sum.a / total, sum.b / total};
     }
     __syncthreads();
 }
 
-__device__ inline void swiglu(const DepthArgs& a, float* in) {
-    for_each(a.B * a.M, [&](int i) {
-        const float* gate = a.hidden + i / a.M * 2 * a.M + i % a.M;
-        in[i] = gate[0] / (1 + expf(-gate[0])) * gate[a.M];
+__device__ inline void swiglu(const DepthArgs& a, Vec* in) {
+    int vecs = a.M / 4;
+    for_each(a.B * vecs, [&](int i) {
+        const Vec* at = (const Vec*)a.hidden + i / vecs * 2 * vecs + i % vecs;
+        Vec gate = at[0], up = at[vecs];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            float x = __uint_as_float(gate.word[j]);
+            up.word[j] = __float_as_uint(x / (1 + expf(-x)) * __uint_as_float(up.word[j]));
+        }
+        in[i] = up;
     });
 }
 
 __device__ inline void prepare(const DepthArgs& a, const Block& block, const Phase& p) {
     if (p.kind == FROM_H) return for_each(a.B * a.D, [&](int i) { block.in[i] = a.h[i]; });
     if (p.kind == OUT) return attend(a, block.in, a.past + int64_t(p.l) * K * a.B * 3 * a.W, p.k);
-    if (p.kind == DOWN) return swiglu(a, block.in);
-    if (p.kind == QKV && p.l == 0) embed(a, block.x, p.k);
-    else for_each(a.B * a.W, [&](int i) { block.x[i] += a.sum[i]; });
-    norm(a, block.x, block.in, a.gains + (2 * p.l + (p.kind == GATE_UP)) * a.W);
+    if (p.kind == DOWN) return swiglu(a, (Vec*)block.in);
+    const float* gain = a.gains + (2 * p.l + (p.kind == GATE_UP)) * a.W;
+    for_each(a.B * a.W, [&](int i) {
+        block.x[i] = p.kind == QKV && p.l == 0 ? embedding(a, p.k, i) : block.x[i] + a.sum[i];
+        block.in[i] = gain[i % a.W];
+    });
+    norm(a, block.x, block.in);
 }
 
 // -----------------------------------------------------------------------------------------------------------

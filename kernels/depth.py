@@ -73,7 +73,8 @@ def generate(depth, weights, h, V, sampling, seed, step, recent=None):
     A = depth.config.audio_vocab_size
     lib = library("depth", h.device.type)
     assert lib, "depth.cu could not be built"
-    assert B <= 4 and D % 8 == W % 8 == M % 8 == 0 and K == 8, (B, D, W, M, K)
+    H = depth.blocks[0].H
+    assert B <= 4 and D % 8 == W % 8 == M % 8 == W // H % 2 == 0 and W // H <= 64 and K == 8, (B, D, W, M, H)
     assert seed.shape == step.shape == (B,), (seed.shape, step.shape)
     new = lambda *shape: torch.empty(shape, device=h.device)
     scratch = new(B, K * W), new(L, K, B, 3 * W), new(B, W), new(B, 2 * M)
@@ -88,7 +89,7 @@ def generate(depth, weights, h, V, sampling, seed, step, recent=None):
                                 scale(s.temperature), s.penalty, 1 / s.penalty, 1 + k, B, V,
                                 0 if past is None else past.shape[1], s.top_k))
     tensors = *weights.values(), h, *scratch, logits, token
-    args = DepthArgs(*(t.data_ptr() for t in tensors), depth.norm.eps, B, D, W, depth.blocks[0].H, M, L, A, V,
+    args = DepthArgs(*(t.data_ptr() for t in tensors), depth.norm.eps, B, D, W, H, M, L, A, V,
                      0, (SampleArgs * K)(*draws))
     launch(lib.generate, args, h)
     return token.T, logits.transpose(0, 1)
