@@ -3,8 +3,8 @@
     python kernels/bench.py
 
 Everything is timed as a CUDA graph: PyTorch's operations (without a graph too), v1 to v3, FlashInfer's
-sampler if it is installed, and the head's product with a draw against v4. Without a GPU only the tokens are
-compared, with the kernel's source on the CPU.
+sampler if it is installed, the head's product with a draw against v4, and the codes of a frame against
+depth.cu. Without a GPU only the tokens are compared, with the kernels' source on the CPU.
 """
 import argparse
 import functools
@@ -17,9 +17,12 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # needs no installation
 
+from kernels import depth as depth_kernel  # noqa: E402
 from kernels.build import library  # noqa: E402
 from kernels.head import head_kernel, head_reference  # noqa: E402
-from kernels.sampling import VERSION, Sampling, kernel, reference  # noqa: E402
+from kernels.sampling import VERSION, Sampling, kernel, reference, sample  # noqa: E402
+from model import CONFIGS, Depth  # noqa: E402
+from streams import K  # noqa: E402
 
 VERSIONS = (1, 2, 3)  # of sampling.cu; v4, in head.cu, takes other arguments
 TEXT, AUDIO = 152064, 2050  # logits of a text token and of an audio token of 7b
@@ -82,6 +85,39 @@ def differing(version, rows, sizes, device, seed=0):
     return wrong
 
 
+def random_depth(config, device, seed=0):
+    """A Depth in float32 with random weights that bfloat16 can hold, and logits of a size that matters."""
+    with torch.device("meta"):
+        depth = Depth(config).eval().requires_grad_(False)
+    g = torch.Generator(device).manual_seed(seed)
+    for name, p in depth.to_empty(device=device).named_parameters():
+        inputs = p.shape[-2] if p.ndim == 3 else p.shape[-1]  # of a product
+        p.normal_(generator=g).mul_(inputs ** -0.5 if p.ndim > 1 else 0.1).add_(p.ndim == 1)
+        p.copy_(p.bfloat16())
+    return depth
+
+
+def random_frame(config, B, device, seed=0):
+    """Random arguments for generate_reference(), but for the Depth: each code is drawn in another way."""
+    g, V = torch.Generator().manual_seed(seed), config.empty
+    h = torch.randn(B, config.width, generator=g).to(device)
+    sampling = [Sampling(), Sampling(penalty=1.3), Sampling(0.8), Sampling(0.8, 50), Sampling(1, 0, 0.9),
+                Sampling(0.8, V // 2, 0.9, 1.2), Sampling(3), Sampling(0.8, 0, 0.5, 0.7)]
+    ids = torch.randint(-2 ** 63, 2 ** 63 - 1, (2, B), generator=g).to(device)
+    return h, V, sampling, *ids, torch.randint(-1, V, (B, K, 32), generator=g).to(device)
+
+
+def differing_depth(config, B, device, seed=0):
+    """How many of the codes of depth.cu sample() would not draw from its logits, and how far these are from
+    those of a Depth that is given the codes, in standard deviations."""
+    depth = random_depth(config, device)
+    h, V, sampling, *ids, recent = random_frame(config, B, device, seed)
+    codes, logits = depth_kernel.generate(depth, depth_kernel.pack(depth), h, V, sampling, *ids, recent)
+    drawn = [reference(logits[:, k], s, *ids, 1 + k, recent[:, k]) for k, s in enumerate(sampling)]
+    right = depth.logits(h, codes)[..., :V]
+    return (codes != torch.stack(drawn, 1)).sum().item(), ((logits - right).abs().max() / right.std()).item()
+
+
 def seconds(f):
     """GPU time of f()."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -138,6 +174,22 @@ def check(device, rows):
             print(f"v{v}: {wrong} of {rows} random rows of {what} entries differ from the reference")
 
 
+def check_depth(config, device):
+    for B in (1, 3):
+        wrong, off = differing_depth(config, B, device)
+        print(f"depth.cu: {wrong} of {B * K} codes differ from the reference, the logits by {off:.1e}")
+
+
+def count_depth(config):
+    with torch.device("meta"):
+        read, again, syncs = depth_kernel.cost(depth_kernel.pack(Depth(config)), config.empty)
+    floors = ", ".join(f"{read / speed / 1e9:.2f} to {(read + again) / speed / 1e9:.2f} ms on an {card}"
+                       for card, speed in (("H100", 3.35), ("H200", 4.8)))  # TB/s, data sheets
+    print(f"\nThe depth transformer of 7b: {read / 1e6:.0f} MB a frame, {again / 1e6:.0f} more if L2 does "
+          f"not keep attention's; at least {floors}. depth.cu: 1 launch, {syncs} grid syncs")
+    return read
+
+
 def time_sampling(device):
     s = Sampling(0.8, top_k=50, top_p=0.9)
     print(f"\n{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, bfloat16 logits, {s}")
@@ -166,20 +218,36 @@ def time_head(device):
                     "product, v3", weight.nbytes)
 
 
+def time_depth(config, device, size):
+    print("bfloat16, temperature 0.8, top-k 250; GB/s: of weights that are read once")
+    depth, how, V = random_depth(config, device), [Sampling(0.8, 250)] * K, config.empty
+    weights = depth_kernel.pack(depth)
+    depth.bfloat16().align()
+    for B in (1, 4):
+        h, ids = torch.randn(B, config.width, device=device).bfloat16(), torch.arange(B, device=device)
+        print(f"{B} conversations")
+        compare({"PyTorch": lambda: depth.generate(h, lambda x, k: sample(x[:, :V], how[k], ids, ids, 1 + k)),
+                 "depth.cu": lambda: depth_kernel.generate(depth, weights, h, V, how, ids, ids)},
+                "PyTorch", size)
+
+
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--rows", type=int, default=100, help="random rows that each version is checked with")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not (library("sampling", device) and library("head", device)):
+    if not all(library(name, device) for name in ("sampling", "head", "depth")):
         sys.exit("the kernels could not be built")
     check(device, args.rows)
+    check_depth(CONFIGS["tiny" if device == "cpu" else "7b"], device)
+    size = count_depth(CONFIGS["7b"])
     if device == "cpu":
         print("No GPU here: that was the kernel's source on the CPU. Only a GPU can tell how fast it is.")
         return
     time_sampling(device)
     time_head(device)
+    time_depth(CONFIGS["7b"], device, size)
 
 
 if __name__ == "__main__":

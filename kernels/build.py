@@ -46,7 +46,7 @@ def build(name, command):
     """Path of the library that the command builds from kernels/<name>.cu. A cached one is not rebuilt.
     OSError if the compiler is missing or the folder is not writable, CalledProcessError if it fails."""
     source = Path(HERE, f"{name}.cu")
-    texts = [file.read_bytes() for file in (source, *sorted(Path(HERE).glob("*.h")))]
+    texts = [file.read_bytes() for file in sorted(Path(HERE).iterdir()) if file.suffix in (".cu", ".h")]
     key = hashlib.sha256(b"\0".join([*texts, *map(str.encode, command)])).hexdigest()[:16]
     folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "nanoflm")
     path = os.path.join(folder, f"{name}-{key}.so")

@@ -1,7 +1,8 @@
-/* What sampling.cu (for conversations) and head.cu (the laboratory) share: sortable keys, random numbers, and
-   reductions over a warp, a block and a grid. */
+/* What sampling.cu (for conversations), head.cu and depth.cu (the laboratory) share: sortable keys, random
+   numbers, and reductions over a warp, a block and a grid. */
 #pragma once
 #include <cstdint>
+#include <utility>
 #ifdef __CUDACC__
 #include <cooperative_groups.h>
 __device__ inline char* shared_memory() {
@@ -63,6 +64,12 @@ template <class Op> __device__ inline u64 warp_reduce(u64 x, Op op) {
     return x;
 }
 
+// The same for floats. The order is fixed, and every lane gets the same sum.
+__device__ inline float warp_sum(float x) {
+    for (int d = 16; d; d /= 2) x += __uint_as_float(__shfl_xor_sync(~0u, __float_as_uint(x), d));
+    return x;
+}
+
 // The sum of x over this lane and all lanes before it.
 __device__ inline u64 warp_inclusive_scan(u64 x) {
     for (int d = 1; d < 32; d *= 2) {
@@ -104,6 +111,34 @@ template <class Op> __device__ inline u64 team_reduce(Team& team, u64* shared, u
     if (threadIdx.x == 0) partial[team.rank] = x;
     grid_sync();
     return block_reduce(shared, threadIdx.x < team.size ? partial[threadIdx.x] : 0, op);
+}
+
+// -----------------------------------------------------------------------------------------------------------
+// Matrix products with a few vectors
+
+struct alignas(16) Vec { unsigned word[4]; }; // one 16-byte load: 4 floats or 8 bfloat16
+
+__device__ inline float lower(unsigned word) { return __uint_as_float(word << 16); } // of two bfloat16
+__device__ inline float upper(unsigned word) { return __uint_as_float(word & 0xFFFF0000); }
+
+const int ROWS = 4; // vectors that share one read of the weights
+
+// Unrolled, so that per-row arrays stay in registers.
+template <class F> __device__ inline void for_each_row(int n, F f) {
+#pragma unroll
+    for (int r = 0; r < ROWS; r++)
+        if (r < n) f(r);
+}
+
+// Asks for some of global memory to be brought into L2, without waiting for it. For all threads of a block.
+__device__ inline void prefetch_to_L2(const void* at, int bytes) {
+#if __CUDA_ARCH__ >= 900
+    if (threadIdx.x == 0 && bytes)
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"(bytes) : "memory");
+#elif defined(__CUDA_ARCH__)
+    for (int i = 128 * threadIdx.x; i < bytes; i += 128 * blockDim.x) // 128: a line
+        asm volatile("prefetch.global.L2 [%0];" ::"l"((const char*)at + i));
+#endif
 }
 
 // -----------------------------------------------------------------------------------------------------------

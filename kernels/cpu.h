@@ -21,6 +21,7 @@
 
 #define __global__
 #define __device__
+#define __host__
 #define __launch_bounds__(...)
 
 using std::max;
@@ -42,6 +43,7 @@ namespace cpu {
 
 const int STACK = 1 << 15;      // bytes of each fiber
 const int MULTIPROCESSORS = 16; // of the GPU that this pretends to be; each holds one block
+const int SHARED = 48 << 10;    // bytes of shared memory that a block may have
 
 struct Barrier {
     int size, arrived = 0, generation = 0;
@@ -76,16 +78,19 @@ inline void yield() { // back to the scheduler, until it resumes this fiber
     if (!_setjmp(here)) _longjmp(scheduler, 1);
 }
 
-inline void wait(Barrier& b) {
-    if (++b.arrived == b.size) {
-        b.arrived = 0;
-        b.generation++;
-    } else {
-        self->barrier = &b;
-        self->generation = b.generation;
-        yield();
-    }
+inline int arrive(Barrier& b) {
+    int generation = b.generation;
+    if (++b.arrived == b.size) b.arrived = 0, b.generation++;
+    return generation;
 }
+
+inline void wait(Barrier& b, int generation) { // until all have arrived
+    if (b.generation != generation) return;
+    self->barrier = &b, self->generation = generation;
+    yield();
+}
+
+inline void wait(Barrier& b) { wait(b, arrive(b)); }
 
 inline void fiber_main() {
     for (;; yield()) {
@@ -173,6 +178,8 @@ inline void __syncthreads() { cpu::wait(cpu::blocks[cpu::self->block].all); }
 namespace cooperative_groups {
 struct grid_group {
     void sync() { cpu::wait(cpu::grid); }
+    int barrier_arrive() { return __syncthreads(), cpu::arrive(cpu::grid); }
+    void barrier_wait(int token) { cpu::wait(cpu::grid, token), __syncthreads(); }
 };
 inline grid_group this_grid() { return {}; }
 }
@@ -199,10 +206,14 @@ inline float __uint_as_float(unsigned x) { float y; memcpy(&y, &x, 4); return y;
 inline unsigned __float_as_uint(float x) { unsigned y; memcpy(&y, &x, 4); return y; }
 
 using cudaStream_t = void*;
-enum { cudaDevAttrMultiProcessorCount };
+enum { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+       cudaFuncAttributeMaxDynamicSharedMemorySize };
 inline int cudaGetDeviceCount(int*) { return 0; }
 inline void cudaGetDevice(int*) {}
-inline void cudaDeviceGetAttribute(int* value, int, int) { *value = cpu::MULTIPROCESSORS; }
+inline void cudaDeviceGetAttribute(int* value, int which, int) {
+    *value = which == cudaDevAttrMultiProcessorCount ? cpu::MULTIPROCESSORS : cpu::SHARED;
+}
+template <class F> int cudaFuncSetAttribute(F, int, int) { return 0; }
 template <class F> void cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* value, F, int, size_t) {
     *value = 1;
 }

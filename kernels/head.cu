@@ -23,28 +23,17 @@ struct HeadArgs {
     int B, V, D, is_bfloat16;
 };
 
-const int ROWS = 4; // that share one read of the weights
 const int TILE = 8; // entries per warp, computed one after another; then eight lanes add noise to one each
-
-struct alignas(16) Vec { unsigned word[4]; }; // one 16-byte load: 4 floats or 8 bfloat16
 
 __device__ inline float dot(const Vec& a, const Vec& b, bool is_bfloat16) {
     float sum = 0;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         unsigned u = a.word[i], v = b.word[i];
-        if (is_bfloat16) {
-            sum += __uint_as_float(u << 16) * __uint_as_float(v << 16);
-            u &= 0xFFFF0000, v &= 0xFFFF0000;
-        }
-        sum += __uint_as_float(u) * __uint_as_float(v);
+        sum += is_bfloat16 ? lower(u) * lower(v) + upper(u) * upper(v)
+                           : __uint_as_float(u) * __uint_as_float(v);
     }
     return sum;
-}
-
-__device__ inline float warp_sum(float x) {
-    for (int d = 16; d; d /= 2) x += __uint_as_float(__shfl_xor_sync(~0u, __float_as_uint(x), d));
-    return x;
 }
 
 // Gumbel noise is -ln(-ln u). Here it is in units of ln 2, less a constant that all entries share.
@@ -52,13 +41,6 @@ __device__ inline float perturb(const HeadArgs& a, int row, int i, float logit) 
     if (a.scale == 0) return logit;
     double u = ((random_bits(a.seed[row], a.step[row], a.draw, i) >> 1) + 0.5) * 0x1p-52; // (0, 1)
     return __fmul_rn(logit, a.scale) + float(-log2(-log2(u)));
-}
-
-// Unrolled, so that per-row arrays stay in registers.
-template <class F> __device__ inline void for_each_row(int n, F f) {
-#pragma unroll
-    for (int r = 0; r < ROWS; r++)
-        if (r < n) f(r);
 }
 
 // Entries tile .. tile + TILE - 1 of n rows: lane i gets the logits of entry tile + i.

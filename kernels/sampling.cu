@@ -279,14 +279,12 @@ __device__ inline void find_token(const SampleArgs& a, const Slice& slice, Share
     }
 }
 
-__global__ void __launch_bounds__(1024, 1) v2(SampleArgs a) {
-    Shared& s = *(Shared*)shared_memory();
-    int row = blockIdx.x;
-    Slice slice{(unsigned*)a.scratch + int64_t(row) * a.V, row, 0, a.V};
+// One row, by one block.
+__device__ inline void sample_slice(const SampleArgs& a, const Slice& slice, Shared& s) {
     load_logits(a, slice);
     u64 best = block_reduce(s.partial, own_best(slice), Max{});
     if (!is_finite(best) || a.scale == 0) {
-        if (threadIdx.x == 0) a.token[row] = is_finite(best) ? key_index(best) : -1;
+        if (threadIdx.x == 0) a.token[slice.row] = is_finite(best) ? key_index(best) : -1;
         return;
     }
     u64 own = compute_weights(a, slice, key_value(best));
@@ -296,7 +294,12 @@ __global__ void __launch_bounds__(1024, 1) v2(SampleArgs a) {
         own = apply_threshold(slice, radix_select(slice, s, mass, true));
     }
     u64 total = block_reduce(s.partial, own, Sum{});
-    find_token(a, slice, s, own, random_target(a, row, total));
+    find_token(a, slice, s, own, random_target(a, slice.row, total));
+}
+
+__global__ void __launch_bounds__(1024, 1) v2(SampleArgs a) {
+    unsigned* w = (unsigned*)a.scratch + int64_t(blockIdx.x) * a.V;
+    sample_slice(a, {w, int(blockIdx.x), 0, a.V}, *(Shared*)shared_memory());
 }
 
 // -----------------------------------------------------------------------------------------------------------

@@ -71,7 +71,8 @@ def steps(dry, work):
         Step("a captured frame and codec equal the eager ones", 60, own("captured")),
         Step("where a frame's time goes", 90, [*talk, "step"]),
         Step("how many conversations", 120, [*talk, "sessions"]),
-        Step("sampling", 60, ["python", "kernels/bench.py", "--rows", "5" if dry else "100"]),
+        Step("sampling and the depth kernel", 90,
+             ["python", "kernels/bench.py", "--rows", "5" if dry else "100"]),
         Step("the codec at batch 1 and 64", 60, own("codec")),
         Step("random data", 30, own("data")),
         Step("training stopped by SIGTERM, and resumed", 90, own("resume", "--size", size)),
@@ -97,17 +98,19 @@ def steps(dry, work):
 def build(args):
     from kernels import build, sampling
     from kernels.build import library
-    names = [name for name in ("sampling", "head") if not library(name, args.device)]
-    if names:
-        sys.exit(f"not built: {', '.join(names)} (see the warning above)")
-    print(f"sampling.cu and head.cu are built by {'g++' if args.device == 'cpu' else build.nvcc()}; "
+    names = "sampling", "head", "depth"
+    if missing := [name for name in names if not library(name, args.device)]:
+        sys.exit(f"not built: {', '.join(missing)} (see the warning above)")
+    print(f"{', '.join(names)} are built by {'g++' if args.device == 'cpu' else build.nvcc()}; "
           f"conversations use v{sampling.VERSION}")
 
 
 def sanitize(args):
-    from kernels.bench import VERSIONS, differing
+    from kernels.bench import VERSIONS, differing, differing_depth
+    from model import CONFIGS
     wrong = {f"v{v}": differing(v, 4, (256, 2050), args.device) for v in (*VERSIONS, 4)}
-    print(f"rows that differ from the reference: {wrong}")
+    wrong["depth"], _ = differing_depth(CONFIGS["tiny"], 2, args.device)
+    print(f"tokens that differ from the reference: {wrong}")
     sys.exit(any(wrong.values()))
 
 

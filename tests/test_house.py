@@ -15,7 +15,7 @@ BOOK = ["streams", "model", "mimi", "prepare", "train", "chat", "eval"]
 LATEST = {
     "files": None,  # reads and writes what others hand to it
     "layouts": "streams",  # arranges utterances in its grid
-    "kernels": None,  # logits in, tokens out
+    "kernels": "model",  # has a kernel of its depth transformer
     "training": "model",  # allocates and shards it
     "published": "model",  # loads and exports it
     "toy": "mimi",  # trains its small codec

@@ -1,6 +1,7 @@
 """The kernels give the reference's tokens. Without a GPU the same source runs on the CPU, its threads in
 order and in reverse order."""
 import ctypes
+import dataclasses
 import functools
 import os
 import shutil
@@ -12,10 +13,12 @@ import pytest
 import torch
 
 from kernels import bench, build
-from kernels.bench import VERSIONS, by_kernel, differing
+from kernels.bench import VERSIONS, by_kernel, differing, differing_depth, random_depth, random_frame
 from kernels.build import library
+from kernels.depth import generate, generate_reference, pack
 from kernels.head import head_kernel, head_reference
 from kernels.sampling import VERSION, Sampling, kernel, reference, sample
+from model import CONFIGS
 from test_sampling import chi_square_sigmas
 
 needs_nvcc = pytest.mark.skipif(not os.path.exists(build.nvcc()), reason="no nvcc")
@@ -29,7 +32,7 @@ every_version = pytest.mark.parametrize("version", VERSIONS)
 @pytest.fixture(params=[CPU, CPU_BACKWARDS, GPU])
 def device(request):
     device, *order = request.param.split()
-    libs = [library(name, device) for name in ("sampling", "head")]
+    libs = [library(name, device) for name in ("sampling", "head", "depth")]
     assert all(libs), "the kernels could not be built"
     flags = [ctypes.c_int.in_dll(lib, "backwards") for lib in libs if device == "cpu"]
     for flag in flags:
@@ -187,6 +190,62 @@ def test_the_distribution_of_a_head(f, device):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# depth.cu: the codes of a frame. A norm is not exact, so the logits are only close to those of a Depth that
+# is given the codes. But the codes are the very ones that sample() draws from these logits.
+
+NARROW = dataclasses.replace(CONFIGS["tiny"], width=32, heads=2, depth_width=40, empty=100)
+WIDE = dataclasses.replace(CONFIGS["tiny"], depth_layers=1, depth_width=384, depth_heads=8)
+
+
+# of WIDE's rows not all fit into the shared memory that cpu.h has
+@pytest.mark.parametrize("config, B", [(NARROW, 1), (NARROW, 4), (WIDE, 2)])
+def test_random_frames(config, B, device):
+    wrong, off = differing_depth(config, B, device, seed=B)
+    assert wrong == 0 and off < 1e-4
+
+
+@pytest.mark.slow
+def test_a_frame_of_the_release(device):
+    config = dataclasses.replace(CONFIGS["7b"], depth_layers=1)
+    wrong, off = differing_depth(config, 1, device)
+    assert wrong == 0 and off < 1e-4
+
+
+def test_greedy_codes_are_those_of_the_model(device):
+    """The best logit is further from the second than rounding can move it."""
+    depth, (h, V, _, *ids, _) = random_depth(NARROW, device), random_frame(NARROW, 3, device, seed=5)
+    right, logits = generate_reference(depth.double(), h.double(), V, [Sampling()] * 8, *ids)
+    first, second = logits.topk(2).values.unbind(-1)
+    assert (first - second).min() > 1e-3
+    codes, _ = generate(depth.float(), pack(depth), h, V, [Sampling()] * 8, *ids)
+    assert codes.equal(right)
+
+
+def test_a_frame_without_numbers_among_others(device):
+    """The others' codes are those that they get without it."""
+    depth, (h, V, sampling, *ids, _) = random_depth(NARROW, device), random_frame(NARROW, 3, device)
+    weights, h[1, 3] = pack(depth), torch.nan
+    codes, _ = generate(depth, weights, h, V, sampling, *ids)
+    assert codes[1].tolist() == [-1] * 8
+    alone, _ = generate(depth, weights, h[::2], V, sampling, *(x[::2] for x in ids))
+    assert codes[::2].equal(alone)
+
+
+@pytest.mark.parametrize("device", [GPU])
+def test_a_frame_in_a_cuda_graph(device):
+    depth, (h, *rest) = random_depth(NARROW, device), random_frame(NARROW, 2, device)
+    weights = pack(depth)
+    generate(depth, weights, h, *rest)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        codes, _ = generate(depth, weights, h, *rest)
+    for _ in range(3):
+        h.normal_()
+        graph.replay()
+        assert codes.equal(generate(depth, weights, h, *rest)[0])
+
+
+# ------------------------------------------------------------------------------------------------------------
 # bench.py
 
 
@@ -243,7 +302,7 @@ def test_without_a_compiler_the_reference_is_used(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @needs_nvcc
-@pytest.mark.parametrize("name", ["sampling", "head"])
+@pytest.mark.parametrize("name", ["sampling", "head", "depth"])
 @pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
 def test_it_compiles_for_every_gpu(arch, name, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
