@@ -5,6 +5,7 @@
     python tests/bench_talk.py echo        held-out requests while the model hears itself from loudspeakers
     python tests/bench_talk.py step        where the time of a frame goes, and what reading the weights takes
     python tests/bench_talk.py step --config 7b --device cuda     the same with random weights and Mimi itself
+    python tests/bench_talk.py cache       held-out requests with keys and values in 8 bits: what changes
     python tests/bench_talk.py lmgen       our step and that of the `moshi` package's LMGen, same shapes
 
 All but the last need what `make demo` leaves (--checkpoint, --data); `step` and `sessions` need only a
@@ -24,6 +25,7 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from chat import DuplexModel  # noqa: E402
 from live.engine import Engine  # noqa: E402
+from live.float8 import Float8Cache  # noqa: E402
 from live.graph import capture  # noqa: E402
 from eval import KINDS  # noqa: E402
 from evals.conversations import written  # noqa: E402
@@ -31,7 +33,7 @@ from kernels.sampling import Sampling, sample  # noqa: E402
 from live.transcript import Transcript  # noqa: E402
 from files.audio import SAMPLE_RATE, read_audio  # noqa: E402
 from mimi import CONFIGS as CODECS, FRAME, Mimi, tensors  # noqa: E402
-from model import CONFIGS, FLM, FLMConfig  # noqa: E402
+from model import CONFIGS, FLM, FLMConfig, LayerCache  # noqa: E402
 from files.manifest import read_manifest  # noqa: E402
 from streams import FRAME_RATE, K, DELAYED, LISTEN, ROWS, SPEAK, TEXT, Vocab  # noqa: E402
 from training.parallel import build  # noqa: E402
@@ -124,8 +126,33 @@ def echo(args):
               f"the echo is heard at {level:.0f} dB")
 
 
+@torch.inference_mode()
+def cache(args):
+    """The columns of greedy conversations through the model with either cache: what it would say next."""
+    duplex, items = DuplexModel.load(args.checkpoint, args.device), held_out(args.data)[:args.items]
+    heard = [read_audio(d["turns"][0]["path"]) for d in items]
+    N, columns, step = max(map(len, heard)) + 4 * SAMPLE_RATE, [], duplex.model.step
+    duplex.model.step = lambda column, *rest: columns.append(column.clone()) or step(column, *rest)
+    duplex.converse(torch.stack([torch.nn.functional.pad(x, (0, N - len(x))) for x in heard]))
+    greedy, found = lambda logits, k: logits[:, :-1].argmax(-1), []
+    for kind in (LayerCache, Float8Cache):
+        duplex.model.layer_cache, outs = kind, []
+        state = duplex.model.init_cache(len(items))
+        for column in columns:
+            h = duplex.model.hidden_step(column, state)
+            outs.append((duplex.model.text_logits(h).float(), duplex.model.depth.generate(h, greedy)))
+        found.append([torch.stack(x) for x in zip(*outs)] + [bytes_of(tensors(state.layers)) / len(items)])
+    (a, codes, size), (b, others, small) = found
+    share = lambda same: same.float().mean().item()
+    print(f"{len(columns)} frames of {len(items)} conversations: the logits are {(a - b).norm() / a.norm():.2%} "
+          f"off; the same text in {share(a.argmax(-1) == b.argmax(-1)):.2%} of the frames, "
+          f"{share(codes == others):.2%} of the codes; {small / 1e6:.3f} of {size / 1e6:.3f} MB a conversation")
+
+
 def duplex_of(args):
     """The trained model, or random weights of the size --config with a codec of the size --codec."""
+    if args.cache:
+        FLM.layer_cache = Float8Cache
     if not args.config:
         return DuplexModel.load(args.checkpoint, args.device)
     c = dataclasses.replace(CONFIGS[args.config], empty=CODECS[args.codec].codebook_size)
@@ -276,25 +303,27 @@ def lmgen(args):
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("what", choices=("hour", "sessions", "echo", "step", "lmgen"))
+    parser.add_argument("what", choices=("hour", "sessions", "echo", "step", "cache", "lmgen"))
     parser.add_argument("--checkpoint", default="out/tiny")
     parser.add_argument("--config", choices=CONFIGS,
                         help="step, sessions: random weights of this size instead")
     parser.add_argument("--codec", choices=CODECS, default="mimi", help="with --config: its codec's size")
     parser.add_argument("--data", default="data/toy",
-                        help="hour, echo: folder with the manifest of the held-out items")
+                        help="hour, echo, cache: folder with the manifest of the held-out items")
     parser.add_argument("--minutes", type=float, default=60, help="hour: so long, at least one")
-    parser.add_argument("--items", type=int, default=200, help="echo: requests")
+    parser.add_argument("--items", type=int, default=200, help="echo, cache: requests")
     parser.add_argument("--ticks", type=int, default=250, help="sessions, step: frames of each kind")
     parser.add_argument("--rounds", type=int, default=10, help="step, lmgen: of which the median counts")
     parser.add_argument("--most", type=int, default=4096, help="sessions: no more than so many")
+    parser.add_argument("--cache", choices=("float8",), help="sessions, step: keys and values in 8 bits")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.what == "lmgen" and not importlib.util.find_spec("moshi"):
         sys.exit("error: needs the package moshi; `make slow` installs it")
-    functions = {"hour": hour, "sessions": sessions, "echo": echo, "step": step, "lmgen": lmgen}
+    functions = {"hour": hour, "sessions": sessions, "echo": echo, "step": step, "cache": cache,
+                 "lmgen": lmgen}
     try:
         functions[args.what](args)
     except (ValueError, OSError) as e:

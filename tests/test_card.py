@@ -13,10 +13,15 @@ from bench_card import STAND_INS, Step
 from conftest import ROOT
 
 
-def test_the_dry_run(tmp_path):
+def test_the_dry_run(tmp_path, monkeypatch):
+    """With stand-ins for all packages that a bare machine may lack."""
+    monkeypatch.setattr(bench_card.importlib.util, "find_spec", lambda name: None)
+    bench_card.stand_ins(tmp_path)
+    monkeypatch.undo()
     report = tmp_path / "GPU.md"
     done = subprocess.run([sys.executable, "tests/bench_card.py", "--dry", "--report", report], cwd=ROOT,
-                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                          capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)})
     assert done.returncode == 0, done.stdout + done.stderr + report.read_text()
     text, steps = report.read_text(), bench_card.steps(True, "work")
     for step in steps:
@@ -42,6 +47,14 @@ def test_a_step_whose_package_is_missing_is_skipped_by_name():
     assert bench_card.run(step, 60, os.environ) == ("skipped: no no_such_package here", 0.0, "")
 
 
+def test_a_file_of_tests_whose_packages_are_missing_is_skipped_by_name():
+    code = "import sys, pytest; sys.modules['soundfile'] = None; sys.exit(pytest.main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", code, "-q", "-rs", "-p", "no:cacheprovider", "-k", "philox",
+                           "tests/test_sampling.py", "tests/test_words.py"], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.returncode == 0 and "1 skipped" in done.stdout and "test_words.py:0: needs soundfile" in done.stdout
+
+
 def test_a_failure_stops_no_other_step(tmp_path, monkeypatch, capsys):
     three = [Step(name, 60, ["python", "-c", code]) for name, code in
              (("first", "print('one')"), ("second", "1 / 0"), ("third", "print('three')"))]
@@ -64,7 +77,7 @@ def test_stand_ins_do_what_the_steps_need(tmp_path, monkeypatch):
            "with tqdm(total=3, desc='x') as bar: bar.update(); bar.set_postfix({}, refresh=False)\n" \
            "assert [*tqdm([1, 2])] == [1, 2] and '__file__' in vars(soundfile)\n" \
            "encoding = tiktoken.Encoding('x', pat_str='.', mergeable_ranks={b'a': 0}, special_tokens={})\n" \
-           "assert encoding.n_vocab == 1\n" \
+           "assert encoding.n_vocab == 1 and encoding.encode_ordinary('a') == [97]\n" \
            "assert all(m.__file__.startswith(sys.argv[1]) for m in (soundfile, tiktoken))"
     subprocess.run([sys.executable, "-c", code, tmp_path], check=True,
                    env={**os.environ, "PYTHONPATH": str(tmp_path)})
