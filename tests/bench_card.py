@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ def steps(dry, work):
         Step("a captured frame and codec equal the eager ones", 60, own("captured")),
         Step("where a frame's time goes", 90, [*talk, "step"]),
         Step("how many conversations", 120, [*talk, "sessions"]),
+        Step("how many with keys and values in float8", 90, [*talk, "sessions", "--cache", "float8"]),
         Step("sampling", 60, ["python", "kernels/bench.py", "--rows", "5" if dry else "100"]),
         Step("the codec at batch 1 and 64", 60, own("codec")),
         Step("random data", 30, own("data")),
@@ -118,7 +120,7 @@ def captured(args):
     from bench_talk import duplex_of
     from mimi import FRAME
     cpu = args.device == "cpu"
-    args.config, args.codec, frames = "tiny", "tiny" if cpu else "mimi", 4 if cpu else 40
+    args.config, args.codec, args.cache, frames = "tiny", "tiny" if cpu else "mimi", None, 4 if cpu else 40
     duplex = duplex_of(args)
     wav = torch.randn(2, frames * FRAME, generator=torch.Generator().manual_seed(0)).to(args.device) * 0.1
     text, said = duplex.converse(wav)
@@ -235,8 +237,8 @@ def pieces(args):
 
 
 def found(step):
-    program = step.needs == step.command[0]
-    return not step.needs or bool(shutil.which(step.needs) if program else importlib.util.find_spec(step.needs))
+    find = shutil.which if step.needs == step.command[0] else importlib.util.find_spec
+    return not step.needs or bool(find(step.needs))
 
 
 def stand_ins(folder):
@@ -330,6 +332,9 @@ def main():
         path = os.pathsep.join(filter(None, [ROOT, work, os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, "PYTHONPATH": path}
         title = machine(args.dry) + [f"stand-ins for {', '.join(missing)}"] * bool(missing)
+        if not args.dry and not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
+            environment["TORCHDYNAMO_DISABLE"] = "1"
+            title.append("no Python.h: nothing is compiled by torch.compile (apt install python3-dev)")
         for step in steps(args.dry, work):
             uncached = "compute-sanitizer" in step.command  # so that it sees where each tensor ends
             env = environment | ({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if uncached else {})

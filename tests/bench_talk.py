@@ -5,6 +5,7 @@
     python tests/bench_talk.py echo        held-out requests while the model hears itself from loudspeakers
     python tests/bench_talk.py step        where the time of a frame goes, and what reading the weights takes
     python tests/bench_talk.py step --config 7b --device cuda     the same with random weights and Mimi itself
+    python tests/bench_talk.py step --config 7b --device meta     what it reads and launches, without a GPU
     python tests/bench_talk.py cache       held-out requests with keys and values in 8 bits: what changes
     python tests/bench_talk.py lmgen       our step and that of the `moshi` package's LMGen, same shapes
 
@@ -12,6 +13,7 @@ All but the last need what `make demo` leaves (--checkpoint, --data); `step` and
 --config, whose weights are then random. The last one needs the packages that `make slow` installs.
 """
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -19,8 +21,11 @@ import random
 import resource
 import sys
 import time
+from unittest import mock
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from chat import DuplexModel  # noqa: E402
@@ -29,7 +34,7 @@ from live.float8 import Float8Cache  # noqa: E402
 from live.graph import capture  # noqa: E402
 from eval import KINDS  # noqa: E402
 from evals.conversations import written  # noqa: E402
-from kernels.sampling import Sampling, sample  # noqa: E402
+from kernels.sampling import Sampling, kernel, sample  # noqa: E402
 from live.transcript import Transcript  # noqa: E402
 from files.audio import SAMPLE_RATE, read_audio  # noqa: E402
 from mimi import CONFIGS as CODECS, FRAME, Mimi, tensors  # noqa: E402
@@ -37,6 +42,7 @@ from model import CONFIGS, FLM, FLMConfig, LayerCache  # noqa: E402
 from files.manifest import read_manifest  # noqa: E402
 from streams import FRAME_RATE, K, DELAYED, LISTEN, ROWS, SPEAK, TEXT, Vocab  # noqa: E402
 from training.parallel import build  # noqa: E402
+from training.plan import BF16, SPEED  # noqa: E402
 from evals.turns import words_of  # noqa: E402
 
 PAUSE = 1.5  # seconds after each answer
@@ -144,9 +150,10 @@ def cache(args):
         found.append([torch.stack(x) for x in zip(*outs)] + [bytes_of(tensors(state.layers)) / len(items)])
     (a, codes, size), (b, others, small) = found
     share = lambda same: same.float().mean().item()
-    print(f"{len(columns)} frames of {len(items)} conversations: the logits are {(a - b).norm() / a.norm():.2%} "
-          f"off; the same text in {share(a.argmax(-1) == b.argmax(-1)):.2%} of the frames, "
-          f"{share(codes == others):.2%} of the codes; {small / 1e6:.3f} of {size / 1e6:.3f} MB a conversation")
+    print(f"{len(columns)} frames of {len(items)} conversations: the logits are "
+          f"{(a - b).norm() / a.norm():.2%} off; the same text in "
+          f"{share(a.argmax(-1) == b.argmax(-1)):.2%} of the frames, {share(codes == others):.2%} of the "
+          f"codes; {small / 1e6:.3f} of {size / 1e6:.3f} MB a conversation")
 
 
 def duplex_of(args):
@@ -184,9 +191,85 @@ def copy_speed(device, rounds):
     return 2 * len(a) / middle(lambda: b.copy_(a), 5, rounds)
 
 
+def parts_of(duplex, state):
+    """{name: (function, what it is called with)} of a frame's parts, and the audio of a frame."""
+    m, codec, B, device = duplex.model, duplex.codec, len(state.seed), duplex.device
+    wav = torch.zeros(B, 1, FRAME, device=device)
+    column = torch.zeros(B, ROWS, dtype=torch.long, device=device)
+    h = m.hidden_step(column, state.cache)
+    text, audio = m.text_logits(h), h.new_zeros(B, m.config.empty + 1)
+    greedy = lambda logits, k: logits[:, :-1].argmax(-1)
+
+    def draws(_):
+        duplex.sample_text(text, state)
+        for k in range(K):
+            duplex.sample_code(audio, k, state)
+    return {"codec, audio to codes": (lambda x: codec.encode_step(x, state.codec), wav),
+            "temporal transformer": (lambda x: m.hidden_step(x, state.cache), column),
+            "text head": (m.text_logits, h),
+            "depth transformer, 8 codes": (lambda x: m.depth.generate(x, greedy), h),
+            "nine draws": (draws, h),
+            "codec, codes to audio": (lambda x: codec.decode_step(x, state.codec), column[:, SPEAK, None])}, wav
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations, but for those that only allocate memory or look at it in other ways; and the bytes
+    of what is `held` from frame to frame and read as a whole: a table of embeddings is not."""
+
+    def __init__(self, held):
+        super().__init__()
+        self.held, self.read, self.n = {t.untyped_storage()._cdata: bytes_of([t]) for t in held}, {}, 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op.name()
+        self.n += not (op.is_view or "empty" in name or name == "aten::detach")
+        whole = name not in ("aten::embedding", "aten::index_put_")
+        for t in tree_leaves(args) if whole else ():
+            key = t.untyped_storage()._cdata if torch.is_tensor(t) else None
+            self.read |= {key: self.held[key]} if key in self.held else {}
+        return op(*args, **(kwargs or {}))
+
+
+@torch.inference_mode()
+@mock.patch("torch.autocast", lambda device, enabled: contextlib.nullcontext())
+@mock.patch("torch.is_autocast_enabled", lambda device: False)
+def reckon(duplex):
+    """On the meta device, which autocast does not know: [(part, bytes that it reads, what it launches), ...],
+    the bytes of the weights, and those of a conversation."""
+    duplex.draw = lambda logits, how, row, recent, state: kernel(  # one launch
+        logits, state.seed, state.cache.position, recent, row, how.temperature, how.top_k, how.top_p,
+        how.penalty)
+    duplex.model.depth.align()
+    state, lines = duplex.init_state([1]), []
+    weights = [*duplex.model.parameters(), *duplex.codec.parameters()]
+    for name, (f, x) in parts_of(duplex, state)[0].items():
+        with Launches([*weights, *tensors(state)]) as mode:
+            f(x)
+        lines.append((name, sum(mode.read.values()), mode.n))
+    return lines, bytes_of(weights), bytes_of(tensors(state))
+
+
+def show_reckoned(lines, weights, each):
+    """Without a GPU: what a frame reads and launches, how long data sheets' memory takes, and what fits."""
+    _, reads, launches = zip(*lines)
+    print(f"{'':28} {'MB read':>9} {'launches':>9} {'H100, ms':>9} {'H200, ms':>9}")
+    for name, read, n in [*lines, ("a frame", sum(reads), sum(launches))]:
+        times = (1000 * read / SPEED[card][0] for card in ("H100", "H200"))
+        print(f"{name:28} {read / 1e6:9.1f} {n:9} " + " ".join(f"{t:9.3f}" for t in times))
+    print(f"\nweights {weights / 1e9:.2f} GB, a conversation {each / 1e6:.1f} MB")
+    for card in ("H100", "H200"):
+        room = BF16[card][1]
+        n = int((0.92 * room - weights) / each)
+        read = sum(reads) + (n - 1) * each
+        print(f"{card}: {n} conversations fit in 92% of {room / 1e9:.0f} GB; a frame of all reads "
+              f"{read / 1e9:.1f} GB: {1000 * read / SPEED[card][0]:.1f} ms at least")
+
+
 @torch.inference_mode()
 def step(args):
     duplex = duplex_of(args)
+    if duplex.device.type == "meta":
+        return show_reckoned(*reckon(duplex))
     m, codec, device, n = duplex.model, duplex.codec, duplex.device, max(1, args.ticks // 10)
     state = duplex.init_state([1])
     # one row of each
@@ -203,22 +286,7 @@ def step(args):
     print(f"a frame reads {read / 1e6:.1f} MB, memory is copied at {speed / 1e9:.1f} GB/s: "
           f"{1000 * floor:.3f} ms at least\n")
     state.cache.position += m.config.context  # the ring is full
-    wav = torch.zeros(1, 1, FRAME, device=device)
-    column = torch.zeros(1, ROWS, dtype=torch.long, device=device)
-    h = m.hidden_step(column, state.cache)
-    text, audio = m.text_logits(h), h.new_zeros(1, m.config.empty + 1)
-    greedy = lambda logits, k: logits[:, :-1].argmax(-1)
-
-    def draws(_):
-        duplex.sample_text(text, state)
-        for k in range(K):
-            duplex.sample_code(audio, k, state)
-    parts = {"codec, audio to codes": (lambda x: codec.encode_step(x, state.codec), wav),
-             "temporal transformer": (lambda x: m.hidden_step(x, state.cache), column),
-             "text head": (m.text_logits, h),
-             "depth transformer, 8 codes": (lambda x: m.depth.generate(x, greedy), h),
-             "nine draws": (draws, h),
-             "codec, codes to audio": (lambda x: codec.decode_step(x, state.codec), column[:, SPEAK, None])}
+    parts, wav = parts_of(duplex, state)
     for name, (f, x) in parts.items():
         run = capture(f, x, state.small_tensors()) if device.type == "cuda" else f
         print(f"  {name:28} {1000 * middle(lambda: run(x), n, args.rounds):8.3f} ms")
@@ -228,19 +296,31 @@ def step(args):
 
 
 def sessions(args):
-    duplex, B = duplex_of(args), 1
+    """Twice as many each time, until they do not keep up; then half of the way back or forth."""
+    duplex, most, over, B = duplex_of(args), 0, None, 1
     audio = torch.randn(FRAME, generator=torch.Generator().manual_seed(0)) * 0.05
     while True:
-        try:
-            times = ticks(Engine(duplex, B), B, audio, args.ticks)
-        except torch.OutOfMemoryError:
-            return print(f"{B:5} sessions: out of memory")
-        p50, p99 = (1000 * quantile(times[5:], q) for q in (0.5, 0.99))
-        print(f"{B:5} sessions: {p50:7.2f} ms a frame, p99 {p99:7.2f} ms{'' if p99 < 80 else ': too slow'}",
-              flush=True)
-        B *= 2
-        if p99 >= 80 or B > args.most:
-            return
+        if keep_up(duplex, B, audio, args.ticks):
+            most = B
+        else:
+            over = B
+        B = min(2 * B, args.most) if over is None else (most + over) // 2
+        if B == most or over and over - most <= max(1, most // 16):
+            break
+    print(f"{most} sessions keep up")
+
+
+def keep_up(duplex, B, audio, n):
+    """Whether 99 in a hundred frames of B sessions take less than they last."""
+    try:
+        times = ticks(Engine(duplex, B), B, audio, n)
+    except torch.OutOfMemoryError:
+        print(f"{B:5} sessions: out of memory", flush=True)
+        return False
+    p50, p99 = (1000 * quantile(times[5:], q) for q in (0.5, 0.99))
+    print(f"{B:5} sessions: {p50:7.2f} ms a frame, p99 {p99:7.2f} ms{'' if p99 < 80 else ': too slow'}",
+          flush=True)
+    return p99 < 80
 
 
 def ticks(engine, B, audio, n):

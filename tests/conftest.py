@@ -24,8 +24,8 @@ if not MISSING:
     from toy.script import make_toy
     from toy.voices import Espeak, Style
 
-    CODEC = MimiConfig("spectral", 24, (240, 4), 1, dim=32, encoder_layers=0, decoder_layers=1, heads=4, mlp=64,
-                       context=9, codebook_size=32, codebook_dim=16)
+    CODEC = MimiConfig("spectral", 24, (240, 4), 1, dim=32, encoder_layers=0, decoder_layers=1, heads=4,
+                       mlp=64, context=9, codebook_size=32, codebook_dim=16)
     FLM = model.FLMConfig(layers=1, width=32, heads=4, kv_heads=2, mlp=48, depth_layers=1, depth_width=16,
                           depth_heads=2, vocab_size=300, empty=32, context=128)
 
