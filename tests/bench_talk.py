@@ -134,26 +134,29 @@ def echo(args):
 
 @torch.inference_mode()
 def cache(args):
-    """The columns of greedy conversations through the model with either cache: what it would say next."""
+    """Greedy conversations with either cache; and the columns of the first ones through the second."""
     duplex, items = DuplexModel.load(args.checkpoint, args.device), held_out(args.data)[:args.items]
     heard = [read_audio(d["turns"][0]["path"]) for d in items]
     N, columns, step = max(map(len, heard)) + 4 * SAMPLE_RATE, [], duplex.model.step
-    duplex.model.step = lambda column, *rest: columns.append(column.clone()) or step(column, *rest)
-    duplex.converse(torch.stack([torch.nn.functional.pad(x, (0, N - len(x))) for x in heard]))
+    heard = torch.stack([torch.nn.functional.pad(x, (0, N - len(x))) for x in heard])
     greedy, found = lambda logits, k: logits[:, :-1].argmax(-1), []
     for kind in (LayerCache, Float8Cache):
         duplex.model.layer_cache, outs = kind, []
+        duplex.model.step = step if columns else lambda column, *rest: (
+            columns.append(column.clone()) or step(column, *rest))
+        right = [words_of(written(duplex, row)) == d["turns"][1]["text"].split()
+                 for row, d in zip(duplex.converse(heard)[0], items)]
         state = duplex.model.init_cache(len(items))
         for column in columns:
             h = duplex.model.hidden_step(column, state)
             outs.append((duplex.model.text_logits(h).float(), duplex.model.depth.generate(h, greedy)))
-        found.append([torch.stack(x) for x in zip(*outs)] + [bytes_of(tensors(state.layers)) / len(items)])
-    (a, codes, size), (b, others, small) = found
-    share = lambda same: same.float().mean().item()
-    print(f"{len(columns)} frames of {len(items)} conversations: the logits are "
-          f"{(a - b).norm() / a.norm():.2%} off; the same text in "
-          f"{share(a.argmax(-1) == b.argmax(-1)):.2%} of the frames, {share(codes == others):.2%} of the "
-          f"codes; {small / 1e6:.3f} of {size / 1e6:.3f} MB a conversation")
+        found.append([torch.stack(x) for x in zip(*outs)])
+        size = bytes_of(tensors(state.layers)) / len(items)
+        print(f"{kind.__name__}: {size / 1e6:.3f} MB a conversation, {sum(right)} of {len(right)} right")
+    (a, codes), (b, others) = found
+    share = lambda same: f"{same.float().mean().item():.2%}"
+    print(f"{len(columns)} frames: the logits are {(a - b).norm() / a.norm():.2%} off; the same text in "
+          f"{share(a.argmax(-1) == b.argmax(-1))} of the columns, {share(codes == others)} of the codes")
 
 
 def duplex_of(args):
@@ -204,12 +207,13 @@ def parts_of(duplex, state):
         duplex.sample_text(text, state)
         for k in range(K):
             duplex.sample_code(audio, k, state)
-    return {"codec, audio to codes": (lambda x: codec.encode_step(x, state.codec), wav),
-            "temporal transformer": (lambda x: m.hidden_step(x, state.cache), column),
-            "text head": (m.text_logits, h),
-            "depth transformer, 8 codes": (lambda x: m.depth.generate(x, greedy), h),
-            "nine draws": (draws, h),
-            "codec, codes to audio": (lambda x: codec.decode_step(x, state.codec), column[:, SPEAK, None])}, wav
+    parts = {"codec, audio to codes": (lambda x: codec.encode_step(x, state.codec), wav),
+             "temporal transformer": (lambda x: m.hidden_step(x, state.cache), column),
+             "text head": (m.text_logits, h),
+             "depth transformer, 8 codes": (lambda x: m.depth.generate(x, greedy), h),
+             "nine draws": (draws, h),
+             "codec, codes to audio": (lambda x: codec.decode_step(x, state.codec), column[:, SPEAK, None])}
+    return parts, wav
 
 
 class Launches(TorchDispatchMode):
