@@ -120,7 +120,7 @@ def captured(args):
     from bench_talk import duplex_of
     from mimi import FRAME
     cpu = args.device == "cpu"
-    args.config, args.codec, args.cache, frames = "tiny", "tiny" if cpu else "mimi", None, 4 if cpu else 40
+    args.config, args.codec, frames = "tiny", "tiny" if cpu else "mimi", 4 if cpu else 40
     duplex = duplex_of(args)
     wav = torch.randn(2, frames * FRAME, generator=torch.Generator().manual_seed(0)).to(args.device) * 0.1
     text, said = duplex.converse(wav)

@@ -106,33 +106,6 @@ def hour(args):
 
 
 @torch.inference_mode()
-def in_a_room(duplex, heard, gain, later):
-    """Conversations (B, N) with an echo of the reply: (text tokens (B, T), what was really heard (B, N))"""
-    state, room, texts = duplex.init_state(range(len(heard))), heard.clone(), []
-    for at in range(0, heard.shape[1], FRAME):
-        text, said = duplex.step(room[:, None, at:at + FRAME].to(duplex.device), state)
-        texts.append(text.clone())
-        part = room[:, at + FRAME + later:at + 2 * FRAME + later]  # it is played in the next frame
-        part += gain * said[:, 0, :part.shape[1]].cpu()
-    return torch.stack(texts, 1), room
-
-
-def echo(args):
-    """Held-out requests in one batch; the model's voice comes back `gain` times as loud after `delay` s."""
-    duplex, items = DuplexModel.load(args.checkpoint, args.device), held_out(args.data)[:args.items]
-    heard = [read_audio(d["turns"][0]["path"]) for d in items]
-    N = -(-(max(map(len, heard)) + 5 * SAMPLE_RATE) // FRAME) * FRAME
-    heard = torch.stack([torch.nn.functional.pad(x, (0, N - len(x))) for x in heard])
-    for gain, delay in ((0, 0.1), (0.05, 0.1), (0.1, 0.1), (0.2, 0.1), (0.2, 0.3), (0.2, 0.5), (0.5, 0.3)):
-        text, room = in_a_room(duplex, heard, gain, round(delay * SAMPLE_RATE))
-        right = [words_of(written(duplex, row)) == d["turns"][1]["text"].split()
-                 for row, d in zip(text, items)]
-        level = 20 * torch.log10((room - heard).square().mean().sqrt() + 1e-6)
-        print(f"gain {gain:<4} delay {delay} s: {sum(right)} of {len(right)} answered right; "
-              f"the echo is heard at {level:.0f} dB")
-
-
-@torch.inference_mode()
 def cache(args):
     """Greedy conversations with either cache; and the columns of the first ones through the second."""
     duplex, items = DuplexModel.load(args.checkpoint, args.device), held_out(args.data)[:args.items]
@@ -159,10 +132,35 @@ def cache(args):
           f"{share(a.argmax(-1) == b.argmax(-1))} of the columns, {share(codes == others)} of the codes")
 
 
+@torch.inference_mode()
+def in_a_room(duplex, heard, gain, later):
+    """Conversations (B, N) with an echo of the reply: (text tokens (B, T), what was really heard (B, N))"""
+    state, room, texts = duplex.init_state(range(len(heard))), heard.clone(), []
+    for at in range(0, heard.shape[1], FRAME):
+        text, said = duplex.step(room[:, None, at:at + FRAME].to(duplex.device), state)
+        texts.append(text.clone())
+        part = room[:, at + FRAME + later:at + 2 * FRAME + later]  # it is played in the next frame
+        part += gain * said[:, 0, :part.shape[1]].cpu()
+    return torch.stack(texts, 1), room
+
+
+def echo(args):
+    """Held-out requests in one batch; the model's voice comes back `gain` times as loud after `delay` s."""
+    duplex, items = DuplexModel.load(args.checkpoint, args.device), held_out(args.data)[:args.items]
+    heard = [read_audio(d["turns"][0]["path"]) for d in items]
+    N = -(-(max(map(len, heard)) + 5 * SAMPLE_RATE) // FRAME) * FRAME
+    heard = torch.stack([torch.nn.functional.pad(x, (0, N - len(x))) for x in heard])
+    for gain, delay in ((0, 0.1), (0.05, 0.1), (0.1, 0.1), (0.2, 0.1), (0.2, 0.3), (0.2, 0.5), (0.5, 0.3)):
+        text, room = in_a_room(duplex, heard, gain, round(delay * SAMPLE_RATE))
+        right = [words_of(written(duplex, row)) == d["turns"][1]["text"].split()
+                 for row, d in zip(text, items)]
+        level = 20 * torch.log10((room - heard).square().mean().sqrt() + 1e-6)
+        print(f"gain {gain:<4} delay {delay} s: {sum(right)} of {len(right)} answered right; "
+              f"the echo is heard at {level:.0f} dB")
+
+
 def duplex_of(args):
     """The trained model, or random weights of the size --config with a codec of the size --codec."""
-    if args.cache:
-        FLM.layer_cache = Float8Cache
     if not args.config:
         return DuplexModel.load(args.checkpoint, args.device)
     c = dataclasses.replace(CONFIGS[args.config], empty=CODECS[args.codec].codebook_size)
@@ -245,7 +243,7 @@ def reckon(duplex):
         how.penalty)
     duplex.model.depth.align()
     state, lines = duplex.init_state([1]), []
-    weights = [*duplex.model.parameters(), *duplex.codec.parameters()]
+    weights = [w for m in (duplex.model, duplex.codec) for w in (*m.parameters(), *m.buffers())]
     for name, (f, x) in parts_of(duplex, state)[0].items():
         with Launches([*weights, *tensors(state)]) as mode:
             f(x)
@@ -404,6 +402,8 @@ def main():
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.cache:
+        FLM.layer_cache = Float8Cache
     if args.what == "lmgen" and not importlib.util.find_spec("moshi"):
         sys.exit("error: needs the package moshi; `make slow` installs it")
     functions = {"hour": hour, "sessions": sessions, "echo": echo, "step": step, "cache": cache,
