@@ -175,9 +175,9 @@ class LayerCache:
         return cls(like.new_zeros(shape), like.new_zeros(shape))
 
     def update(self, slot, k, v):
-        """Write one frame, k and v (B, G, 1, E), to slot (B,) of the rings, over what is C frames old."""
-        write(self.keys, slot, k)
-        write(self.values, slot, v)
+        """Write one frame, k and v (B, G, 1, E), to slot (B,) of the rings, over what is C frames old; or,
+        without a slot, T frames to their start."""
+        write((self.keys, self.values), slot, (k, v))
 
     def attend(self, q, mask):
         """The attention of q (B, H, 1, E) to the first S entries of the rings, where mask (B, 1, 1, S) is
@@ -186,12 +186,14 @@ class LayerCache:
         return attend(q, self.keys[:, :, :S], self.values[:, :, :S], mask)
 
 
-def write(ring, slot, x):
-    """x (B, G, T, ...) to ring (B, G, C, ...): a frame to slot (B,), or without one T frames to its start."""
-    if slot is None:
-        ring[:, :, :x.shape[2]] = x
-    else:
-        ring[torch.arange(len(slot), device=slot.device), :, slot] = x[:, :, 0]
+def write(rings, slot, new):
+    """new (B, G, T, ...) to rings (B, G, C, ...): see LayerCache.update."""
+    members = None if slot is None else torch.arange(len(slot), device=slot.device)
+    for ring, x in zip(rings, new):
+        if slot is None:
+            ring[:, :, :x.shape[2]] = x
+        else:
+            ring[members, :, slot] = x[:, :, 0]
 
 
 @dataclass

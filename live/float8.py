@@ -30,10 +30,9 @@ class Float8Cache(LayerCache):
         return cls(ring(), ring(), scales(), scales())
 
     def update(self, slot, k, v):
-        for ring, scales, x in (self.keys, self.key_scales, k), (self.values, self.value_scales, v):
-            scale = (x.abs().amax(-1) / LARGEST).clamp(min=1e-30)
-            write(ring, slot, (x / scale[..., None]).to(FLOAT8))
-            write(scales, slot, scale)
+        scales = [(x.abs().amax(-1) / LARGEST).clamp(min=1e-30) for x in (k, v)]
+        k, v = ((x / scale[..., None]).to(FLOAT8) for x, scale in zip((k, v), scales))
+        write(vars(self).values(), slot, (k, v, *scales))
 
     def attend(self, q, mask, size=256):
         """In pieces of `size` keys, as model.attend_in_pieces."""

@@ -45,6 +45,7 @@ from training.parallel import build  # noqa: E402
 from training.plan import BF16, SPEED  # noqa: E402
 from evals.turns import words_of  # noqa: E402
 
+aten = torch.ops.aten
 PAUSE = 1.5  # seconds after each answer
 MINUTE = round(60 * FRAME_RATE)  # frames
 
@@ -223,10 +224,9 @@ class Launches(TorchDispatchMode):
         self.held, self.read, self.n = {t.untyped_storage()._cdata: bytes_of([t]) for t in held}, {}, 0
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        name = op.name()
-        self.n += not (op.is_view or "empty" in name or name == "aten::detach")
-        whole = name not in ("aten::embedding", "aten::index_put_")
-        for t in tree_leaves(args) if whole else ():
+        self.n += not (op.is_view or "empty" in op.name() or op is aten.detach.default)
+        rows = op.overloadpacket in (aten.embedding, aten.index, aten.index_put_)
+        for t in () if rows else tree_leaves(args):
             key = t.untyped_storage()._cdata if torch.is_tensor(t) else None
             self.read |= {key: self.held[key]} if key in self.held else {}
         return op(*args, **(kwargs or {}))
