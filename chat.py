@@ -36,6 +36,7 @@ from files.tokenizer import load_tokenizer
 from kernels.sampling import Sampling, sample
 from layouts.prompts import make_prompt
 from layouts.typed import typed_tokens
+from live.float8 import Float8Cache
 from live.graph import capture
 from live.transcript import PrintedTranscript
 from mimi import FRAME, Mimi, tensors
@@ -257,6 +258,7 @@ def build_parser():
     add("--top-k", type=int, help="sample from the k most probable tokens; 0 for all " + own.format(0))
     add("--top-p", type=float, help="sample from the most probable tokens that sum to p " + own.format(1))
     add("--penalty", type=float, help=f"on text tokens of the last {RECENT} frames " + own.format(1))
+    add("--cache", choices=("float8",), help="keys and values in 8 bits: more conversations fit on a GPU")
     add("--seed", type=int, default=1)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:1")
     return parser
@@ -277,6 +279,8 @@ def main():
         duplex = DuplexModel.load(args.checkpoint, device, codec=args.codec)
         duplex.sampling = [replace(how, **flags) for how in duplex.sampling]
         duplex.sampling[0] = replace(duplex.sampling[0], **given("penalty"))
+        if args.cache:
+            duplex.model.layer_cache = Float8Cache
         if args.role or args.voice:
             duplex.prompt = make_prompt(duplex, args.role, args.voice)
         if args.web:

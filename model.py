@@ -170,12 +170,30 @@ class LayerCache:
     keys: torch.Tensor
     values: torch.Tensor
 
+    @classmethod
+    def zeros(cls, shape, like):
+        return cls(like.new_zeros(shape), like.new_zeros(shape))
+
     def update(self, slot, k, v):
-        """Write one frame, k and v (B, G, 1, E), to slot (B,) of the rings, over what is C frames old.
-        Returns both rings."""
-        members = torch.arange(len(slot), device=slot.device)
-        self.keys[members, :, slot], self.values[members, :, slot] = k[:, :, 0], v[:, :, 0]
-        return self.keys, self.values
+        """Write one frame, k and v (B, G, 1, E), to slot (B,) of the rings, over what is C frames old; or,
+        without a slot, T frames to their start."""
+        write((self.keys, self.values), slot, (k, v))
+
+    def attend(self, q, mask):
+        """The attention of q (B, H, 1, E) to the first S entries of the rings, where mask (B, 1, 1, S) is
+        True."""
+        S = mask.shape[-1]
+        return attend(q, self.keys[:, :, :S], self.values[:, :, :S], mask)
+
+
+def write(rings, slot, new):
+    """new (B, G, T, ...) to rings (B, G, C, ...): see LayerCache.update."""
+    members = None if slot is None else torch.arange(len(slot), device=slot.device)
+    for ring, x in zip(rings, new):
+        if slot is None:
+            ring[:, :, :x.shape[2]] = x
+        else:
+            ring[members, :, slot] = x[:, :, 0]
 
 
 @dataclass
@@ -187,7 +205,7 @@ class KVCache:
 
     def row(self, b):
         """The memory of conversation b alone: views, so what is written to it is written here."""
-        return KVCache([LayerCache(x.keys[b:b + 1], x.values[b:b + 1]) for x in self.layers],
+        return KVCache([type(x)(*(ring[b:b + 1] for ring in vars(x).values())) for x in self.layers],
                        self.position[b:b + 1])
 
 
@@ -210,11 +228,10 @@ class Block(nn.Module):
         qkv = self.qkv(self.norm1(x)).view(B, T, -1, self.E).transpose(1, 2)  # (B, H + 2G, T, E)
         qk, v = qkv.split([self.H + self.G, self.G], 1)
         q, k = rotate(qk, cos, sin).split([self.H, self.G], 1)
-        if cache is not None and slot is None:
-            cache.keys[:, :, :T], cache.values[:, :, :T] = k, v
-        elif cache is not None:
-            k, v = (ring[:, :, :mask.shape[-1]] for ring in cache.update(slot, k, v))
-        x = x + self.out(attend(q, k, v, mask).transpose(1, 2).reshape(B, T, -1))
+        if cache is not None:
+            cache.update(slot, k, v)
+        y = attend(q, k, v, mask) if slot is None else cache.attend(q, mask)
+        x = x + self.out(y.transpose(1, 2).reshape(B, T, -1))
         return x + self.mlp(self.norm2(x))
 
 
@@ -324,6 +341,8 @@ def rng_for(name, seed, device):
 
 
 class FLM(nn.Module):
+    layer_cache = LayerCache  # or live/float8.py's
+
     def __init__(self, config: FLMConfig):
         super().__init__()
         c = self.config = config
@@ -401,8 +420,8 @@ class FLM(nn.Module):
 
     def init_cache(self, B):
         c, w = self.config, self.head.weight
-        ring = lambda: w.new_zeros(B, c.kv_heads, c.context, c.width // c.heads)
-        return KVCache([LayerCache(ring(), ring()) for _ in self.blocks],
+        shape = B, c.kv_heads, c.context, c.width // c.heads
+        return KVCache([self.layer_cache.zeros(shape, w) for _ in self.blocks],
                        torch.zeros(B, dtype=torch.long, device=w.device))
 
     def hidden_step(self, column, cache):

@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from dataclasses import dataclass
@@ -32,7 +33,8 @@ STAND_INS = {
     "soundfile": "",
     "tiktoken": "class Encoding:\n"
                 "    def __init__(self, name, pat_str, mergeable_ranks, special_tokens):\n"
-                "        self.n_vocab = len(mergeable_ranks) + len(special_tokens)\n",
+                "        self.n_vocab = len(mergeable_ranks) + len(special_tokens)\n"
+                "    def encode_ordinary(self, text):\n        return [*text.encode()]\n",
     "tqdm": "class tqdm:\n"
             "    def __init__(self, items=(), *args, **options):\n        self.items = items\n"
             "    def __iter__(self):\n        return iter(self.items)\n"
@@ -47,7 +49,7 @@ class Step:
     name: str
     limit: int  # seconds
     command: list  # "python" is this interpreter
-    needs: str = ""  # a package or a program; without it the step is skipped
+    needs: str = ""  # a package, or the command's program; without it the step is skipped
 
 
 def steps(dry, work):
@@ -71,6 +73,7 @@ def steps(dry, work):
         Step("a captured frame and codec equal the eager ones", 60, own("captured")),
         Step("where a frame's time goes", 90, [*talk, "step"]),
         Step("how many conversations", 120, [*talk, "sessions"]),
+        Step("how many with keys and values in float8", 90, [*talk, "sessions", "--cache", "float8"]),
         Step("sampling and the depth kernel", 90,
              ["python", "kernels/bench.py", "--rows", "5" if dry else "100"]),
         Step("the codec at batch 1 and 64", 60, own("codec")),
@@ -79,15 +82,15 @@ def steps(dry, work):
         Step("utilisation in training", 60, [*training, "--config", size, "--rounds", "1" if dry else "4"]),
         Step("utilisation in training, 7b's layers", 90,
              [*training, *layers]),
-        Step("the same: selective recomputation, samples that do not see each other", 90,
-             [*training, *layers, "--recompute", "selective", "--documents"]),
-        *([] if dry else [Step("the same: products in float8", 90,
-                               [*training, *layers, "--recompute", "selective", "--float8"], "torchao")]),
         Step("one process under torchrun, losses in small pieces", 60,
              ["python", "-m", "torch.distributed.run", "--nproc_per_node", "1",
               *own("pieces", "--size", "tiny")[1:]]),
         Step("memcheck", 90, [*sanitizer, "memcheck", *own("sanitize")], "compute-sanitizer"),
         Step("racecheck", 90, [*sanitizer, "racecheck", *own("sanitize")], "compute-sanitizer"),
+        Step("the same: selective recomputation, samples that do not see each other", 90,
+             [*training, *layers, "--recompute", "selective", "--documents"]),
+        *([] if dry else [Step("the same: products in float8", 90,
+                               [*training, *layers, "--recompute", "selective", "--float8"], "torchao")]),
     ]
 
 
@@ -236,8 +239,9 @@ def pieces(args):
 # running them
 
 
-def found(name):
-    return not name or bool(shutil.which(name) or importlib.util.find_spec(name))
+def found(step):
+    find = shutil.which if step.needs == step.command[0] else importlib.util.find_spec
+    return not step.needs or bool(find(step.needs))
 
 
 def stand_ins(folder):
@@ -251,7 +255,7 @@ def stand_ins(folder):
 
 def run(step, seconds, environment, patience=1):
     """(verdict, seconds it took, what it printed). The step's own processes end with it."""
-    if not found(step.needs):
+    if not found(step):
         return f"skipped: no {step.needs} here", 0.0, ""
     if seconds <= 0:
         return "skipped: the time is over", 0.0, ""
@@ -287,13 +291,13 @@ def machine(dry):
     if dry:
         return ["A dry run: tiny sizes on a CPU. It shows that the script works, nothing of a GPU.", *lines]
     from kernels.build import nvcc
-    compiler = ask(nvcc(), "--version").splitlines()[-1:] if os.path.exists(nvcc()) else ["no nvcc"]
+    compiler = (ask(nvcc(), "--version") if os.path.exists(nvcc()) else "no nvcc").split("\n")[-1]
     p = torch.cuda.get_device_properties(0)
     driver = ask("nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit",
                  "--format=csv,noheader") if shutil.which("nvidia-smi") else "unknown"
     return [f"{p.name}: {p.multi_processor_count} multiprocessors, {p.total_memory / 1e9:.1f} GB, capability "
             f"{p.major}.{p.minor}", f"driver, clock, power: {driver}", f"CUDA {torch.version.cuda}, "
-            f"{compiler[0]}", *lines]
+            f"{compiler}", *lines]
 
 
 def write_report(path, title, results):
@@ -331,6 +335,9 @@ def main():
         path = os.pathsep.join(filter(None, [ROOT, work, os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, "PYTHONPATH": path}
         title = machine(args.dry) + [f"stand-ins for {', '.join(missing)}"] * bool(missing)
+        if not args.dry and not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
+            environment["TORCHDYNAMO_DISABLE"] = "1"
+            title.append("no Python.h: nothing is compiled by torch.compile (apt install python3-dev)")
         for step in steps(args.dry, work):
             uncached = "compute-sanitizer" in step.command  # so that it sees where each tensor ends
             env = environment | ({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if uncached else {})

@@ -5,12 +5,15 @@
     python tests/bench_talk.py echo        held-out requests while the model hears itself from loudspeakers
     python tests/bench_talk.py step        where the time of a frame goes, and what reading the weights takes
     python tests/bench_talk.py step --config 7b --device cuda     the same with random weights and Mimi itself
+    python tests/bench_talk.py step --config 7b --device meta     what it reads and launches, without a GPU
+    python tests/bench_talk.py cache       held-out requests with keys and values in 8 bits: what changes
     python tests/bench_talk.py lmgen       our step and that of the `moshi` package's LMGen, same shapes
 
 All but the last need what `make demo` leaves (--checkpoint, --data); `step` and `sessions` need only a
 --config, whose weights are then random. The last one needs the packages that `make slow` installs.
 """
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -18,25 +21,31 @@ import random
 import resource
 import sys
 import time
+from unittest import mock
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from chat import DuplexModel  # noqa: E402
 from live.engine import Engine  # noqa: E402
+from live.float8 import Float8Cache  # noqa: E402
 from live.graph import capture  # noqa: E402
 from eval import KINDS  # noqa: E402
 from evals.conversations import written  # noqa: E402
-from kernels.sampling import Sampling, sample  # noqa: E402
+from kernels.sampling import Sampling, kernel, sample  # noqa: E402
 from live.transcript import Transcript  # noqa: E402
 from files.audio import SAMPLE_RATE, read_audio  # noqa: E402
 from mimi import CONFIGS as CODECS, FRAME, Mimi, tensors  # noqa: E402
-from model import CONFIGS, FLM, FLMConfig  # noqa: E402
+from model import CONFIGS, FLM, FLMConfig, LayerCache  # noqa: E402
 from files.manifest import read_manifest  # noqa: E402
 from streams import FRAME_RATE, K, DELAYED, LISTEN, ROWS, SPEAK, TEXT, Vocab  # noqa: E402
 from training.parallel import build  # noqa: E402
+from training.plan import BF16, SPEED  # noqa: E402
 from evals.turns import words_of  # noqa: E402
 
+aten = torch.ops.aten
 PAUSE = 1.5  # seconds after each answer
 MINUTE = round(60 * FRAME_RATE)  # frames
 
@@ -95,6 +104,33 @@ def hour(args):
     print(f"{frames / sum(times) / FRAME_RATE:.1f} times real time; {heard} samples heard, {said} said; "
           f"memory {held():.2f} MiB; "
           f"the process's peak {first:.0f} MiB after a minute, {peak():.0f} at the end")
+
+
+@torch.inference_mode()
+def cache(args):
+    """Greedy conversations with either cache; and the columns of the first ones through the second."""
+    duplex, items = DuplexModel.load(args.checkpoint, args.device), held_out(args.data)[:args.items]
+    heard = [read_audio(d["turns"][0]["path"]) for d in items]
+    N, columns, step = max(map(len, heard)) + 4 * SAMPLE_RATE, [], duplex.model.step
+    heard = torch.stack([torch.nn.functional.pad(x, (0, N - len(x))) for x in heard])
+    greedy, found = lambda logits, k: logits[:, :-1].argmax(-1), []
+    for kind in (LayerCache, Float8Cache):
+        duplex.model.layer_cache, outs = kind, []
+        duplex.model.step = step if columns else lambda column, *rest: (
+            columns.append(column.clone()) or step(column, *rest))
+        right = [words_of(written(duplex, row)) == d["turns"][1]["text"].split()
+                 for row, d in zip(duplex.converse(heard)[0], items)]
+        state = duplex.model.init_cache(len(items))
+        for column in columns:
+            h = duplex.model.hidden_step(column, state)
+            outs.append((duplex.model.text_logits(h).float(), duplex.model.depth.generate(h, greedy)))
+        found.append([torch.stack(x) for x in zip(*outs)])
+        size = bytes_of(tensors(state.layers)) / len(items)
+        print(f"{kind.__name__}: {size / 1e6:.3f} MB a conversation, {sum(right)} of {len(right)} right")
+    (a, codes), (b, others) = found
+    share = lambda same: f"{same.float().mean().item():.2%}"
+    print(f"{len(columns)} frames: the logits are {(a - b).norm() / a.norm():.2%} off; the same text in "
+          f"{share(a.argmax(-1) == b.argmax(-1))} of the columns, {share(codes == others)} of the codes")
 
 
 @torch.inference_mode()
@@ -157,9 +193,85 @@ def copy_speed(device, rounds):
     return 2 * len(a) / middle(lambda: b.copy_(a), 5, rounds)
 
 
+def parts_of(duplex, state):
+    """{name: (function, what it is called with)} of a frame's parts, and the audio of a frame."""
+    m, codec, B, device = duplex.model, duplex.codec, len(state.seed), duplex.device
+    wav = torch.zeros(B, 1, FRAME, device=device)
+    column = torch.zeros(B, ROWS, dtype=torch.long, device=device)
+    h = m.hidden_step(column, state.cache)
+    text, audio = m.text_logits(h), h.new_zeros(B, m.config.empty + 1)
+    greedy = lambda logits, k: logits[:, :-1].argmax(-1)
+
+    def draws(_):
+        duplex.sample_text(text, state)
+        for k in range(K):
+            duplex.sample_code(audio, k, state)
+    parts = {"codec, audio to codes": (lambda x: codec.encode_step(x, state.codec), wav),
+             "temporal transformer": (lambda x: m.hidden_step(x, state.cache), column),
+             "text head": (m.text_logits, h),
+             "depth transformer, 8 codes": (lambda x: m.depth.generate(x, greedy), h),
+             "nine draws": (draws, h),
+             "codec, codes to audio": (lambda x: codec.decode_step(x, state.codec), column[:, SPEAK, None])}
+    return parts, wav
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations, but for those that only allocate memory or look at it in other ways; and the bytes
+    of what is `held` from frame to frame and read as a whole: a table of embeddings is not."""
+
+    def __init__(self, held):
+        super().__init__()
+        self.held, self.read, self.n = {t.untyped_storage()._cdata: bytes_of([t]) for t in held}, {}, 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.n += not (op.is_view or "empty" in op.name() or op is aten.detach.default)
+        rows = op.overloadpacket in (aten.embedding, aten.index, aten.index_put_)
+        for t in () if rows else tree_leaves(args):
+            key = t.untyped_storage()._cdata if torch.is_tensor(t) else None
+            self.read |= {key: self.held[key]} if key in self.held else {}
+        return op(*args, **(kwargs or {}))
+
+
+@torch.inference_mode()
+@mock.patch("torch.autocast", lambda device, enabled: contextlib.nullcontext())
+@mock.patch("torch.is_autocast_enabled", lambda device: False)
+def reckon(duplex):
+    """On the meta device, which autocast does not know: [(part, bytes that it reads, what it launches), ...],
+    the bytes of the weights, and those of a conversation."""
+    duplex.draw = lambda logits, how, row, recent, state: kernel(  # one launch
+        logits, state.seed, state.cache.position, recent, row, how.temperature, how.top_k, how.top_p,
+        how.penalty)
+    duplex.model.depth.align()
+    state, lines = duplex.init_state([1]), []
+    weights = [w for m in (duplex.model, duplex.codec) for w in (*m.parameters(), *m.buffers())]
+    for name, (f, x) in parts_of(duplex, state)[0].items():
+        with Launches([*weights, *tensors(state)]) as mode:
+            f(x)
+        lines.append((name, sum(mode.read.values()), mode.n))
+    return lines, bytes_of(weights), bytes_of(tensors(state))
+
+
+def show_reckoned(lines, weights, each):
+    """Without a GPU: what a frame reads and launches, how long data sheets' memory takes, and what fits."""
+    _, reads, launches = zip(*lines)
+    print(f"{'':28} {'MB read':>9} {'launches':>9} {'H100, ms':>9} {'H200, ms':>9}")
+    for name, read, n in [*lines, ("a frame", sum(reads), sum(launches))]:
+        times = (1000 * read / SPEED[card][0] for card in ("H100", "H200"))
+        print(f"{name:28} {read / 1e6:9.1f} {n:9} " + " ".join(f"{t:9.3f}" for t in times))
+    print(f"\nweights {weights / 1e9:.2f} GB, a conversation {each / 1e6:.1f} MB")
+    for card in ("H100", "H200"):
+        room = BF16[card][1]
+        n = int((0.92 * room - weights) / each)
+        read = sum(reads) + (n - 1) * each
+        print(f"{card}: {n} conversations fit in 92% of {room / 1e9:.0f} GB; a frame of all reads "
+              f"{read / 1e9:.1f} GB: {1000 * read / SPEED[card][0]:.1f} ms at least")
+
+
 @torch.inference_mode()
 def step(args):
     duplex = duplex_of(args)
+    if duplex.device.type == "meta":
+        return show_reckoned(*reckon(duplex))
     m, codec, device, n = duplex.model, duplex.codec, duplex.device, max(1, args.ticks // 10)
     state = duplex.init_state([1])
     # one row of each
@@ -176,22 +288,7 @@ def step(args):
     print(f"a frame reads {read / 1e6:.1f} MB, memory is copied at {speed / 1e9:.1f} GB/s: "
           f"{1000 * floor:.3f} ms at least\n")
     state.cache.position += m.config.context  # the ring is full
-    wav = torch.zeros(1, 1, FRAME, device=device)
-    column = torch.zeros(1, ROWS, dtype=torch.long, device=device)
-    h = m.hidden_step(column, state.cache)
-    text, audio = m.text_logits(h), h.new_zeros(1, m.config.empty + 1)
-    greedy = lambda logits, k: logits[:, :-1].argmax(-1)
-
-    def draws(_):
-        duplex.sample_text(text, state)
-        for k in range(K):
-            duplex.sample_code(audio, k, state)
-    parts = {"codec, audio to codes": (lambda x: codec.encode_step(x, state.codec), wav),
-             "temporal transformer": (lambda x: m.hidden_step(x, state.cache), column),
-             "text head": (m.text_logits, h),
-             "depth transformer, 8 codes": (lambda x: m.depth.generate(x, greedy), h),
-             "nine draws": (draws, h),
-             "codec, codes to audio": (lambda x: codec.decode_step(x, state.codec), column[:, SPEAK, None])}
+    parts, wav = parts_of(duplex, state)
     for name, (f, x) in parts.items():
         run = capture(f, x, state.small_tensors()) if device.type == "cuda" else f
         print(f"  {name:28} {1000 * middle(lambda: run(x), n, args.rounds):8.3f} ms")
@@ -201,19 +298,31 @@ def step(args):
 
 
 def sessions(args):
-    duplex, B = duplex_of(args), 1
+    """Twice as many each time, until they do not keep up; then half of the way back or forth."""
+    duplex, most, over, B = duplex_of(args), 0, None, 1
     audio = torch.randn(FRAME, generator=torch.Generator().manual_seed(0)) * 0.05
     while True:
-        try:
-            times = ticks(Engine(duplex, B), B, audio, args.ticks)
-        except torch.OutOfMemoryError:
-            return print(f"{B:5} sessions: out of memory")
-        p50, p99 = (1000 * quantile(times[5:], q) for q in (0.5, 0.99))
-        print(f"{B:5} sessions: {p50:7.2f} ms a frame, p99 {p99:7.2f} ms{'' if p99 < 80 else ': too slow'}",
-              flush=True)
-        B *= 2
-        if p99 >= 80 or B > args.most:
-            return
+        if keep_up(duplex, B, audio, args.ticks):
+            most = B
+        else:
+            over = B
+        B = min(2 * B, args.most) if over is None else (most + over) // 2
+        if B == most or over and over - most <= max(1, most // 16):
+            break
+    print(f"{most} sessions keep up")
+
+
+def keep_up(duplex, B, audio, n):
+    """Whether 99 in a hundred frames of B sessions take less than they last."""
+    try:
+        times = ticks(Engine(duplex, B), B, audio, n)
+    except torch.OutOfMemoryError:
+        print(f"{B:5} sessions: out of memory", flush=True)
+        return False
+    p50, p99 = (1000 * quantile(times[5:], q) for q in (0.5, 0.99))
+    print(f"{B:5} sessions: {p50:7.2f} ms a frame, p99 {p99:7.2f} ms{'' if p99 < 80 else ': too slow'}",
+          flush=True)
+    return p99 < 80
 
 
 def ticks(engine, B, audio, n):
@@ -276,25 +385,29 @@ def lmgen(args):
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("what", choices=("hour", "sessions", "echo", "step", "lmgen"))
+    parser.add_argument("what", choices=("hour", "sessions", "echo", "step", "cache", "lmgen"))
     parser.add_argument("--checkpoint", default="out/tiny")
     parser.add_argument("--config", choices=CONFIGS,
                         help="step, sessions: random weights of this size instead")
     parser.add_argument("--codec", choices=CODECS, default="mimi", help="with --config: its codec's size")
     parser.add_argument("--data", default="data/toy",
-                        help="hour, echo: folder with the manifest of the held-out items")
+                        help="hour, echo, cache: folder with the manifest of the held-out items")
     parser.add_argument("--minutes", type=float, default=60, help="hour: so long, at least one")
-    parser.add_argument("--items", type=int, default=200, help="echo: requests")
+    parser.add_argument("--items", type=int, default=200, help="echo, cache: requests")
     parser.add_argument("--ticks", type=int, default=250, help="sessions, step: frames of each kind")
     parser.add_argument("--rounds", type=int, default=10, help="step, lmgen: of which the median counts")
     parser.add_argument("--most", type=int, default=4096, help="sessions: no more than so many")
+    parser.add_argument("--cache", choices=("float8",), help="sessions, step: keys and values in 8 bits")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.cache:
+        FLM.layer_cache = Float8Cache
     if args.what == "lmgen" and not importlib.util.find_spec("moshi"):
         sys.exit("error: needs the package moshi; `make slow` installs it")
-    functions = {"hour": hour, "sessions": sessions, "echo": echo, "step": step, "lmgen": lmgen}
+    functions = {"hour": hour, "sessions": sessions, "echo": echo, "step": step, "cache": cache,
+                 "lmgen": lmgen}
     try:
         functions[args.what](args)
     except (ValueError, OSError) as e:

@@ -13,10 +13,15 @@ from bench_card import STAND_INS, Step
 from conftest import ROOT
 
 
-def test_the_dry_run(tmp_path):
+def test_the_dry_run(tmp_path, monkeypatch):
+    """With stand-ins for all packages that a bare machine may lack."""
+    monkeypatch.setattr(bench_card.importlib.util, "find_spec", lambda name: None)
+    bench_card.stand_ins(tmp_path)
+    monkeypatch.undo()
     report = tmp_path / "GPU.md"
     done = subprocess.run([sys.executable, "tests/bench_card.py", "--dry", "--report", report], cwd=ROOT,
-                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                          capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)})
     assert done.returncode == 0, done.stdout + done.stderr + report.read_text()
     text, steps = report.read_text(), bench_card.steps(True, "work")
     for step in steps:
@@ -42,6 +47,15 @@ def test_a_step_whose_package_is_missing_is_skipped_by_name():
     assert bench_card.run(step, 60, os.environ) == ("skipped: no no_such_package here", 0.0, "")
 
 
+def test_a_file_of_tests_whose_packages_are_missing_is_skipped_by_name():
+    code = "import sys, pytest; sys.modules['soundfile'] = None; sys.exit(pytest.main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", code, "-q", "-rs", "-p", "no:cacheprovider", "-k", "philox",
+                           "tests/test_sampling.py", "tests/test_words.py"], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.returncode == 0 and "1 skipped" in done.stdout
+    assert "test_words.py:0: needs soundfile" in done.stdout
+
+
 def test_a_failure_stops_no_other_step(tmp_path, monkeypatch, capsys):
     three = [Step(name, 60, ["python", "-c", code]) for name, code in
              (("first", "print('one')"), ("second", "1 / 0"), ("third", "print('three')"))]
@@ -64,19 +78,43 @@ def test_stand_ins_do_what_the_steps_need(tmp_path, monkeypatch):
            "with tqdm(total=3, desc='x') as bar: bar.update(); bar.set_postfix({}, refresh=False)\n" \
            "assert [*tqdm([1, 2])] == [1, 2] and '__file__' in vars(soundfile)\n" \
            "encoding = tiktoken.Encoding('x', pat_str='.', mergeable_ranks={b'a': 0}, special_tokens={})\n" \
-           "assert encoding.n_vocab == 1\n" \
+           "assert encoding.n_vocab == 1 and encoding.encode_ordinary('a') == [97]\n" \
            "assert all(m.__file__.startswith(sys.argv[1]) for m in (soundfile, tiktoken))"
     subprocess.run([sys.executable, "-c", code, tmp_path], check=True,
                    env={**os.environ, "PYTHONPATH": str(tmp_path)})
 
 
-def test_out_of_memory_is_a_result(monkeypatch, capsys):
+POWERS = [1, 2, 4, 8, 16, 32, 64]
+
+
+@pytest.mark.parametrize("limit, most, tried", [(2, 64, [1, 2, 4, 3]), (0, 64, [1]), (64, 64, POWERS),
+                                                (50, 64, [*POWERS, 48, 56, 52, 50])])
+def test_out_of_memory_is_a_result(limit, most, tried, monkeypatch, capsys):
     def engine(duplex, size):
-        if size > 2:
+        if size > limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return SimpleNamespace(join=lambda seed: SimpleNamespace(hear=lambda audio: True), tick=lambda: {})
     monkeypatch.setattr(bench_talk, "Engine", engine)
     monkeypatch.setattr(bench_talk, "duplex_of", lambda args: None)
-    bench_talk.sessions(SimpleNamespace(ticks=3, most=64))
-    assert [line.split(": ")[0].strip() for line in capsys.readouterr().out.splitlines()] == [
-        "1 sessions", "2 sessions", "4 sessions"]  # the last one: out of memory
+    bench_talk.sessions(SimpleNamespace(ticks=3, most=most))
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert [int(line.split()[0]) for line in lines] == tried
+    assert last == f"{min(limit, most)} sessions keep up"
+    assert [line.endswith("out of memory") for line in lines] == [n > limit for n in tried]
+
+
+def test_what_a_frame_reads_and_launches_is_counted(capsys):
+    args = SimpleNamespace(config="tiny", codec="tiny", device="meta")
+    duplex = bench_talk.duplex_of(args)
+    lines, weights, each = bench_talk.reckon(duplex)
+    read, launches = {name: n for name, n, _ in lines}, {name: n for name, _, n in lines}
+    m, bytes_of = duplex.model, bench_talk.bytes_of
+    rings = bytes_of(bench_talk.tensors(duplex.init_state([1]).cache.layers))
+    norms = bytes_of([*m.norm.parameters()])
+    assert read["temporal transformer"] == bytes_of(m.blocks.parameters()) + rings + norms + 8  # a position
+    assert read["text head"] == bytes_of(m.head.parameters()) and 0 < launches["text head"] <= 2
+    depth = bytes_of(m.depth.parameters()) - bytes_of(m.depth.codes.parameters())
+    assert read["depth transformer, 8 codes"] == depth
+    assert 9 <= launches["nine draws"] < 50 and sum(read.values()) < weights + each
+    bench_talk.show_reckoned(lines, weights, each)
+    assert "conversations fit in 92% of 80 GB" in capsys.readouterr().out
