@@ -17,6 +17,7 @@ layouts/.
     voices     voice prompts (PersonaPlex), decoupling of speaker and dialogue (Covo-Audio)
     prompts    roles (PersonaPlex)
     typed      turns that are typed (Hello-Chat)
+    documents  samples of a row of training that do not see each other
     teacher    distillation from the text model, replay of text (Hello-Chat)
 """
 import argparse
@@ -38,7 +39,7 @@ from evals.recogniser import get_recogniser
 from files.atomic import read_json, replace_when_done
 from live.packed import unpack
 from model import CONFIGS
-from questions.layouts import DIVISION, PROMPTS, STATES, TYPED, cost_of_division
+from questions.layouts import DIVISION, DOCUMENTS, PROMPTS, STATES, TYPED, cost_of_division
 from questions.paper import LONG, LONG_WORLD, PAPER, multiplexing
 from questions.recipe import MEASURES, World
 from questions.teacher import TEACHER, start_teacher
@@ -46,7 +47,7 @@ from questions.voices import VOICES, WORLD as VOICES_WORLD
 
 OUT, CODEC = "out/questions", "out/talk/codec.pt"
 QUESTIONS = {"paper": PAPER, "long": LONG, "states": STATES, "division": DIVISION, "voices": VOICES,
-             "prompts": PROMPTS, "typed": TYPED, "teacher": TEACHER}
+             "prompts": PROMPTS, "typed": TYPED, "teacher": TEACHER, "documents": DOCUMENTS}
 COSTS = {"paper": multiplexing, "division": cost_of_division}  # what else a question prints
 WORLDS = {"long": LONG_WORLD, "voices": VOICES_WORLD}
 

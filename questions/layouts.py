@@ -22,6 +22,12 @@ STATES = {
     "SHIFT, BREAK": Variant(stages(fine_2={**FADED, "states:states": (1, 1)})),
 }
 
+# Samples that share a row of training: does it matter that each sees those before it?
+DOCUMENTS = {
+    "packed": Variant(stages()),
+    "apart": Variant(stages(documents=True)),
+}
+
 # Half of the requests typed; and those to count spoken in ASR style alone: are they understood when spoken?
 COUNTS = {"typed:typed_counts": (1, 1)}
 TYPED = {

@@ -18,15 +18,16 @@ MEASURES = {"text": "text right", "text, repeat": "- repeat", "text, count": "- 
 
 
 def stages(post=BOTH, fine_1=train.FINE_1, fine_2=FADE, wait=0.3, language=250, times=1, depth=(0.25, 0.05),
-           rows=(8, 96)):
-    """times: as many steps as the recipe has. depth: see train.Stage. rows: of a batch, and the frames of
-    each."""
+           rows=(8, 96), documents=False):
+    """times: as many steps as the recipe has. depth, documents: see train.Stage. rows: of a batch, and the
+    frames of each."""
     batch, frames = rows
 
     def stage(name, steps, layouts, end=1.5e-3):
         return train.Stage(name, times * steps, batch, 1.5e-3, end, frames, layouts, wait=wait,
-                           frame_dropout=0.15, depth=depth)
-    begin = train.Stage("language", times * language, 8, 1.5e-3, 1.5e-3, 96, train.LANGUAGE, wait=1.0)
+                           frame_dropout=0.15, depth=depth, documents=documents)
+    begin = train.Stage("language", times * language, 8, 1.5e-3, 1.5e-3, 96, train.LANGUAGE, wait=1.0,
+                        documents=documents)
     more = (250 - language) // 2
     return (*([begin] if language else []), stage("post-training", 150, post),
             stage("fine-tuning 1", 250 + more, fine_1), stage("fine-tuning 2", 400 + more, fine_2, 0))
