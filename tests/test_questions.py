@@ -24,7 +24,8 @@ class Deaf:
 
 @pytest.mark.parametrize("question, name", [
     ("states", "SHIFT, BREAK"), ("typed", "half typed"), ("typed", "counts typed"), ("prompts", "roles"),
-    ("teacher", "teacher"), ("documents", "apart"), ("teacher", "replay"), ("long", "word-aligned"), ("division", "time-division")])
+    ("teacher", "teacher"), ("teacher", "replay"), ("documents", "apart"), ("long", "word-aligned"),
+    ("division", "time-division")])
 def test_a_variant_from_training_to_its_row(world, tmp_path, monkeypatch, question, name):
     import streams
     monkeypatch.setattr(streams, "tts", streams.tts)  # put back what word-aligned replaces
