@@ -114,11 +114,11 @@ def sanitize(args):
 def captured(args):
     """Text and audio of forty frames, two conversations, each way."""
     import torch
-    from bench_talk import duplex_of
+    from bench_talk import random_duplex
     from mimi import FRAME
     cpu = args.device == "cpu"
     args.config, args.codec, frames = "tiny", "tiny" if cpu else "mimi", 4 if cpu else 40
-    duplex = duplex_of(args)
+    duplex = random_duplex(args)
     wav = torch.randn(2, frames * FRAME, generator=torch.Generator().manual_seed(0)).to(args.device) * 0.1
     text, said = duplex.converse(wav)
     state, texts, audio = duplex.init_state([1, 2]), [], [wav.new_zeros(2, 1, FRAME)]
