@@ -36,7 +36,7 @@ from files.tokenizer import load_tokenizer
 from kernels.sampling import Sampling, sample
 from layouts.prompts import make_prompt
 from layouts.typed import typed_tokens
-from live.graph import capture
+from live.graph import compile_and_capture
 from live.transcript import PrintedTranscript
 from live.weights import by_columns, quantise
 from mimi import FRAME, Mimi, tensors
@@ -159,12 +159,12 @@ class DuplexModel:
         return sample(logits, how, state.seed, state.cache.position, row, recent)
 
     def compiled_step(self, state):
-        """`step` of the audio alone; on a GPU one CUDA graph, whose results the next call overwrites."""
+        """`step` of the audio alone; on a GPU compiled and one CUDA graph: the next call overwrites its results."""
         step = lambda wav: self.step(wav, state)
         if self.device.type != "cuda":
             return step
         wav = torch.zeros(len(state.seed), 1, FRAME, device=self.device)
-        return capture(step, wav, state.small_tensors())
+        return compile_and_capture(step, wav, state.small_tensors(), self.model, self.codec)
 
     def converse(self, wav, seed=1, each=lambda t, text: None, typed=()):
         """Whole conversations, frame by frame: (B, N) heard -> text tokens (B, T) and audio said (B, N), on

@@ -26,7 +26,7 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from chat import DuplexModel  # noqa: E402
 from live.engine import Engine  # noqa: E402
-from live.graph import capture  # noqa: E402
+from live.graph import compile_and_capture  # noqa: E402
 from eval import KINDS  # noqa: E402
 from evals.conversations import written  # noqa: E402
 from kernels.sampling import Sampling, sample  # noqa: E402
@@ -209,7 +209,7 @@ def step(args):
              "nine draws": (draws, h),
              "codec, codes to audio": (lambda x: codec.decode_step(x, state.codec), column[:, SPEAK, None])}
     for name, (f, x) in parts.items():
-        run = capture(f, x, state.small_tensors()) if device.type == "cuda" else f
+        run = compile_and_capture(f, x, state.small_tensors(), m, codec) if device.type == "cuda" else f
         print(f"  {name:28} {1000 * middle(lambda: run(x), n, args.rounds):8.3f} ms")
     run = duplex.compiled_step(state)
     took = middle(lambda: run(wav), n, args.rounds)
@@ -244,6 +244,11 @@ def ticks(engine, B, audio, n):
         engine.tick()
         times.append(time.perf_counter() - begun)
     return times
+
+
+def relative(y, right):
+    """The error's size relative to that of what is right."""
+    return ((y - right).float().norm() / right.float().norm()).item()
 
 
 @torch.inference_mode()

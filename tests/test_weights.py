@@ -4,17 +4,13 @@ import torch
 from torch import nn
 
 import bench_talk
+from bench_talk import relative as off
 from chat import DuplexModel
 from conftest import run
 from files.checkpoint import save_checkpoint
 from live.weights import Float8Linear, Int8Linear, by_columns, quantise, replace_matrices
 from model import CONFIGS, FLM
 from streams import ROWS
-
-
-def off(y, right):
-    """The relative error."""
-    return ((y - right).norm() / right.norm()).item()
 
 
 @pytest.mark.parametrize("inputs, outputs, bias", [(64, 96, True), (96, 64, False), (170, 33, False)])
