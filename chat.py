@@ -159,7 +159,7 @@ class DuplexModel:
         return sample(logits, how, state.seed, state.cache.position, row, recent)
 
     def compiled_step(self, state):
-        """`step` of the audio alone; on a GPU compiled and one CUDA graph: the next call overwrites its results."""
+        """`step` of the audio alone; on a GPU one CUDA graph, whose results the next call overwrites."""
         step = lambda wav: self.step(wav, state)
         if self.device.type != "cuda":
             return step

@@ -15,8 +15,8 @@ def compile_and_capture(step, x, state, *models):
         with compiled(layers_of(*models)):
             return capture(step, x, state)
     except Exception as e:  # of many kinds: no C compiler, no Triton for this card, ...
-        reason = str(e).strip().splitlines() or [type(e).__name__]
-        warnings.warn(f"layers are not compiled, and a frame takes longer: {reason[0]:.200}")
+        reason = " ".join(str(e).split()) or type(e).__name__
+        warnings.warn(f"layers are not compiled, and a frame takes longer: {reason:.200}")
         return capture(step, x, state)
 
 

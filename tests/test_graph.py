@@ -1,11 +1,10 @@
-"""live/graph.py as far as a CPU shows it: compiled layers compute the same; a failing compiler is survived."""
+"""live/graph.py as far as a CPU shows: compiled layers compute the same; a failing compiler is survived."""
 import pytest
 import torch
 
 import mimi
 import model
 from bench_talk import relative
-from chat import DuplexModel
 from live import graph
 from streams import K, ROWS
 
@@ -50,15 +49,15 @@ def test_compiled_layers_compute_the_same():
         assert all(relative(a, b) < 1e-5 for a, b in zip(results(flm, codec), right))
 
 
-def test_a_frame_survives_a_failing_compiler(world, monkeypatch):
+def test_a_frame_survives_a_failing_compiler(monkeypatch):
     def fail(traced, inputs):
         raise OSError("no compiler here\nand more")
     monkeypatch.setattr(graph, "capture", lambda step, x, state: (step(x), step)[1])
     compiled = graph.compiled
     monkeypatch.setattr(graph, "compiled", lambda layers: compiled(layers, fail))
-    duplex = DuplexModel.load(world / "flm")
-    state, wav = duplex.init_state([1]), torch.zeros(1, 1, mimi.FRAME)
-    with pytest.warns(UserWarning, match="layers are not compiled.*no compiler here$"):
-        step = graph.compile_and_capture(lambda x: duplex.step(x, state), wav, state, duplex.model)
-    assert "forward" not in vars(duplex.model.blocks[0])
-    assert step(wav)[0].shape == (1,)
+    flm, _ = models()
+    cache, column = flm.init_cache(1), torch.zeros(1, ROWS, dtype=torch.long)
+    with pytest.warns(UserWarning, match="layers are not compiled.*no compiler here and more"):
+        step = graph.compile_and_capture(lambda x: flm.hidden_step(x, cache), column, cache, flm)
+    assert "forward" not in vars(flm.blocks[0])
+    assert step(column).shape == (1, flm.config.width)
