@@ -37,8 +37,9 @@ from kernels.sampling import Sampling, sample
 from layouts.prompts import make_prompt
 from layouts.typed import typed_tokens
 from live.float8 import Float8Cache
-from live.graph import capture
+from live.graph import compile_and_capture
 from live.transcript import PrintedTranscript
+from live.weights import by_columns, quantise
 from mimi import FRAME, Mimi, tensors
 from model import FLM, KVCache
 from published.release import find_codec, is_release, load_to_talk
@@ -80,6 +81,8 @@ class DuplexModel:
         self.model = model
         if self.device.type == "cuda":
             model.bfloat16().depth.align()
+        else:
+            by_columns(model)
         self.vocab, self.codec, self.tokenizer, self.release = vocab, codec, tokenizer, release
         self.sampling = [text, *([audio] * K if isinstance(audio, Sampling) else audio)]
         self.delayed = DELAYED.to(self.device)
@@ -162,7 +165,7 @@ class DuplexModel:
         if self.device.type != "cuda":
             return step
         wav = torch.zeros(len(state.seed), 1, FRAME, device=self.device)
-        return capture(step, wav, state.small_tensors())
+        return compile_and_capture(step, wav, state.small_tensors(), self.model, self.codec)
 
     def converse(self, wav, seed=1, each=lambda t, text: None, typed=()):
         """Whole conversations, frame by frame: (B, N) heard -> text tokens (B, T) and audio said (B, N), on
@@ -253,6 +256,8 @@ def build_parser():
     add("--port", type=int, default=8000)
     add("--token", help="that the page's address must carry, or 'random', as where --host requires one")
     add("--sessions", type=int, default=4, help="conversations at once in --web")
+    add("--weights", choices=("int8", "float8"),
+        help="in eight bits, for models of `small`'s size and above: int8 on a CPU, float8 on a GPU")
     own = "(default: {}, or as the release does)"
     add("--temperature", type=float, help="of text and audio; 0 is greedy " + own.format(0))
     add("--top-k", type=int, help="sample from the k most probable tokens; 0 for all " + own.format(0))
@@ -277,6 +282,8 @@ def main():
                 from evals.plot import check_picture
                 check_picture(args.picture)
         duplex = DuplexModel.load(args.checkpoint, device, codec=args.codec)
+        if args.weights:
+            quantise(duplex.model, args.weights)
         duplex.sampling = [replace(how, **flags) for how in duplex.sampling]
         duplex.sampling[0] = replace(duplex.sampling[0], **given("penalty"))
         if args.cache:

@@ -260,10 +260,14 @@ class DepthBlock(nn.Module):
         past.append(kv)
         k, v = (torch.cat(past, 2) if past[1:] else kv).chunk(2, 1)
         x = x + self.out(attend(q, k, v).transpose(1, 2).reshape(N, n, W))
-        y = self.norm2(x).transpose(0, 1)  # (n, N, W): one matrix product for each position
+        return x + self.mlp(self.norm2(x), k0, weights)
+
+    def mlp(self, x, k0, weights=None):
+        """x (N, n, W), positions as above: one matrix product for each."""
+        n = x.shape[1]
         gate_up, down = weights or (self.gate_up[k0:k0 + n], self.down[k0:k0 + n])
-        gate, up = torch.bmm(y, gate_up).chunk(2, -1)
-        return x + torch.bmm(F.silu(gate) * up, down).transpose(0, 1)
+        gate, up = torch.bmm(x.transpose(0, 1), gate_up).chunk(2, -1)
+        return torch.bmm(F.silu(gate) * up, down).transpose(0, 1)
 
     def aligned(self):
         """The MLPs' weights in_eights, in the precision of products. The zeros change no result."""

@@ -70,8 +70,10 @@ def steps(dry, work):
     return [
         Step("build the kernels for this card", 60, own("build")),
         Step("kernels' tests", 120, kernels, "pytest"),
-        Step("a captured frame and codec equal the eager ones", 60, own("captured")),
-        Step("where a frame's time goes", 90, [*talk, "step"]),
+        Step("a captured frame and compiled layers equal the eager ones", 120, own("captured")),
+        Step("where a frame's time goes", 120, [*talk, "step"]),
+        Step("the same: weights in eight bits", 120,
+             [*talk, "step", "--weights", "int8" if dry else "float8"]),
         Step("how many conversations", 120, [*talk, "sessions"]),
         Step("how many with keys and values in float8", 90, [*talk, "sessions", "--cache", "float8"]),
         Step("sampling and the depth kernel", 90,
@@ -118,25 +120,62 @@ def sanitize(args):
 
 
 def captured(args):
-    """Text and audio of forty frames, two conversations, each way."""
+    """Text and audio of forty frames, two conversations, each way; then what compiling the layers changes."""
     import torch
-    from bench_talk import duplex_of
+    from bench_talk import random_duplex
+    from live.graph import capture
     from mimi import FRAME
     cpu = args.device == "cpu"
     args.config, args.codec, frames = "tiny", "tiny" if cpu else "mimi", 4 if cpu else 40
-    duplex = duplex_of(args)
+    duplex = random_duplex(args)
     wav = torch.randn(2, frames * FRAME, generator=torch.Generator().manual_seed(0)).to(args.device) * 0.1
-    text, said = duplex.converse(wav)
-    state, texts, audio = duplex.init_state([1, 2]), [], [wav.new_zeros(2, 1, FRAME)]
-    for x in wav.split(FRAME, -1):
-        token, out = duplex.step(x[:, None], state)
-        texts.append(token.cpu())
-        audio.append(out)
-    same = (text == torch.stack(texts, 1)).all().item()
-    off = (said - torch.cat(audio, -1)[:, 0, :frames * FRAME].cpu()).abs().max().item()
+
+    def talk(run_of):
+        state = duplex.init_state([1, 2])
+        step = run_of(lambda x: duplex.step(x, state), state)
+        said = [[y.cpu() for y in step(x[:, None])] for x in wav.split(FRAME, -1)]
+        return [torch.stack(x, 1) for x in zip(*said)]
+    text, audio = talk(lambda step, state: step)
+    text2, audio2 = talk(lambda step, state: step if cpu else
+                         capture(step, wav[:, None, :FRAME].clone(), state.small_tensors()))
+    same, off = torch.equal(text, text2), (audio - audio2).abs().max().item()
     print(f"{frames} frames of two conversations: the tokens are {'the same' if same else 'others'}, "
           f"the audio differs by {off:.1e}")
-    sys.exit(not same or off > 1e-3)
+    sys.exit(not same or off > 1e-3 or not compiled_layers(duplex, wav))
+
+
+def compiled_layers(duplex, wav):
+    """Whether the compiled layers compute the same, to bfloat16's rounding; and how many launches they
+    save."""
+    import torch
+    from bench_talk import relative
+    from live.graph import compiled, layers_of
+    from mimi import FRAME
+    from streams import ROWS
+    m, codec, cpu = duplex.model, duplex.codec, duplex.device.type == "cpu"
+    columns = torch.randint(0, m.config.empty, (8, 2, ROWS), device=duplex.device)
+    codes = torch.randint(0, m.config.empty, (8, 2, codec.config.codebooks, 1), device=duplex.device)
+
+    @torch.inference_mode()
+    def results():
+        cache, state = m.init_cache(2), codec.init_state(2)
+        h = [m.hidden_step(column, cache) for column in columns]
+        return torch.stack(h), torch.stack([codec.decode_step(c, state) for c in codes])
+
+    @torch.inference_mode()
+    def launches():
+        state = duplex.init_state([1, 2])
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+            duplex.step(wav[:, None, :FRAME], state)
+        return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in seen.events())
+    right, before = results(), 0 if cpu else launches()
+    with compiled(layers_of(m, codec), "eager" if cpu else "inductor"):
+        off = [relative(a, b) for a, b in zip(results(), right)]
+        print(f"compiled layers: h differs by {off[0]:.1e} of its size, audio by {off[1]:.1e}")
+        if not cpu:
+            launches()
+            print(f"launches in a frame: {before} eager, {launches()} compiled")
+    return off[0] < 0.02 and off[1] < 1e-2
 
 
 def codec(args):

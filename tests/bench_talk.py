@@ -11,9 +11,11 @@
 
 All but the last need what `make demo` leaves (--checkpoint, --data); `step` and `sessions` need only a
 --config, whose weights are then random. The last one needs the packages that `make slow` installs.
+--weights int8 or float8: the same in eight bits, and how many greedy tokens stay the same.
 """
 import argparse
 import contextlib
+import copy
 import dataclasses
 import importlib.util
 import os
@@ -31,11 +33,12 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from chat import DuplexModel  # noqa: E402
 from live.engine import Engine  # noqa: E402
 from live.float8 import Float8Cache  # noqa: E402
-from live.graph import capture  # noqa: E402
+from live.graph import compile_and_capture  # noqa: E402
 from eval import KINDS  # noqa: E402
 from evals.conversations import written  # noqa: E402
 from kernels.sampling import Sampling, kernel, sample  # noqa: E402
 from live.transcript import Transcript  # noqa: E402
+from live.weights import by_columns, quantise  # noqa: E402
 from files.audio import SAMPLE_RATE, read_audio  # noqa: E402
 from mimi import CONFIGS as CODECS, FRAME, Mimi, tensors  # noqa: E402
 from model import CONFIGS, FLM, FLMConfig, LayerCache  # noqa: E402
@@ -48,6 +51,12 @@ from evals.turns import words_of  # noqa: E402
 aten = torch.ops.aten
 PAUSE = 1.5  # seconds after each answer
 MINUTE = round(60 * FRAME_RATE)  # frames
+
+
+def numbers(model):
+    """How many of each kind a model holds: {dtype: n}."""
+    held = [*model.parameters(), *model.buffers()]
+    return {kind: sum(x.numel() for x in held if x.dtype == kind) for kind in {x.dtype for x in held}}
 
 
 def bytes_of(tensors):
@@ -161,9 +170,15 @@ def echo(args):
 
 
 def duplex_of(args):
-    """The trained model, or random weights of the size --config with a codec of the size --codec."""
-    if not args.config:
-        return DuplexModel.load(args.checkpoint, args.device)
+    """The trained model, or random weights of the size --config with a codec of the size --codec; in eight
+    bits with --weights."""
+    duplex = DuplexModel.load(args.checkpoint, args.device) if not args.config else random_duplex(args)
+    if args.weights:
+        quantise(duplex.model, args.weights)
+    return duplex
+
+
+def random_duplex(args):
     c = dataclasses.replace(CONFIGS[args.config], empty=CODECS[args.codec].codebook_size)
     place = lambda m: (m if args.device == "cpu" else m.bfloat16()).to_empty(device=args.device)
     codec = Mimi(CODECS[args.codec]).to(args.device).eval()
@@ -277,11 +292,12 @@ def step(args):
     # one row of each
     rows_only = [*m.text.parameters(), *m.speak.parameters(), *m.listen.parameters(),
                  *m.depth.codes.parameters()]
-    read = bytes_of([*({*m.parameters()} - ({*rows_only} - {m.head.weight})), *tensors(state.cache.layers),
+    weights = {*m.parameters(), *m.buffers()} - ({*rows_only} - {m.head.weight})
+    read = bytes_of([*weights, *tensors(state.cache.layers),
                      *codec.parameters()])
     speed = copy_speed(device, args.rounds)
-    print(f"{sum(p.numel() for p in m.parameters()) / 1e6:.1f} M parameters, {str(m.head.weight.dtype)[6:]}, "
-          "and a codec of "
+    kinds = "".join(f", {n / 1e6:.1f} M {str(kind)[6:]}" for kind, n in numbers(m).items())
+    print(f"{sum(numbers(m).values()) / 1e6:.1f} M parameters{kinds}, and a codec of "
           f"{sum(p.numel() for p in codec.parameters()) / 1e6:.1f} M; context {m.config.context}; {device}, "
           f"{torch.get_num_threads()} threads")
     floor = read / speed
@@ -290,11 +306,13 @@ def step(args):
     state.cache.position += m.config.context  # the ring is full
     parts, wav = parts_of(duplex, state)
     for name, (f, x) in parts.items():
-        run = capture(f, x, state.small_tensors()) if device.type == "cuda" else f
+        run = compile_and_capture(f, x, state.small_tensors(), m, codec) if device.type == "cuda" else f
         print(f"  {name:28} {1000 * middle(lambda: run(x), n, args.rounds):8.3f} ms")
     run = duplex.compiled_step(state)
     took = middle(lambda: run(wav), n, args.rounds)
     print(f"  {'a frame, in one':28} {1000 * took:8.3f} ms: {took / floor:.2f} times the least")
+    if args.weights:
+        compare_tokens(duplex, args)
 
 
 def sessions(args):
@@ -337,6 +355,44 @@ def ticks(engine, B, audio, n):
     return times
 
 
+def relative(y, right):
+    """The error's size relative to that of what is right."""
+    return ((y - right).float().norm() / right.float().norm()).item()
+
+
+@torch.inference_mode()
+def agreement(model, other, columns):
+    """The shares of greedy text tokens and codes that two models have in common. columns: of a grid, (B, 17)
+    each. Both see the same columns, and the same codes before each code."""
+    caches, same = [m.init_cache(len(columns[0])) for m in (model, other)], [[], []]
+    for column in columns:
+        h, h2 = (m.hidden_step(column, cache) for m, cache in zip((model, other), caches))
+        same[0].append(model.text_logits(h).argmax(-1) == other.text_logits(h2).argmax(-1))
+        codes = model.depth.generate(h, lambda logits, k: logits[:, :-1].argmax(-1))
+
+        def shown(logits, k):
+            same[1].append(logits[:, :-1].argmax(-1) == codes[:, k])
+            return codes[:, k]
+        other.depth.generate(h2, shown)
+    return [torch.stack(x).float().mean().item() for x in same]
+
+
+def compare_tokens(duplex, args):
+    """Prints it for held-out requests and the model's answers, or for random columns and weights."""
+    whole = (random_duplex(args) if args.config else DuplexModel.load(args.checkpoint, args.device))
+    columns = []
+    if args.config:
+        columns = torch.randint(0, whole.model.config.empty, (args.ticks, 1, ROWS), device=whole.device)
+    else:
+        step = whole.model.step  # seen by the way
+        whole.model.step = lambda column, *more: (columns.append(column.clone()), step(column, *more))[1]
+        audio = [x for some, _ in requests(args.data, args.ticks) for x in some]
+        whole.converse(torch.cat(audio)[None])
+    text, codes = agreement(whole.model, duplex.model, columns)
+    print(f"greedy tokens on the same {len(columns)} columns as with {numbers(whole.model)}: "
+          f"text {text:.2%}, codes {codes:.2%}")
+
+
 def kyutai(V):
     """LMGen, and its model of 8 layers x 512, depth 4 x 256, with random weights."""
     from moshi.models import LMGen
@@ -355,8 +411,10 @@ def lmgen(args):
     config = FLMConfig(8, 512, 8, 8, 1408, 4, 256, 4, vocab_size=V, empty=A,
                        context=theirs.transformer.layers[0].self_attn.context)
     ours = FLM(config).eval()
+    whole = copy.deepcopy(ours) if args.weights else None
+    quantise(ours, args.weights) if args.weights else by_columns(ours)
     for name, m in (("LMGen", theirs), ("ours", ours)):
-        print(f"{name:6} {sum(p.numel() for p in m.parameters()) / 1e6:6.1f} M parameters")
+        print(f"{name:6} {sum(numbers(m).values()) / 1e6:6.1f} M parameters")
     state, seed = ours.init_cache(1), torch.tensor([1])
     text, (speak, heard) = torch.tensor([0]), torch.zeros(2, 1, K, dtype=torch.long)
 
@@ -379,7 +437,11 @@ def lmgen(args):
         ratios = [y / x for x, y in rows]
         print(f"{name:6}  LMGen {a:6.2f} ms, ours {b:6.2f} ms a step: {quantile(ratios, 0.5):.3f} of it "
               f"({min(ratios):.3f} to {max(ratios):.3f} over {len(rows)} rounds), "
-              f"{torch.get_num_threads()} threads, float32, context {config.context}")
+              f"{torch.get_num_threads()} threads, {args.weights or 'float32'}, context {config.context}")
+    if args.weights:
+        columns = torch.randint(0, A, (100, 1, ROWS))
+        text, spoken = agreement(whole, ours, columns)
+        print(f"greedy tokens as in float32, random weights: text {text:.1%}, codes {spoken:.1%}")
 
 
 def main():
@@ -399,6 +461,7 @@ def main():
     parser.add_argument("--most", type=int, default=4096, help="sessions: no more than so many")
     parser.add_argument("--cache", choices=("float8",), help="sessions, step: keys and values in 8 bits")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--weights", choices=("int8", "float8"), help="step, sessions, lmgen: in eight bits")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
