@@ -87,6 +87,7 @@ class Limits:
     send: float = 5.0  # seconds until the client accepts a message
     connections: int = 64  # unauthenticated ones and conversations
     address: int = 16  # of these, from one address
+    grace: float = 0.2  # seconds that each has for its request, even if many come at once
     linger: float = 5.0  # seconds until a connection is gone after its answer
 
 
@@ -160,7 +161,7 @@ class Client:
 
 
 def log_to_stderr(line):
-    print(line, file=sys.stderr, flush=True)
+    print(line if line.isprintable() else ascii(line), file=sys.stderr, flush=True)  # no codes for terminals
 
 
 class Server:
@@ -265,6 +266,8 @@ class Server:
         key = request.headers.get("Sec-WebSocket-Key", "")
         if request.path == "/talk" and not re.fullmatch(r"[A-Za-z0-9+/]{22}==", key):
             raise http.HTTPBadRequest(text=f"malformed key {key[:60]!r}")
+        if "Content-Encoding" in request.headers:
+            raise http.HTTPUnsupportedMediaType(text="the page sends nothing compressed")
 
     async def send_page(self, request):
         return http.Response(body=self.page, content_type="text/html", charset="utf-8", headers=HEADERS)
@@ -383,12 +386,16 @@ class Server:
         return protocol
 
     def admit(self, protocol):
-        """A new connection is unauthenticated until its request is checked. If there are too many, of its
-        address or in all, the oldest is disconnected."""
-        if not protocol.transport:
-            return
-        address = network(protocol.transport.get_extra_info("peername"))
-        self.unauthenticated[protocol] = protocol.transport, address
+        """A new connection is unauthenticated until its request is checked."""
+        if protocol.transport:
+            address = network(protocol.transport.get_extra_info("peername"))
+            self.unauthenticated[protocol] = protocol.transport, address
+            few = len(self.unauthenticated) <= 4 * self.limits.connections
+            self.loop.call_later(self.limits.grace if few else 0, self.make_room, address)
+            self.loop.call_later(self.limits.request, self.disconnect, protocol, "asked for nothing in time")
+
+    def make_room(self, address):
+        """If there are too many connections, of this address or in all, the oldest is disconnected."""
         self.unauthenticated = {p: (t, a) for p, (t, a) in self.unauthenticated.items()
                                 if not t.is_closing()}
         neighbours = [p for p, (_, a) in self.unauthenticated.items() if a == address]
@@ -396,7 +403,6 @@ class Server:
             self.disconnect(neighbours[0])
         elif len(self.unauthenticated) + len(self.clients) > self.limits.connections:
             self.disconnect(next(iter(self.unauthenticated)))
-        self.loop.call_later(self.limits.request, self.disconnect, protocol, "asked for nothing in time")
 
     def disconnect(self, protocol, reason=None):
         """At once, whatever is still to be sent. Without a reason it is one too many; this is logged once a
