@@ -31,7 +31,8 @@ BOUNDS = {  # of the numbers in a config
     **dict.fromkeys(("layers", "depth_layers", "encoder_layers", "decoder_layers"), whole(0, 512)),
     **dict.fromkeys(("width", "depth_width", "dim", "codebook_dim"), whole(1, 1 << 15)),
     **dict.fromkeys(("heads", "kv_heads", "depth_heads", "blocks", "codebooks"), whole(1, 256)),
-    "mlp": whole(1, 1 << 17), "context": whole(1, 1 << 16), "frontend": text(20),
+    "mlp": whole(1, 1 << 17), "context": whole(1, 1 << 16),
+    "frontend": ("seanet or spectral", lambda x: x in ("seanet", "spectral")),
     "vocab_size": whole(1, 1 << 21), "codebook_size": whole(2, 1 << 15), "empty": whole(2, 1 << 15),
     "ratios": list_of(whole(1, 960), 16), "tied": FLAG,
     "rope_base": number(1, 1e9), "norm_eps": number(1e-12, 1),
@@ -63,7 +64,8 @@ def load_checkpoint(path, kind, mmap=False):
     if not isinstance(saved, dict) or saved.get("kind") != kind:
         found = short(saved.get("kind")) if isinstance(saved, dict) else type(saved).__name__
         raise ValueError(f"{path}: is not a {kind} checkpoint but {found}")
-    needed = {"flm": ("config", "model", "vocab"), "codec": ("config", "model")}.get(kind, ())
+    needed = {"flm": ("config", "model", "vocab"), "codec": ("config", "model"),
+              "shard": ("facts", "tensors")}.get(kind, ())
     for name in needed:
         if not isinstance(saved.get(name), dict):
             raise ValueError(f"{path}: holds no {name}")
@@ -119,8 +121,8 @@ def from_fields(cls, fields, where):
     an error that names it."""
     names = {f.name for f in dataclasses.fields(cls)}
     if not isinstance(fields, dict) or set(fields) != names:
-        odd = sorted(map(str, set(fields) ^ names))[:9] if isinstance(fields, dict) else short(fields)
-        raise ValueError(f"{where}: {cls.__name__} has unknown or missing keys: {odd}")
+        odd = sorted(map(str, set(fields) ^ names)) if isinstance(fields, dict) else fields
+        raise ValueError(f"{where}: {cls.__name__} has unknown or missing keys: {short(odd)}")
     try:
         check_fields(fields, {name: BOUNDS[name] for name in names}, what=cls.__name__)
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
@@ -132,7 +134,7 @@ def check_weights(module, weights, where):
     """ValueError unless {name: tensor} are the parameters and buffers of a module, which may have no memory
     yet, and the file `where` is large enough to hold them."""
     expected = {name: tuple(x.shape) for name, x in module.state_dict().items()}
-    odd = sorted(map(str, expected.keys() ^ weights.keys()))
+    odd = [short(name) for name in sorted(map(str, expected.keys() ^ weights.keys()))]
     for name, x in () if odd else weights.items():
         if not torch.is_tensor(x) or not x.is_floating_point() or x.layout != torch.strided \
                 or tuple(x.shape) != expected[name]:

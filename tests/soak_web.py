@@ -5,8 +5,8 @@ never closes one. Every frame of the clients must be answered, and the server's 
     python tests/soak_web.py --checkpoint out/talk --minutes 60
 
 The server runs in this process, under the loopback address, the clients and the attacker in another. Each line
-says what the server holds and how long its ticks took, and how long the processor worked for them: where the
-first is much longer, the machine was busy with something else, and frames are lost by that alone.
+says what the server holds and how long its ticks took. Where they waited long for a core, the machine was busy
+with something else, and frames are lost by that alone.
 """
 import argparse
 import asyncio
@@ -146,27 +146,29 @@ def clients_process(args, pipe):
 
 
 class Ticks:
-    """Times the engine's ticks: the longest, and the sum, in seconds that passed and in seconds of work."""
+    """Times the engine's ticks, in ms: how long they took, worked, and waited for a core; sums, and the longest
+    tick."""
 
     def __init__(self, server):
-        self.tick, self.longest, self.passed, self.worked, self.n = server.tick, 0.0, 0.0, 0.0, 0
+        self.tick, self.ticks = server.tick, []
         server.tick = self
 
     def __call__(self):
-        begun, work = time.monotonic(), time.thread_time()
+        before = self.clocks()
         results = self.tick()
         if results:
-            passed = time.monotonic() - begun
-            self.n, self.longest = self.n + 1, max(self.longest, passed)
-            self.passed, self.worked = self.passed + passed, self.worked + time.thread_time() - work
+            self.ticks.append(np.subtract(self.clocks(), before))
         return results
 
+    def clocks(self):
+        with open("/proc/thread-self/schedstat") as f:
+            worked, waited, _ = map(int, f.read().split())
+        return time.monotonic_ns() / 1e6, worked / 1e6, waited / 1e6
+
     def __str__(self):
-        n = max(1, self.n)
-        text = (f"ticks {1000 * self.passed / n:.0f} ms, of work {1000 * self.worked / n:.0f}, "
-                f"longest {1000 * self.longest:.0f}")
-        self.longest = self.passed = self.worked = self.n = 0
-        return text
+        ticks, self.ticks = self.ticks, []
+        show = lambda name, t: "{} {:.0f} ms (work {:.0f}, waiting for a core {:.0f})".format(name, *t)
+        return f"{show('ticks', np.mean(ticks, 0))}, {show('longest', max(ticks, key=max))}" if ticks else ""
 
 
 def held(server):
