@@ -9,6 +9,8 @@ from files.manifest import SPOKEN, write_manifest
 from toy.voices import get_synthesiser, speak_all
 from toy.world import LANGUAGES
 
+SPEAKER = "a name or a number", lambda x: type(x) is int or text(100)[1](x)
+
 
 def read_voices(path):
     """[the model's voice, the users' voices]: one a line, the model's first."""
@@ -55,7 +57,7 @@ def read_dialogues(source, voices, tts_voices, seed, tts):
                 known = voices_of(d.get("lang", "en"), voices, seed, tts, given)
                 for i, t in enumerate(d["turns"]):
                     check_fields(t, {"role": text(20), "text": text()},
-                                 {"speaker": text(100), "voice": text(100)}, f"turn {i}")
+                                 {"speaker": SPEAKER, "voice": text(100)}, f"turn {i}")
                     if t["role"] != ("user", "model")[i % 2] or not t["text"].strip() or "\0" in t["text"]:
                         raise ValueError("user and model take turns, the user first, and each says something")
                 if not d["turns"] or len(d["turns"]) % 2:

@@ -6,7 +6,7 @@ import os
 from tqdm import tqdm
 
 from files.atomic import check_folder, read_json, replace_when_done
-from files.fields import FILE, SECONDS, check_fields, parse_json
+from files.fields import FILE, SECONDS, check_fields, one_line, parse_json
 from files.tokenizer import NO_SPACES
 
 
@@ -42,7 +42,7 @@ def conversations(path):
                 if not all(SECONDS[1](a) and SECONDS[1](b) and a <= b for _, a, b, _ in words):
                     raise ValueError("a word has no start and end in seconds")
             except (ValueError, KeyError, TypeError, AttributeError, OverflowError, OSError) as e:
-                raise ValueError(f"{path}, line {number}: {str(e):.300}") from None
+                raise ValueError(f"{path}, line {number}: {one_line(e)}") from None
             yield {"audio": audio, "sentences": sentences_of(words)}
 
 

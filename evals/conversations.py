@@ -19,7 +19,7 @@ from tqdm import tqdm
 from evals.turns import SCORES, Item, Reply, speech, words_of
 from files.atomic import read_json, write_text
 from files.audio import read_audio, write_audio
-from files.fields import SECONDS, check_fields, lines_of, list_of, parse_json, text
+from files.fields import SECONDS, check_fields, lines_of, list_of, one_line, parse_json, text
 from live.transcript import Transcript
 from mimi import FRAME
 from toy.world import KIND_PROPORTIONS
@@ -156,7 +156,7 @@ def read_conversation(path, file):
                 check_fields(piece, {"time": SECONDS, "text": text()}, what="a line")
             monologue = [(piece["time"], piece["text"]) for piece in pieces]
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as e:
-        reason = " ".join(f"{type(e).__name__}: {e}".split())[:300]
+        reason = f"{type(e).__name__}: {one_line(e)}"
         raise ValueError(f"{os.path.join(path, file)}: not what --folder reads ({reason})") from None
     return item, Reply(speech(said), monologue)
 

@@ -14,7 +14,7 @@ import zipfile
 import torch
 
 from files.atomic import replace_when_done
-from files.fields import FLAG, check_fields, list_of, number, short, text, whole
+from files.fields import FLAG, check_fields, list_of, number, one_line, short, text, whole
 
 # What a checkpoint's pickle may name: tensors and plain containers. torch.load(weights_only=True) also knows
 # functions that allocate what they are asked for.
@@ -60,7 +60,7 @@ def load_checkpoint(path, kind, mmap=False):
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as e:  # torch has no one class for a damaged file
         reason = str(e) if type(e) is ValueError else type(e).__name__
-        raise ValueError(f"{path}: not a checkpoint, or cut off ({reason:.200})") from None
+        raise ValueError(f"{path}: not a checkpoint, or cut off ({one_line(reason)})") from None
     if not isinstance(saved, dict) or saved.get("kind") != kind:
         found = short(saved.get("kind")) if isinstance(saved, dict) else type(saved).__name__
         raise ValueError(f"{path}: is not a {kind} checkpoint but {found}")
@@ -154,8 +154,7 @@ def load_weights(module, weights, where):
     try:
         module.load_state_dict(weights)
     except (RuntimeError, AttributeError, TypeError) as e:
-        reason = " ".join(str(e).split())[:300]
-        raise ValueError(f"{where}: its tensors are not those of its config: {reason}") from None
+        raise ValueError(f"{where}: its tensors are not those of its config: {one_line(e)}") from None
     check_finite(module.state_dict(), where)
 
 
@@ -213,7 +212,7 @@ def open_safetensors(path):
                 raise ValueError(f"its header is longer than {HEADER} bytes")
         return Tensors(safe_open(path, "pt"), path)
     except (SafetensorError, OSError, ValueError) as e:
-        raise ValueError(f"{path}: not a safetensors file, or cut off ({str(e):.200})") from None
+        raise ValueError(f"{path}: not a safetensors file, or cut off ({one_line(e)})") from None
 
 
 class Tensors:

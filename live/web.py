@@ -42,6 +42,7 @@ import torch
 
 from files.audio import SAMPLE_RATE
 from files.checkpoint import layouts_of
+from files.fields import one_line
 from layouts.prompts import SECONDS, make_prompt
 from layouts.typed import typed_tokens
 from live.engine import QUEUE, Engine
@@ -235,7 +236,7 @@ class Server:
         except http.HTTPException as e:
             response = self.refusal(request, e.status, e.text or e.reason)
         except Exception as e:
-            response = self.refusal(request, 500, f"{type(e).__name__}: {e}"[:100])
+            response = self.refusal(request, 500, f"{type(e).__name__}: {one_line(e, 100)}")
         if not isinstance(response, http.WebSocketResponse):
             response.force_close()
             if transport:
@@ -243,7 +244,7 @@ class Server:
         return response
 
     def refusal(self, request, status, reason):
-        reason = " ".join(reason.split())[:150]
+        reason = one_line(reason, 150)
         self.log(f"{request.remote} {request.method[:20]} {request.path[:60]!r}: {status} {reason}")
         return http.Response(status=status, text=f"{reason}\n", headers=HEADERS)
 

@@ -4,9 +4,9 @@ never closes one. Every frame of the clients must be answered, and the server's 
 
     python tests/soak_web.py --checkpoint out/talk --minutes 60
 
-The server runs in this process, under the loopback address, the clients and the attacker in another. Each line
-says what the server holds and how long its ticks took. Where they waited long for a core, the machine was busy
-with something else, and frames are lost by that alone.
+The server runs in this process, under the loopback address, the clients and the attacker in another. Each
+line says what the server holds and how long its ticks took. Where they waited long for a core, the machine
+was busy with something else, and frames are lost by that alone.
 """
 import argparse
 import asyncio
@@ -146,8 +146,8 @@ def clients_process(args, pipe):
 
 
 class Ticks:
-    """Times the engine's ticks, in ms: how long they took, worked, and waited for a core; sums, and the longest
-    tick."""
+    """Times the engine's ticks, in ms: how long they took, worked, and waited for a core; their mean, and the
+    longest."""
 
     def __init__(self, server):
         self.tick, self.ticks = server.tick, []
@@ -194,7 +194,8 @@ async def soak(args, process, pipe):
             print(f"{shown:5.0f} s: {held(server)}, {ticks}; {count}", flush=True)
     await asyncio.sleep(10)  # the last connections that were answered go
     print(f"all gone: {held(server)}; {count}", flush=True)
-    assert process.exitcode == 0 and count["sent"] and not count["lost"] + count["failed"] + count["cut"], count
+    assert process.exitcode == 0 and count["sent"] == count["answered"] > 0, count
+    assert not count["lost"] + count["failed"] + count["cut"], count
     assert not any(server.engine.sessions) and not server.clients and not server.runner.server.connections
     assert not server.unauthenticated
     await server.stop()

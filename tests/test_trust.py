@@ -319,6 +319,24 @@ def test_the_codec_opens_each_sound_before_it_trains(tmp_path):
     assert not (tmp_path / "o").exists()
 
 
+def test_the_codec_trains_without_what_is_broken(tmp_path):
+    """In its header, or only inside."""
+    for name in "acde":
+        write_audio(str(tmp_path / f"{name}.wav"), np.random.default_rng(0).normal(size=9000) * 0.1)
+    (tmp_path / "b.wav").write_bytes(b"nothing")
+    soundfile.write(tmp_path / "c.wav", np.array([0.1] * 8000 + [np.nan]), 24_000, subtype="FLOAT")
+    lines = [{"audio": f"{name}.wav", "text": name, "split": "train"} for name in "abcde"]
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(d) + "\n" for d in lines))
+    command = "train.py", "--config", "codec", "--data", tmp_path, "--steps", 1, "--batch", 4, "--dim", 64
+    code, _, err = run(*command, "--out", tmp_path / "o")
+    assert code == 1 and "b.wav: not an audio file" in err and "--skip-broken leaves it out" in err
+    code, out, err = run(*command, "--out", tmp_path / "o", "--skip-broken")
+    assert code == 0 and "1 broken lines are left out" in err and "Wrote" in out
+    assert err.count("skipped 1 that are broken inside") == 1 and "c.wav: holds samples that are not" in err
+    code, _, err = run("train.py", "--config", "tiny", "--data", tmp_path, "--skip-broken")
+    assert code == 1 and "--skip-broken is for the codec" in err
+
+
 # ------------------------------------------------------------------------------------------------------------
 # commands in templates
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from files.atomic import copy
 from files.checkpoint import check_finite, load_checkpoint, save_checkpoint
-from files.fields import check_fields, short, whole
+from files.fields import check_fields, one_line, short, whole
 from training import parallel
 
 LOG_EVERY = 10  # steps
@@ -63,7 +63,7 @@ class Run:
             try:
                 self.restore()
             except (KeyError, TypeError, IndexError, AttributeError, RuntimeError) as e:
-                reason = " ".join(f"{type(e).__name__}: {e}".split())[:150]
+                reason = f"{type(e).__name__}: {one_line(e, 150)}"
                 raise ValueError(f"{out}: its checkpoint is damaged ({reason}); --out names another folder") \
                     from None
         self.threads = None
