@@ -53,7 +53,7 @@ def read_dialogues(source, voices, tts_voices, seed, tts):
             try:
                 d = parse_json(line)
                 check_fields(d, {"turns": list_of(("a turn", lambda t: isinstance(t, dict)), 1000)},
-                             {"lang": text(20)})
+                             {"lang": text(20)}, "a dialogue")
                 known = voices_of(d.get("lang", "en"), voices, seed, tts, given)
                 for i, t in enumerate(d["turns"]):
                     check_fields(t, {"role": text(20), "text": text()},
