@@ -445,7 +445,9 @@ EVIL = '-x"; touch evil; $(touch evil) `touch evil` \' touch evil'
 @pytest.mark.parametrize("template", [
     "sh -c 'say {text} > {out}'", "bash -lc {text} {out}", "python -c 'say(\"{text}\")' {out}",
     "ssh host say {text} {out}",
-    "env sh -c 'echo \"{text}\" {out}'", "perl -e {text} {out}"])
+    "env sh -c 'echo \"{text}\" {out}'", "perl -e {text} {out}", "node --eval={text} {out}",
+    "php -r {text} {out}",
+    "/bin/sh -c -- {text} {out}", "sh -cx {text} {out}", "bash --rcfile {text} {out}", "sh {text} {out}"])
 def test_a_template_that_would_run_the_text_is_refused(template):
     with pytest.raises(ValueError, match="would run what is in the text"):
         SpeakingCommand(template)
