@@ -24,6 +24,7 @@ NAMES = re.compile(r"collections OrderedDict|__builtin__ set"
                    r"|torch\._tensor _rebuild_from_type_v2"
                    r"|torch\.serialization _get_layout|torchao\.\S+ \w+")
 PICKLE = 1 << 21  # bytes of it, at most
+CACHE = 1 << 27  # numbers that a conversation may keep, or as many as there are weights
 CODES = 8  # in a frame, of every model
 CHECKED = 1 << 31  # of larger files, checksums are compared only where all of the file is read
 
@@ -134,7 +135,7 @@ def check_weights(module, weights, where):
     """ValueError unless {name: tensor} are the parameters and buffers of a module, which may have no memory
     yet, and the file `where` is large enough to hold them."""
     expected = {name: tuple(x.shape) for name, x in module.state_dict().items()}
-    odd = [short(name) for name in sorted(map(str, expected.keys() ^ weights.keys()))]
+    odd = [one_line(name, 100) for name in sorted(map(str, expected.keys() ^ weights.keys()))]
     for name, x in () if odd else weights.items():
         if not torch.is_tensor(x) or not x.is_floating_point() or x.layout != torch.strided \
                 or tuple(x.shape) != expected[name]:
@@ -147,6 +148,15 @@ def check_weights(module, weights, where):
     # twice: tied weights are there once
     if sum(x.numel() * x.element_size() for x in weights.values()) > 2 * os.path.getsize(where):
         raise ValueError(f"{where}: its tensors are larger than the file")
+    if cache_of(module.config) > max(CACHE, sum(x.numel() for x in weights.values())):
+        raise ValueError(f"{where}: a conversation would take more memory than all its weights")
+
+
+def cache_of(c):
+    """How many numbers the keys and values of a conversation are, for the config of a model or of a codec."""
+    layers = c.layers if hasattr(c, "layers") else c.encoder_layers + c.decoder_layers
+    width = c.width * c.kv_heads // c.heads if hasattr(c, "kv_heads") else c.dim
+    return 2 * layers * width * c.context
 
 
 def load_weights(module, weights, where):

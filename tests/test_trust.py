@@ -215,6 +215,15 @@ def test_what_is_told_of_a_file_is_one_line(world, tmp_path):
         assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
+@pytest.mark.parametrize("name", ["checkpoint.pt", "codec.pt"])
+def test_a_context_that_only_takes_memory_is_refused(world, tmp_path, monkeypatch, name):
+    folder = change_checkpoint(world, tmp_path, lambda s: s["config"].update(context=1 << 16), name)
+    DuplexModel.load(folder)
+    monkeypatch.setattr("files.checkpoint.CACHE", 1 << 20)
+    with pytest.raises(ValueError, match=f"{name}: a conversation would take more memory"):
+        DuplexModel.load(folder)
+
+
 def test_parts_of_several_models_are_told_apart(world, tmp_path):
     folder = shutil.copytree(world / "flm", tmp_path / "flm")
     saved = json.loads((folder / "tokenizer.json").read_text())
