@@ -65,8 +65,7 @@ def load_checkpoint(path, kind, mmap=False):
     if not isinstance(saved, dict) or saved.get("kind") != kind:
         found = short(saved.get("kind")) if isinstance(saved, dict) else type(saved).__name__
         raise ValueError(f"{path}: is not a {kind} checkpoint but {found}")
-    needed = {"flm": ("config", "model", "vocab"), "codec": ("config", "model"),
-              "shard": ("facts", "tensors")}.get(kind, ())
+    needed = {"flm": ("config", "model", "vocab"), "codec": ("config", "model")}.get(kind, ())
     for name in needed:
         if not isinstance(saved.get(name), dict):
             raise ValueError(f"{path}: holds no {name}")

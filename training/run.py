@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from files.atomic import copy
 from files.checkpoint import check_finite, load_checkpoint, save_checkpoint
-from files.fields import check_fields, list_of, one_line, short, text, whole
+from files.fields import check_fields, one_line, short, whole
 from training import parallel
 
 LOG_EVERY = 10  # steps
@@ -352,12 +352,13 @@ class Run:
             parallel.check(path)
         else:
             path, saved = self.path, load_checkpoint(self.path, self.task.kind)
-        if not {"config", "progress", "seed", "stages", "data", "precision"} <= saved.keys():
+        if not {"progress", "seed", "stages", "data", "precision"} <= saved.keys():
             raise ValueError(f"{path}: was written by an older version; --out names another folder")
         if saved["config"] != dataclasses.asdict(self.task.config) or saved["data"] != self.task.fingerprint:
             raise ValueError(f"{path}: was trained with another config or on other data; "
                              "--out names another folder")
-        self.check_facts(saved, path)
+        where = {"stage": whole(0, len(self.stages)), "step": whole()}
+        check_fields(saved["progress"], where, what=f"{path}: progress")
         self.check_plan(saved, path)
         if saved["precision"] != self.precision and (self.task.precision or parallel.is_distributed()):
             raise ValueError(f"{path}: was trained in {saved['precision']}; "
@@ -380,31 +381,15 @@ class Run:
     def check_optimizer(self, saved, path):
         """ValueError unless the states are those of this model's parameters."""
         params = [(p, group["muon"]) for group in self.optimizer.param_groups for p in group["params"]]
-        states = saved.get("state") if isinstance(saved, dict) else None
-        if not isinstance(states, dict) or not set(states) <= set(range(len(params))):
-            raise ValueError(f"{path}: its optimiser's states are not those of this model")
-        for i, state in states.items():
-            p, muon = params[i]
+        for i, state in saved["state"].items():
+            p, muon = dict(enumerate(params))[i]
             names = ("exp_avg",) if muon else ("exp_avg", "exp_avg_sq")
-            state = state if isinstance(state, dict) else {}
-            found = {name: tuple(x.shape) for name, x in state.items() if torch.is_tensor(x)}
-            if len(found) < len(state) or found != {"step": (), **dict.fromkeys(names, tuple(p.shape))}:
+            found = {name: tuple(x.shape) for name, x in state.items()}
+            if found != {"step": (), **dict.fromkeys(names, tuple(p.shape))}:
                 raise ValueError(f"{path}: its optimiser's states are not those of this model (one is "
                                  f"{short(found)}); --out names another folder")
             plain = {name: x for name, x in state.items() if type(x) is torch.Tensor}  # not in 8 bits
             check_finite({f"the optimiser's {name}": x for name, x in plain.items()}, path)
-
-    def check_facts(self, saved, path):
-        """ValueError unless what a checkpoint says of its training is of the right kind."""
-        steps = "a number of steps", lambda n: n is None or whole()[1](n)
-        stage = "an object", lambda x: isinstance(x, dict)
-        try:
-            check_fields(saved, {"stages": list_of(stage, 100), "precision": text(20)}, what="a training")
-            n = len(saved["stages"])
-            check_fields(saved["progress"], {"stage": whole(0, n), "step": whole(),
-                                             "num_steps": list_of(steps, n, n)}, what="progress")
-        except ValueError as e:
-            raise ValueError(f"{path}: {e}") from None
 
     def check_plan(self, saved, path):
         """ValueError if this run would go on in other stages, with other data, or by another clock."""
