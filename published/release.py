@@ -234,7 +234,7 @@ def read_release_config(folder, context):
         depth, ids, mup = c["aud_depthgpt"], c["mm_token_info"], c.get("use_mup", False)
         empty, codebook_size = ids["aud_emp_token_id"], ids["aud_pad_token_id"]
         odd = [k for k in ("use_cmlp", "use_rmsnorm", "use_swiglu") if not depth[k]]
-        odd += ["bias"] * depth["bias"]
+        odd += ["bias"] * bool(depth["bias"])
         if odd or c["aud_channel"] != K or c["aud_vocab_size"] != empty + 1:
             odd = ", ".join(odd) or "its audio channels or ids"
             raise ValueError(f"not the release's kind of model: {odd}")
