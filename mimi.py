@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from files.audio import SAMPLE_RATE, read_audio, write_audio
+from files.audio import SAMPLE_RATE, check_output, read_audio, write_audio
 from files.device import check_device
 from files.checkpoint import check_weights, from_fields, is_safetensors, load_checkpoint, load_weights
 from files.spectrogram import MELS, WINDOW, InverseFourier, LogMel, log_spectral_distance
@@ -503,6 +503,7 @@ def main():
     args = parser.parse_args()
     try:
         check_device(args.device)
+        check_output(args.output)
         codec = Mimi.load(args.checkpoint, args.device, args.codebooks)
         wav = read_audio(args.input)
         start = time.perf_counter()

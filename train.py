@@ -445,7 +445,7 @@ def run(args, config, stages):
     if args.lora and not args.init:
         raise ValueError("--lora needs a model to start from: --init")
     if args.config == "codec":
-        task = CodecTask(config, args.data or "data/toy", args.device, args.precision)
+        task = CodecTask(config, args.data or "data/toy", args.device, args.precision, args.skip_broken)
     else:
         task = ModelTask(config, args.data or "data/toy/encoded", args.device, args.init, args.seed,
                          args.eight_bit, args.precision, args.lora, args.recompute, args.float8)

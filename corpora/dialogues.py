@@ -4,10 +4,12 @@ import random
 import shutil
 
 from files.atomic import check_folder
-from files.fields import parse_json
+from files.fields import check_fields, lines_of, list_of, parse_json, text
 from files.manifest import SPOKEN, write_manifest
 from toy.voices import get_synthesiser, speak_all
 from toy.world import LANGUAGES
+
+SPEAKER = "a name or a number", lambda x: type(x) is int or text(100)[1](x)
 
 
 def read_voices(path):
@@ -41,19 +43,21 @@ def give_voices(turns, model, users, rng):
         t.setdefault("voice", model if t["role"] == "model" else voices.get(t.get("speaker")))
 
 
-def speak_dialogues(source, out, voices, tts_voices, seed, tts):
-    """Written dialogues, lines {"turns": [{"role": "user", "text": "..."}, {"role": "model", "text": "..."},
-    ...]}, perhaps with "lang" -> the same with audio, in the folder `out`. A user keeps one voice throughout
-    a dialogue; where several talk, a turn's "speaker" tells them apart, or its "voice" says how it sounds."""
-    out, work = check_folder(out, SPOKEN)
-    synthesiser, given = get_synthesiser(tts), read_voices(tts_voices) if tts_voices else None
+def read_dialogues(source, voices, tts_voices, seed, tts):
+    """The lines of a file of dialogues, with an audio file's name and a voice for each turn, and what is to
+    be spoken: [(file, [text], [], voice), ...]. ValueError or OSError with the line's number."""
+    given = read_voices(tts_voices) if tts_voices else None
     rng, lines, jobs = random.Random(seed), [], []
-    with open(source, encoding="utf-8") as f:
-        for number, line in enumerate(f, 1):
+    with open(source, "rb") as f:
+        for number, line in enumerate(lines_of(f), 1):
             try:
                 d = parse_json(line)
+                check_fields(d, {"turns": list_of(("a turn", lambda t: isinstance(t, dict)), 1000)},
+                             {"lang": text(20)}, "a dialogue")
                 known = voices_of(d.get("lang", "en"), voices, seed, tts, given)
                 for i, t in enumerate(d["turns"]):
+                    check_fields(t, {"role": text(20), "text": text()},
+                                 {"speaker": SPEAKER, "voice": text(100)}, f"turn {i}")
                     if t["role"] != ("user", "model")[i % 2] or not t["text"].strip() or "\0" in t["text"]:
                         raise ValueError("user and model take turns, the user first, and each says something")
                 if not d["turns"] or len(d["turns"]) % 2:
@@ -61,14 +65,25 @@ def speak_dialogues(source, out, voices, tts_voices, seed, tts):
                 give_voices(d["turns"], *known, rng)
                 for i, t in enumerate(d["turns"]):
                     t["audio"] = f"turns/{number:06d}-{i}.flac"
-                    jobs.append((os.path.join(work, t["audio"]), [t["text"]], [], t["voice"]))
+                    jobs.append((t["audio"], [t["text"]], [], t["voice"]))
                 lines.append(d)
-            except (ValueError, KeyError, TypeError, AttributeError) as e:
-                raise ValueError(f"{source}, line {number}: {type(e).__name__}: {e}") from None
+            except ValueError as e:
+                raise ValueError(f"{source}, line {number}: {e}") from None
     if not lines:
         raise ValueError(f"{source}: holds no dialogue")
+    return lines, jobs
+
+
+def speak_dialogues(source, out, voices, tts_voices, seed, tts):
+    """Written dialogues, lines {"turns": [{"role": "user", "text": "..."}, {"role": "model", "text": "..."},
+    ...]}, perhaps with "lang" -> the same with audio, in the folder `out`. A user keeps one voice throughout
+    a dialogue; where several talk, a turn's "speaker" tells them apart, or its "voice" says how it sounds."""
+    out, work = check_folder(out, SPOKEN)
+    synthesiser = get_synthesiser(tts)
+    lines, jobs = read_dialogues(source, voices, tts_voices, seed, tts)
     shutil.rmtree(work, ignore_errors=True)
     os.makedirs(os.path.join(work, "turns"))
+    jobs = [(os.path.join(work, audio), *job) for audio, *job in jobs]
     seconds = sum(ends[-1] for ends in speak_all(jobs, "turns", synthesiser))
     write_manifest(lines, work, out)
     print(f"Wrote {len(lines)} dialogues, {seconds / 3600:.2f} hours of audio, to {out}/manifest.jsonl; "

@@ -27,6 +27,7 @@ import soundfile
 from tqdm import tqdm
 
 from files.atomic import check_folder
+from files.fields import one_line
 from files.manifest import CODEC, SPOKEN, write_manifest
 
 COLUMNS = ("conversations", "question_audios", "answer_audios")
@@ -50,7 +51,7 @@ def read_rows(path):
             for batch in f.iter_batches(64, columns=names):
                 yield from batch.to_pylist()
     except ArrowException as e:
-        raise ValueError(f"{path}: not a .parquet file that can be read ({e})") from None
+        raise ValueError(f"{path}: not a .parquet file that can be read ({one_line(e)})") from None
 
 
 def texts_of(row):
@@ -125,7 +126,7 @@ def import_minimind(source, out):
         try:
             line, problem = line_of(row, number, work)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
-            raise ValueError(f"{source}, row {number}: {type(e).__name__}: {e}") from None
+            raise ValueError(f"{source}, row {number}: {type(e).__name__}: {one_line(e)}") from None
         dropped[problem] += line is None
         lines += [line] if line else []
     for problem in filter(None, dropped):

@@ -6,23 +6,38 @@ import os
 from tqdm import tqdm
 
 from files.atomic import check_folder, read_json, replace_when_done
-from files.fields import FILE, SECONDS, check_fields, parse_json
+from files.fields import FILE, SECONDS, check_fields, lines_of, one_line, parse_json
 from files.tokenizer import NO_SPACES
+
+
+def numbered_lines(path):
+    """(where it is, for messages, and text) of each line of a file. ValueError for one that is not UTF-8."""
+    with open(path, "rb") as f:
+        for number, line in enumerate(lines_of(f), 1):
+            where = f"{path}, line {number}"
+            try:
+                yield where, line.decode().rstrip("\r\n")
+            except UnicodeDecodeError as e:
+                raise ValueError(f"{where}: {e}") from None
 
 
 def librispeech(folder):
     """LibriSpeech: a *.trans.txt in each chapter's folder, with lines 'ID WORDS' for the files ID.flac."""
     for transcript in sorted(glob.glob(os.path.join(folder, "**", "*.trans.txt"), recursive=True)):
-        with open(transcript, encoding="utf-8") as f:
-            for name, text in (line.rstrip("\n").split(" ", 1) for line in f if " " in line):
+        for _, line in numbered_lines(transcript):
+            if " " in line:
+                name, text = line.split(" ", 1)
                 audio = os.path.join(os.path.dirname(transcript), name + ".flac")
                 yield {"audio": audio, "text": text.lower(), "lang": "en"}
 
 
 def ljspeech(folder):
     """LJSpeech: metadata.csv with lines 'ID|text|text with numbers as words' for the files wavs/ID.wav."""
-    with open(os.path.join(folder, "metadata.csv"), encoding="utf-8") as f:
-        for name, _, text in (line.rstrip("\n").split("|") for line in f if line.strip()):
+    for where, line in numbered_lines(os.path.join(folder, "metadata.csv")):
+        if line.strip():
+            if line.count("|") != 2:
+                raise ValueError(f"{where}: is not ID|text|text with numbers as words")
+            name, _, text = line.split("|")
             yield {"audio": os.path.join(folder, "wavs", name + ".wav"), "text": text, "lang": "en"}
 
 
@@ -42,7 +57,7 @@ def conversations(path):
                 if not all(SECONDS[1](a) and SECONDS[1](b) and a <= b for _, a, b, _ in words):
                     raise ValueError("a word has no start and end in seconds")
             except (ValueError, KeyError, TypeError, AttributeError, OverflowError, OSError) as e:
-                raise ValueError(f"{path}, line {number}: {str(e):.300}") from None
+                raise ValueError(f"{path}, line {number}: {one_line(e)}") from None
             yield {"audio": audio, "sentences": sentences_of(words)}
 
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from files.atomic import check_folder, replace_when_done
 from files.audio import read_blocks, write_audio
 from files.command import PLAIN, Command
+from files.fields import FILE, check_fields, parse_json, text
 
 
 class AsrCommand:
@@ -53,12 +54,13 @@ def read_done(path):
     """{audio file: text} of what an earlier run has transcribed; a torn last line is done again."""
     done = {}
     if os.path.isfile(path):
-        with open(path, encoding="utf-8") as f:
+        with open(path, "rb") as f:
             for line in f:
                 try:
-                    d = json.loads(line)
+                    d = parse_json(line)
+                    check_fields(d, {"audio": FILE, "text": text()})
                     done[d["audio"]] = d["text"]
-                except (ValueError, KeyError, TypeError):
+                except ValueError:
                     pass
     return done
 

@@ -17,12 +17,15 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from evals.turns import SCORES, Item, Reply, speech, words_of
-from files.atomic import write_text
+from files.atomic import read_json, write_text
 from files.audio import read_audio, write_audio
+from files.fields import SECONDS, check_fields, lines_of, list_of, one_line, parse_json, text
 from live.transcript import Transcript
 from mimi import FRAME
 from toy.world import KIND_PROPORTIONS
 
+SPAN = list_of(SECONDS, 2, least=2)
+OPTIONAL = {"answer": text(), "pause": SPAN, "event": SPAN, "clauses": list_of(SECONDS), "control": text()}
 BATCH = 25  # conversations, whatever the number of cores: rounding may depend on it
 # ours, and Full-Duplex-Bench's
 LABELS = ("meta.json", "pause.json", "turn_taking.json", "interrupt.json", "metadata.json",
@@ -139,17 +142,21 @@ def read_conversation(path, file):
     """(Item, Reply) of one folder, labelled by `file`."""
     heard, said = (read_audio(os.path.join(path, name)) for name in ("input.wav", "output.wav"))
     try:
-        with open(os.path.join(path, file), encoding="utf-8") as f:
-            labels = json.load(f)
+        labels = read_json(os.path.join(path, file))
         labels = labels if file == "meta.json" else full_duplex_bench(path, file, labels, heard)
+        check_fields(labels, {"scenario": text(100), "end": SECONDS}, OPTIONAL, "a conversation")
         item = Item(os.path.basename(path), audio=heard, **labels)
         check_item(item)
         monologue = None
         if os.path.isfile(os.path.join(path, "reply.jsonl")):
-            with open(os.path.join(path, "reply.jsonl"), encoding="utf-8") as f:
-                monologue = [(float(d["time"]), str(d["text"])) for d in map(json.loads, f)]
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as e:
-        reason = f"{type(e).__name__}: {e}"
+            file = "reply.jsonl"
+            with open(os.path.join(path, file), "rb") as f:
+                pieces = [parse_json(line) for line in lines_of(f)]
+            for piece in pieces:
+                check_fields(piece, {"time": SECONDS, "text": text()}, what="a line")
+            monologue = [(piece["time"], piece["text"]) for piece in pieces]
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as e:
+        reason = f"{type(e).__name__}: {one_line(e)}"
         raise ValueError(f"{os.path.join(path, file)}: not what --folder reads ({reason})") from None
     return item, Reply(speech(said), monologue)
 

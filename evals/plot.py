@@ -3,7 +3,6 @@
     python -m evals.plot out/tiny        out/tiny/log.jsonl -> out/tiny/log.png
 """
 import argparse
-import json
 import os
 import sys
 
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 
 from files.atomic import replace_when_done
 from files.audio import SAMPLE_RATE
+from files.fields import parse_json
 from evals.turns import yields
 
 NOT_LOSSES = {"stage", "step", "split", "loss", "lr", "seconds", "tokens_per_second",
@@ -93,9 +93,9 @@ def read_log(path):
     with open(path, encoding="utf-8", errors="replace") as f:
         for line in f:
             try:
-                entry = json.loads(line)
+                entry = parse_json(line)
                 entries[str(entry["stage"]), int(entry["step"]), entry.get("split")] = entry
-            except (ValueError, TypeError, KeyError, AttributeError):
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
                 skipped += 1
     if skipped:
         print(f"warning: {path}: skipped {skipped} line(s) that are not whole", file=sys.stderr)

@@ -26,6 +26,7 @@ from torch import nn
 from corpora.transcribe import AsrCommand
 from files.atomic import replace_when_done
 from files.checkpoint import load_weights, open_safetensors
+from files.fields import parse_json, short
 from files.manifest import read_manifest
 from files.spectrogram import MELS, LogMel
 from toy.codec import Clips, letters_loss
@@ -155,9 +156,9 @@ def load_recogniser(path, words):
     file = open_safetensors(path)
     facts = file.metadata() or {}
     try:
-        known, config = set(json.loads(facts["words"])), RecogniserConfig(letters=facts["letters"])
+        known, config = set(parse_json(facts["words"])), RecogniserConfig(letters=facts["letters"][:1000])
     except (KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"{path}: is not what `python -m evals.recogniser` writes ({e!r})") from None
+        raise ValueError(f"{path}: is not what `python -m evals.recogniser` writes ({short(e)})") from None
     recogniser = Recogniser(config)
     load_weights(recogniser, {name: file.get_tensor(name).float() for name in file.keys()}, path)
     return recogniser.eval() if words <= known else None

@@ -29,7 +29,7 @@ from evals.turns import LEAD, report_turns, score_all, silence
 from files.atomic import replace_when_done
 from files.audio import read_audio, seconds_of, write_audio
 from files.command import Command
-from files.fields import parse_json
+from files.fields import FILE, check_fields, parse_json, text
 from files.manifest import check_line, clip_key
 from files.tokenizer import NO_SPACES, encode_words
 from mimi import FRAME
@@ -245,6 +245,7 @@ def check_question(d):
     words = lambda x: isinstance(x, str) and bool(normalise(x))
     if not isinstance(d, dict) or not any(words(d.get(key)) for key in ("audio", "text")):
         raise ValueError('is not {"audio" or "text": ..., "answers": [...]}')
+    check_fields(d, {}, {"audio": FILE, "text": text()}, "a question")
     answers = d.get("answers")
     if not isinstance(answers, list) or not answers or not all(map(words, answers)):
         raise ValueError("needs the field 'answers', a list of the right ones")

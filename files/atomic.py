@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 
-from files.fields import parse_json
+from files.fields import one_line, parse_json
 
 
 @contextlib.contextmanager
@@ -102,4 +102,4 @@ def read_array(path, mend):
     try:
         return np.array(np.load(path, allow_pickle=False, mmap_mode="r"))
     except Exception as e:  # its header is a Python literal, and fails as such in many ways
-        raise ValueError(f"{path}: damaged; {mend} ({type(e).__name__}: {str(e):.100})") from None
+        raise ValueError(f"{path}: damaged; {mend} ({type(e).__name__}: {one_line(e)})") from None

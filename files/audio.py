@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 
 from files.atomic import replace_when_done
+from files.fields import one_line
 
 SAMPLE_RATE = 24_000  # of all audio in this project
 RATES = 1000, 768_000  # of files that are read
 PROMISE = 2000  # samples that a byte may hold; FLAC and Ogg hold hundreds of silence
 LOUDEST = 1e4  # of float samples, 80 dB over full scale
-BLOCK = 1 << 21  # numbers that are read at a time
+BLOCK = 1 << 19  # numbers that are read at a time
 LONGEST = 3600  # seconds that read_audio holds in memory
 
 
@@ -45,7 +46,7 @@ def open_sound(path):
                 raise ValueError(f"{path}: cut off; its header promises more audio than it holds")
             yield f
     except (soundfile.SoundFileError, RuntimeError, TypeError, MemoryError, OverflowError, struct.error) as e:
-        raise ValueError(f"{path}: not an audio file that can be read ({str(e):.200})") from None
+        raise ValueError(f"{path}: not an audio file that can be read ({one_line(e)})") from None
 
 
 def part_of(f, path, start, end):

@@ -14,7 +14,7 @@ import zipfile
 import torch
 
 from files.atomic import replace_when_done
-from files.fields import FLAG, check_fields, list_of, number, short, text, whole
+from files.fields import FLAG, check_fields, list_of, number, one_line, short, text, whole
 
 # What a checkpoint's pickle may name: tensors and plain containers. torch.load(weights_only=True) also knows
 # functions that allocate what they are asked for.
@@ -24,6 +24,7 @@ NAMES = re.compile(r"collections OrderedDict|__builtin__ set"
                    r"|torch\._tensor _rebuild_from_type_v2"
                    r"|torch\.serialization _get_layout|torchao\.\S+ \w+")
 PICKLE = 1 << 21  # bytes of it, at most
+CACHE = 1 << 27  # numbers that a conversation may keep, or as many as there are weights
 CODES = 8  # in a frame, of every model
 CHECKED = 1 << 31  # of larger files, checksums are compared only where all of the file is read
 
@@ -31,7 +32,8 @@ BOUNDS = {  # of the numbers in a config
     **dict.fromkeys(("layers", "depth_layers", "encoder_layers", "decoder_layers"), whole(0, 512)),
     **dict.fromkeys(("width", "depth_width", "dim", "codebook_dim"), whole(1, 1 << 15)),
     **dict.fromkeys(("heads", "kv_heads", "depth_heads", "blocks", "codebooks"), whole(1, 256)),
-    "mlp": whole(1, 1 << 17), "context": whole(1, 1 << 16), "frontend": text(20),
+    "mlp": whole(1, 1 << 17), "context": whole(1, 1 << 16),
+    "frontend": ("seanet or spectral", lambda x: x in ("seanet", "spectral")),
     "vocab_size": whole(1, 1 << 21), "codebook_size": whole(2, 1 << 15), "empty": whole(2, 1 << 15),
     "ratios": list_of(whole(1, 960), 16), "tied": FLAG,
     "rope_base": number(1, 1e9), "norm_eps": number(1e-12, 1),
@@ -59,7 +61,7 @@ def load_checkpoint(path, kind, mmap=False):
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as e:  # torch has no one class for a damaged file
         reason = str(e) if type(e) is ValueError else type(e).__name__
-        raise ValueError(f"{path}: not a checkpoint, or cut off ({reason:.200})") from None
+        raise ValueError(f"{path}: not a checkpoint, or cut off ({one_line(reason)})") from None
     if not isinstance(saved, dict) or saved.get("kind") != kind:
         found = short(saved.get("kind")) if isinstance(saved, dict) else type(saved).__name__
         raise ValueError(f"{path}: is not a {kind} checkpoint but {found}")
@@ -119,8 +121,8 @@ def from_fields(cls, fields, where):
     an error that names it."""
     names = {f.name for f in dataclasses.fields(cls)}
     if not isinstance(fields, dict) or set(fields) != names:
-        odd = sorted(map(str, set(fields) ^ names))[:9] if isinstance(fields, dict) else short(fields)
-        raise ValueError(f"{where}: {cls.__name__} has unknown or missing keys: {odd}")
+        odd = sorted(map(str, set(fields) ^ names)) if isinstance(fields, dict) else fields
+        raise ValueError(f"{where}: {cls.__name__} has unknown or missing keys: {short(odd)}")
     try:
         check_fields(fields, {name: BOUNDS[name] for name in names}, what=cls.__name__)
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
@@ -132,7 +134,7 @@ def check_weights(module, weights, where):
     """ValueError unless {name: tensor} are the parameters and buffers of a module, which may have no memory
     yet, and the file `where` is large enough to hold them."""
     expected = {name: tuple(x.shape) for name, x in module.state_dict().items()}
-    odd = sorted(map(str, expected.keys() ^ weights.keys()))
+    odd = [one_line(name, 100) for name in sorted(map(str, expected.keys() ^ weights.keys()))]
     for name, x in () if odd else weights.items():
         if not torch.is_tensor(x) or not x.is_floating_point() or x.layout != torch.strided \
                 or tuple(x.shape) != expected[name]:
@@ -145,6 +147,15 @@ def check_weights(module, weights, where):
     # twice: tied weights are there once
     if sum(x.numel() * x.element_size() for x in weights.values()) > 2 * os.path.getsize(where):
         raise ValueError(f"{where}: its tensors are larger than the file")
+    if cache_of(module.config) > max(CACHE, sum(x.numel() for x in weights.values())):
+        raise ValueError(f"{where}: a conversation would take more memory than all its weights")
+
+
+def cache_of(c):
+    """How many numbers the keys and values of a conversation are, for the config of a model or of a codec."""
+    layers = c.layers if hasattr(c, "layers") else c.encoder_layers + c.decoder_layers
+    width = c.width * c.kv_heads // c.heads if hasattr(c, "kv_heads") else c.dim
+    return 2 * layers * width * c.context
 
 
 def load_weights(module, weights, where):
@@ -152,8 +163,7 @@ def load_weights(module, weights, where):
     try:
         module.load_state_dict(weights)
     except (RuntimeError, AttributeError, TypeError) as e:
-        reason = " ".join(str(e).split())[:300]
-        raise ValueError(f"{where}: its tensors are not those of its config: {reason}") from None
+        raise ValueError(f"{where}: its tensors are not those of its config: {one_line(e)}") from None
     check_finite(module.state_dict(), where)
 
 
@@ -211,7 +221,7 @@ def open_safetensors(path):
                 raise ValueError(f"its header is longer than {HEADER} bytes")
         return Tensors(safe_open(path, "pt"), path)
     except (SafetensorError, OSError, ValueError) as e:
-        raise ValueError(f"{path}: not a safetensors file, or cut off ({str(e):.200})") from None
+        raise ValueError(f"{path}: not a safetensors file, or cut off ({one_line(e)})") from None
 
 
 class Tensors:

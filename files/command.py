@@ -15,7 +15,8 @@ import subprocess
 
 LONGEST = 600  # seconds that a command may take
 PLAIN = re.compile(r"[\w@%+=:,./-]*", re.ASCII)
-RUNS = re.compile(r"-\w{0,2}[ce]|--?(eval|exec|execute|command)|/[ck]", re.IGNORECASE)  # what comes after it
+RUNS = re.compile(r"-\w{0,2}[cer]|--?(eval|exec|execute|command)|/[ck]", re.IGNORECASE)  # what comes after it
+SHELL = re.compile(r"(.*/)?(ba|da|z|k|a|fi)?sh")
 
 
 class Command:
@@ -33,11 +34,20 @@ class Command:
         if not self.words:
             raise ValueError(f"{self.name}: is empty")
         remote = any(re.fullmatch(r"(.*/)?(ssh|eval)", word) for word in self.words)
-        for before, word in zip(["", *self.words], self.words):
-            if "{text}" in word and (remote or RUNS.fullmatch(before)
-                                     or not re.fullmatch(r"(--?[\w-]+=)?\{text\}", word)):
+        script = self.script()
+        for i, (before, word) in enumerate(zip(["", *self.words], self.words)):
+            flag = re.fullmatch(r"(?:(--?[\w-]+)=)?\{text\}", word)
+            if "{text}" in word and (remote or i == script or RUNS.fullmatch(before) or not flag
+                                     or RUNS.fullmatch(flag[1] or "")):
                 raise ValueError(f"{self.name}: would run what is in the text; read it from standard input "
                                  "or give {text} as a word of its own: sh -c 'say \"$1\"' sh {text}")
+
+    def script(self):
+        """Which word the first shell runs: the one after its flags. None without a shell."""
+        for i, word in enumerate(self.words):
+            if SHELL.fullmatch(word):
+                return next((j for j, flag in enumerate(self.words) if j > i and flag[:1] != "-"), None)
+        return None
 
     def joins(self, field):
         """Whether a field stands within a longer word."""

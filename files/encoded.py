@@ -18,7 +18,7 @@ import numpy as np
 
 from files.atomic import read_array, read_json, replace_when_done
 from files.checkpoint import is_safetensors, load_checkpoint
-from files.fields import SECONDS, check_fields, list_of, parse_json, short, text, whole
+from files.fields import SECONDS, check_fields, list_of, one_line, parse_json, short, text, whole
 from files.manifest import spoken_parts
 from files.tokenizer import load_tokenizer
 
@@ -201,7 +201,7 @@ class EncodedData:
                     raise ValueError("there is no such shard")
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{path}.jsonl from byte {byte}: damaged, not a line; encode it again "
-                             f"({str(e):.100})") from None
+                             f"({one_line(e)})") from None
         return line
 
     def where(self, place):

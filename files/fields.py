@@ -41,6 +41,11 @@ def short(x):
     return reprlib.repr(x)[:100]
 
 
+def one_line(error, longest=200):
+    """What an error says, which another library may have made of what stands in a file."""
+    return " ".join(str(error).split())[:longest]
+
+
 def check_fields(d, needed, optional=(), what="it"):
     """ValueError unless d is a dict with all of the needed fields {name: kind}, and what it has of them and
     of the optional ones is of its kind."""

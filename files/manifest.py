@@ -118,7 +118,7 @@ def check_part(part, what, needed):
         if key in part and not valid(part[key]) and not optional:
             raise ValueError(f"the {what}'s field {key!r} is {kind}, not {short(part[key])}")
     if part.get("role", "either") not in ("user", "model", "either"):
-        raise ValueError(f"a role is user or model, not {part['role']!r}")
+        raise ValueError(f"a role is user or model, not {short(part['role'])}")
     if "codes" in part and {"audio", "start", "end"} & part.keys():
         raise ValueError(f"a {what} has codes or audio, and codes are used from the first to the last")
     start, end, words = part.get("start", 0.0), part.get("end"), part["text"].split()

@@ -12,7 +12,7 @@ from collections import Counter
 import tiktoken
 
 from files.atomic import read_json
-from files.fields import check_fields, list_of, short, text
+from files.fields import check_fields, list_of, one_line, short, text
 
 
 def load_tokenizer(path):
@@ -25,7 +25,7 @@ def load_tokenizer(path):
         ranks = {base64.b64decode(b, validate=True): r for b, r in saved["ranks"].items()}
         return make_tokenizer(ranks, saved["pattern"], saved["specials"])
     except (TypeError, ValueError) as e:
-        raise ValueError(f"{path}: not a tokeniser that prepare.py wrote ({str(e):.200})") from None
+        raise ValueError(f"{path}: not a tokeniser that prepare.py wrote ({one_line(e)})") from None
 
 
 def dump_tokenizer(saved):
@@ -146,7 +146,7 @@ def read_published_bpe(folder):
         make_tokenizer(**saved, ours=())
         return saved
     except (KeyError, TypeError, AttributeError, StopIteration, ValueError, OverflowError) as e:
-        reason = f"{type(e).__name__}: {str(e):.200}"
+        reason = f"{type(e).__name__}: {one_line(e)}"
         raise ValueError(f"{path}: not a byte-level BPE that can be read ({reason})") from None
 
 

@@ -18,7 +18,7 @@ import torch
 from files.atomic import check_folder, move_folder, replace_when_done, write_text
 from files.checkpoint import (check_together, check_vocab, check_weights, from_fields, load_checkpoint,
                               layouts_of, open_safetensors, save_checkpoint)
-from files.fields import check_fields, list_of, parse_json, text
+from files.fields import check_fields, list_of, one_line, parse_json, text
 from files.tokenizer import LARGEST, load_tokenizer
 from mimi import Mimi, MimiConfig
 from model import FLM, FLMConfig
@@ -58,7 +58,7 @@ def read_facts(path):
         facts["layouts"] = parse_json(file.metadata().get("layouts", "[]"))  # older files do not say
         check_fields(facts, {"tokenizer": text(LARGEST), "note": text(), "layouts": list_of(text(100), 100)})
     except (KeyError, ValueError) as e:
-        raise ValueError(f"{path}: is not what `python -m live.packed` writes ({str(e):.200})") from None
+        raise ValueError(f"{path}: is not what `python -m live.packed` writes ({one_line(e)})") from None
     return file, facts
 
 

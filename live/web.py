@@ -42,6 +42,7 @@ import torch
 
 from files.audio import SAMPLE_RATE
 from files.checkpoint import layouts_of
+from files.fields import one_line
 from layouts.prompts import SECONDS, make_prompt
 from layouts.typed import typed_tokens
 from live.engine import QUEUE, Engine
@@ -87,6 +88,7 @@ class Limits:
     send: float = 5.0  # seconds until the client accepts a message
     connections: int = 64  # unauthenticated ones and conversations
     address: int = 16  # of these, from one address
+    grace: float = 0.2  # seconds that each has for its request, even if many come at once
     linger: float = 5.0  # seconds until a connection is gone after its answer
 
 
@@ -160,7 +162,7 @@ class Client:
 
 
 def log_to_stderr(line):
-    print(line, file=sys.stderr, flush=True)
+    print(line if line.isprintable() else ascii(line), file=sys.stderr, flush=True)  # no codes for terminals
 
 
 class Server:
@@ -234,7 +236,7 @@ class Server:
         except http.HTTPException as e:
             response = self.refusal(request, e.status, e.text or e.reason)
         except Exception as e:
-            response = self.refusal(request, 500, f"{type(e).__name__}: {e}"[:100])
+            response = self.refusal(request, 500, f"{type(e).__name__}: {one_line(e, 100)}")
         if not isinstance(response, http.WebSocketResponse):
             response.force_close()
             if transport:
@@ -242,7 +244,7 @@ class Server:
         return response
 
     def refusal(self, request, status, reason):
-        reason = " ".join(reason.split())[:150]
+        reason = one_line(reason, 150)
         self.log(f"{request.remote} {request.method[:20]} {request.path[:60]!r}: {status} {reason}")
         return http.Response(status=status, text=f"{reason}\n", headers=HEADERS)
 
@@ -265,6 +267,8 @@ class Server:
         key = request.headers.get("Sec-WebSocket-Key", "")
         if request.path == "/talk" and not re.fullmatch(r"[A-Za-z0-9+/]{22}==", key):
             raise http.HTTPBadRequest(text=f"malformed key {key[:60]!r}")
+        if "Content-Encoding" in request.headers:
+            raise http.HTTPUnsupportedMediaType(text="the page sends nothing compressed")
 
     async def send_page(self, request):
         return http.Response(body=self.page, content_type="text/html", charset="utf-8", headers=HEADERS)
@@ -383,12 +387,16 @@ class Server:
         return protocol
 
     def admit(self, protocol):
-        """A new connection is unauthenticated until its request is checked. If there are too many, of its
-        address or in all, the oldest is disconnected."""
-        if not protocol.transport:
-            return
-        address = network(protocol.transport.get_extra_info("peername"))
-        self.unauthenticated[protocol] = protocol.transport, address
+        """A new connection is unauthenticated until its request is checked."""
+        if protocol.transport:
+            address = network(protocol.transport.get_extra_info("peername"))
+            self.unauthenticated[protocol] = protocol.transport, address
+            few = len(self.unauthenticated) <= 4 * self.limits.connections
+            self.loop.call_later(self.limits.grace if few else 0, self.make_room, address)
+            self.loop.call_later(self.limits.request, self.disconnect, protocol, "asked for nothing in time")
+
+    def make_room(self, address):
+        """If there are too many connections, of this address or in all, the oldest is disconnected."""
         self.unauthenticated = {p: (t, a) for p, (t, a) in self.unauthenticated.items()
                                 if not t.is_closing()}
         neighbours = [p for p, (_, a) in self.unauthenticated.items() if a == address]
@@ -396,7 +404,6 @@ class Server:
             self.disconnect(neighbours[0])
         elif len(self.unauthenticated) + len(self.clients) > self.limits.connections:
             self.disconnect(next(iter(self.unauthenticated)))
-        self.loop.call_later(self.limits.request, self.disconnect, protocol, "asked for nothing in time")
 
     def disconnect(self, protocol, reason=None):
         """At once, whatever is still to be sent. Without a reason it is one too many; this is logged once a

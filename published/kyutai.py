@@ -12,6 +12,7 @@ import re
 import torch
 
 from files.checkpoint import open_safetensors
+from files.fields import one_line
 
 RENAMES = [  # (pattern in a published name, replacement), applied in turn
     (r"^(encoder|decoder)_transformer\.(transformer\.)?", r"\1.1."),
@@ -88,4 +89,5 @@ def join_qkv(ours, origin, heads, where):
             q, k, v = (ours.pop(f"{layer}self_attn.{x}_proj.weight") for x in "qkv")
             ours[layer + "in_proj.weight"] = torch.cat([interleave(q), interleave(k), v])
         except (KeyError, RuntimeError) as e:
-            raise ValueError(f"{where}: {origin[name]} does not fit with its keys and values ({e})") from None
+            raise ValueError(f"{where}: {origin[name]} does not fit with its keys and values "
+                             f"({one_line(e)})") from None

@@ -21,6 +21,7 @@ import torch
 
 from files.atomic import copy, read_json, replace_when_done, write_text
 from files.checkpoint import check_vocab, from_fields, open_safetensors
+from files.fields import one_line
 from files.tokenizer import dump_published, get_tokenizer, make_tokenizer, read_published_bpe
 from kernels.sampling import Sampling
 from model import FLM, FLMConfig
@@ -96,7 +97,7 @@ def load_tensors(model, files, folder, table, ignore=()):
         try:
             return torch.cat([read(name) for name in names])
         except RuntimeError as e:
-            raise ValueError(f"{folder}: {' and '.join(names)} do not fit together ({e})") from None
+            raise ValueError(f"{folder}: {' and '.join(names)} do not fit together ({one_line(e)})") from None
 
     for ours, theirs in table.items():
         stacked = isinstance(theirs[0], list)
@@ -160,7 +161,7 @@ def qwen_fields(c, where):
                     tied=c.get("tie_word_embeddings", False), norm_eps=c["rms_norm_eps"],
                     rope_base=float(c["rope_theta"] if "rope_theta" in c else rope["rope_theta"]))
     except (KeyError, TypeError, ValueError, OverflowError) as e:
-        raise ValueError(f"{where}/config.json: {type(e).__name__}: {e}") from None
+        raise ValueError(f"{where}/config.json: {type(e).__name__}: {one_line(e)}") from None
 
 
 def load(folder, config, table, place, seed=0, ignore=()):
@@ -233,7 +234,7 @@ def read_release_config(folder, context):
         depth, ids, mup = c["aud_depthgpt"], c["mm_token_info"], c.get("use_mup", False)
         empty, codebook_size = ids["aud_emp_token_id"], ids["aud_pad_token_id"]
         odd = [k for k in ("use_cmlp", "use_rmsnorm", "use_swiglu") if not depth[k]]
-        odd += ["bias"] * depth["bias"]
+        odd += ["bias"] * bool(depth["bias"])
         if odd or c["aud_channel"] != K or c["aud_vocab_size"] != empty + 1:
             odd = ", ".join(odd) or "its audio channels or ids"
             raise ValueError(f"not the release's kind of model: {odd}")
@@ -247,7 +248,7 @@ def read_release_config(folder, context):
         vocab = dict(text_size=c["vocab_size"], wait=ids["text_wait_token_id"], asr=-1, answer=-1,
                      codebook_size=codebook_size, empty=empty, silence=())
     except (KeyError, TypeError, ValueError, ArithmeticError) as e:
-        raise ValueError(f"{folder}/config.json: {type(e).__name__}: {e}") from None
+        raise ValueError(f"{folder}/config.json: {type(e).__name__}: {one_line(e)}") from None
     where = f"{folder}/config.json"
     return from_fields(FLMConfig, config, where), from_fields(Vocab, vocab, where)
 

@@ -40,7 +40,13 @@ import train  # noqa: E402
 from chat import DuplexModel  # noqa: E402
 from conftest import CODEC, FLM as CONFIG  # noqa: E402
 from corpora.chats import import_chats  # noqa: E402
+from corpora.dialogues import read_dialogues  # noqa: E402
 from corpora.readers import collect  # noqa: E402
+from evals.conversations import read_conversations  # noqa: E402
+from evals.plot import losses_of, read_log  # noqa: E402
+from evals.recogniser import SHIPPED, load_recogniser  # noqa: E402
+from evals.testsets import read_questions, read_recordings  # noqa: E402
+from evals.turns import score_all  # noqa: E402
 from files.audio import SAMPLE_RATE, read_audio, seconds_of  # noqa: E402
 from files.checkpoint import save_checkpoint  # noqa: E402
 from files.encoded import places, read_encoded, sha256, write_index  # noqa: E402
@@ -51,6 +57,7 @@ from mimi import FRAME, Mimi  # noqa: E402
 from model import FLM  # noqa: E402
 from published.release import export_release  # noqa: E402
 from streams import Vocab  # noqa: E402
+from toy.voices import get_synthesiser, speak  # noqa: E402
 
 LONGEST = 600  # letters of a message
 
@@ -103,6 +110,10 @@ def make_world(folder):
             with open(join("release", name), "w") as f:
                 f.write(text)
         shutil.copy(join("model", "codec.pt"), join("release", "codec.pt"))
+        train.train(task_of(folder), STAGES, join("trained"))
+    saved = torch.load(join("trained", "checkpoint.pt"), weights_only=True)
+    saved["progress"] |= {"stage": 0, "step": 2}  # as if it had been interrupted there
+    torch.save(saved, join("trained", "checkpoint.pt"))
     chats = [{"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A dog."}]},
              {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]},
              {"instruction": "Say", "input": "yes", "output": "Yes."}, {"data": ["One?", "Two."]}]
@@ -113,6 +124,49 @@ def make_world(folder):
     with open(join("sounds", "talk.json"), "w") as f:
         words = [["hello", [0.0, 0.1], "SPEAKER_MAIN"], ["yes", [0.1, 0.2], "SPEAKER_A"]]
         json.dump({"alignments": words}, f)
+
+
+    dialogues = [{"turns": [{"role": "user", "text": "who is it"}, {"role": "model", "text": "me"}]},
+                 {"turns": [{"role": "user", "text": "a", "speaker": "A"}, {"role": "model", "text": "b"},
+                            {"role": "user", "text": "c", "voice": "tts:x"}, {"role": "model", "text": "d"}],
+                  "lang": "en"}]
+    with open(join("dialogues.jsonl"), "w") as f:
+        f.writelines(json.dumps(dialogue) + "\n" for dialogue in dialogues)
+    with open(join("voices.txt"), "w") as f:
+        f.write("tts:model\ntts:one\ntts:two\n")
+    questions = [{"audio": "sounds/a.wav", "answers": ["yes"]}, {"text": "who is it", "answers": ["me", "I"]}]
+    with open(join("questions.jsonl"), "w") as f:
+        f.writelines(json.dumps(question) + "\n" for question in questions)
+    make_conversations(folder)
+
+
+LABELS = {"ours/a/meta.json": {"scenario": "pause", "end": 0.3, "pause": [0.1, 0.2], "clauses": [0.1],
+                               "answer": "one two", "control": "b"},
+          "ours/b/meta.json": {"scenario": "control", "end": 0.3},
+          "theirs/a/pause.json": [{"timestamp": [0.1, 0.2], "text": "one"}],
+          "theirs/b/turn_taking.json": [{"timestamp": [0.2, 0.3]}],
+          "theirs/c/interrupt.json": [{"timestamp": [0.1, 0.2], "context": "a"}],
+          "user_backchannel/a/metadata.json": {"timestamps": [0.1, 0.2]}}
+
+
+def make_conversations(folder):
+    """Ours, and in the formats of Full-Duplex-Bench."""
+    for name, labels in LABELS.items():
+        path = os.path.join(folder, "conversations", os.path.dirname(name))
+        os.makedirs(path)
+        for sound in ("input.wav", "output.wav"):
+            shutil.copy(f"{folder}/sounds/a.wav", f"{path}/{sound}")
+        with open(os.path.join(path, os.path.basename(name)), "w") as f:
+            json.dump(labels, f)
+        with open(os.path.join(path, "reply.jsonl"), "w") as f:
+            f.write('{"time": 0.1, "text": "one"}\n{"time": 0.2, "text": " two"}\n')
+
+
+STAGES = [train.Stage("once", 3, 2, 1e-3, 0, 48, {"response_tts": (1, 1)})]
+
+
+def task_of(world):
+    return train.ModelTask(CONFIG, f"{world}/encoded", "cpu")
 
 
 @contextlib.contextmanager
@@ -130,6 +184,8 @@ VALUES = (None, True, False, -1, 0, 1, 2, 7, 8, 255, 1 << 20, 1 << 31, 1 << 63, 
           1e-300, 1e300, float("nan"), float("inf"), float("-inf"), "", "x", "x" * 5000, "\ud800", "\0",
           "../../etc/passwd", "/dev/zero", "a\nb", "-1", "1e9", [], {}, [[]], [0], [-1, 1], [1 << 40] * 3,
           {"a": {}}, "train", "user", "(a+)+$", r"(?<=(a|aa)+)\1", r"(?:(?:a|aa)+|\s+(?!\S))+X")
+
+NAMES = ("odd", "", "__class__", "codes", "audio", "cut", "at", "voice", "x" * 5000, "a\nb", "\x1b[2J")
 
 
 def mutate_bytes(data, rng):
@@ -188,7 +244,7 @@ def mutate_tree(tree, rng, values=VALUES):
         elif how < 0.25 and isinstance(parent, list):
             parent[last:last] = [copy.deepcopy(parent[last])] * rng.choice((1, 3, 1000))
         elif how < 0.3 and isinstance(parent, dict):
-            parent[rng.choice(("odd", "", "__class__", "codes", "audio", "cut", "at"))] = rng.choice(values)
+            parent[rng.choice(NAMES)] = rng.choice(values)
         elif how < 0.4 and isinstance(parent[last], (int, float)) and not isinstance(parent[last], bool):
             with contextlib.suppress(OverflowError):  # a whole number that is no float
                 parent[last] = rng.choice((-1, 2, 1000, 10 ** 9, 0.5)) * parent[last] + rng.choice((-1, 0, 1))
@@ -213,6 +269,8 @@ def dump(tree):
 
     def mark(x):
         if isinstance(x, Deep):
+            if len(marks) > 4:  # of a thousand copies
+                return []
             marks[f"deep {len(marks)}"] = x
             return f"deep {len(marks) - 1}"
         if isinstance(x, dict):
@@ -269,6 +327,8 @@ def mutate_checkpoint(data, rng):
             saved["model"][name] = odd_tensor(saved["model"][name], rng)
         if rng.random() < 0.2:
             saved["model"].pop(rng.choice(list(saved["model"])))
+        if rng.random() < 0.1:
+            saved["model"][rng.choice(NAMES)] = torch.zeros(1)
     else:
         parts = {k: v for k, v in saved.items() if k != "model"}
         saved = {**mutate_tree({k: plain(v) for k, v in parts.items()}, rng), "model": saved["model"]}
@@ -455,6 +515,54 @@ def encoded(world, work, rng):
     read_everything(folder)
 
 
+def dialogues(world, work, rng):
+    """Written dialogues, and voices for them; each turn is spoken in this process."""
+    for name in ("dialogues.jsonl", "voices.txt"):
+        shutil.copy(f"{world}/{name}", work)
+    change(f"{work}/dialogues.jsonl", mutate_lines, rng)
+    voices = f"{work}/voices.txt" if rng.random() < 0.7 else None
+    if voices and rng.random() < 0.3:
+        change(voices, mutate_bytes, rng)
+    tts = f"cp {world}/sounds/a.wav {{out}}"
+    _, jobs = read_dialogues(f"{work}/dialogues.jsonl", 2, voices, 1, tts)
+    for _, texts, pauses, voice in jobs[:4]:
+        speak(get_synthesiser(tts), texts, pauses, voice)
+
+
+def testsets(world, work, rng):
+    """What eval.py reads: questions, a manifest's recordings, conversations; and a training's log."""
+    os.symlink(f"{world}/sounds", f"{work}/sounds")
+    kind = rng.choice(("questions", "recordings", "conversations", "log"))
+    if kind == "questions":
+        path = shutil.copy(f"{world}/questions.jsonl", work)
+        read_questions(change(path, mutate_lines, rng), f"cp {world}/sounds/a.wav {{out}}")
+    elif kind == "recordings":
+        change(shutil.copy(f"{world}/manifest.jsonl", work), mutate_lines, rng)
+        read_recordings(work, ("user", "model", "either"))
+    elif kind == "conversations":
+        shutil.copytree(f"{world}/conversations", f"{work}/all")
+        name = rng.choice((*LABELS, "ours/a/reply.jsonl", "ours/a/output.wav"))
+        change(f"{work}/all/{name}", mutate_bytes if name[-1] in "lv" else mutate_json, rng)
+        score_all(read_conversations(f"{work}/all"))
+    else:
+        path = change(shutil.copy(f"{world}/trained/log.jsonl", work), mutate_lines, rng)
+        with quiet():
+            list(map(losses_of, read_log(path).values()))
+
+
+def resumed(world, work, rng):
+    """A training that goes on, with its optimiser."""
+    folder = shutil.copytree(f"{world}/trained", f"{work}/trained")
+    change(f"{folder}/checkpoint.pt", mutate_checkpoint, rng)
+    with quiet():
+        train.train(task_of(world), STAGES, folder, resume=True)
+
+
+def recogniser(world, work, rng):
+    path = change(shutil.copy(SHIPPED, f"{work}/recogniser.safetensors"), mutate_safetensors, rng)
+    load_recogniser(path, {"one"})
+
+
 class WebServer:
     """live/web.py in a thread of this process; started by the first request."""
     started = None
@@ -524,8 +632,8 @@ def web(world, work, rng):
         raise AssertionError(server.problems.pop())
 
 
-READERS = {f.__name__: f for f in (sound, manifest, corpus, checkpoint, codec, tokeniser, release, mimi,
-                                   packed, encoded, web)}
+READERS = {f.__name__: f for f in (sound, manifest, corpus, dialogues, testsets, checkpoint, resumed,
+                                   codec, tokeniser, release, mimi, packed, recogniser, encoded, web)}
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -239,7 +239,7 @@ def test_a_file_through_the_codec(world, tmp_path):
 @pytest.mark.parametrize("arguments, says", [
     (["missing.wav", "out.wav"], "missing.wav: no such file"),
     (["in.wav", "out.wav", "--codebooks", 9], "has 1 to 8"),
-    (["in.wav", "out.xyz"], "cannot write this kind of file"),
+    (["in.wav", "out.xyz", "--checkpoint", "nowhere.pt"], "cannot write this kind of file"),  # first of all
     (["in.wav", "out.wav", "--checkpoint", "nowhere.pt"], "nowhere.pt: no such checkpoint"),
 ])
 def test_what_the_command_refuses(arguments, says, world, tmp_path):

@@ -166,6 +166,12 @@ def shorten(folder, by):
     (folder / "config.json").write_text(json.dumps(saved))
 
 
+def absurd_bias(folder):
+    saved = json.loads((folder / "config.json").read_text())
+    saved["aud_depthgpt"]["bias"] = 1 << 60
+    (folder / "config.json").write_text(json.dumps(saved))
+
+
 SECOND = "model-00002-of-00002.safetensors"
 
 
@@ -185,6 +191,7 @@ def other_codec(folder):
     (lambda f: (f / "tokenizer.json").unlink(), "holds neither tokenizer.json nor vocab.json"),
     (lambda f: shorten(f, 50), "its tokeniser has 259 tokens, config.json 250"),
     (lambda f: shorten(f, -2000), "its tokeniser has 259 tokens, config.json 2300"),
+    (absurd_bias, "not the release's kind of model: bias"),
     (lambda f: other_codec(f), "needs a codec with 8 codebooks of 32, not 8 of 64"),
 ])
 def test_a_folder_that_is_not_a_whole_release_is_one_clear_line(downloaded, tmp_path, change, says):

@@ -598,6 +598,16 @@ def test_eight_bits_need_the_extra(world, tmp_path, monkeypatch):
     assert code == 1 and "pip install '.[eightbit]'" in err
 
 
+def test_what_has_eight_bits_is_adamw(monkeypatch):
+    """So that a run that goes on finds both its moments."""
+    fake = types.SimpleNamespace(AdamW8bit=lambda groups, **more: torch.optim.AdamW(groups, lr=0.0))
+    for name in ("torchao", "torchao.optim"):
+        monkeypatch.setitem(sys.modules, name, fake)
+    module = model.FLM(FLM)
+    assert any(group["muon"] for group in make_optimizer(module, muon=True).param_groups)
+    assert not any(group["muon"] for group in make_optimizer(module.bfloat16(), muon=True).param_groups)
+
+
 def test_states_in_eight_bits_are_read_by_whoever_has_torchao(tmp_path):
     """By a process that has not imported it yet, as chat.py's."""
     pytest.importorskip("torchao")

@@ -2,6 +2,7 @@
 import io
 import json
 import os
+import random
 import shutil
 import sys
 import time
@@ -15,9 +16,14 @@ import soundfile
 import torch
 
 import fuzz
+import train
 from chat import DuplexModel
-from conftest import CODEC, run
+from conftest import CODEC, FLM, run
+from corpora.dialogues import read_dialogues
+from corpora.readers import ljspeech
 from corpora.transcribe import AsrCommand
+from evals.conversations import read_conversations
+from evals.testsets import read_questions
 from files.atomic import replace_when_done
 from files.audio import SAMPLE_RATE, read_audio, read_blocks, regroup, write_audio
 from files.checkpoint import load_checkpoint, save_checkpoint
@@ -46,6 +52,18 @@ def test_a_few_damaged_inputs_for_every_reader():
     assert len(found) >= 10 and is_clean(found), "\n".join(lines)
     assert all(f["read"] + f["refused"] == 6 for f in found.values())
     assert sum(f["refused"] for f in found.values()) > 20 and sum(f["read"] for f in found.values()) > 5
+
+
+def test_what_is_not_damaged_is_read_by_every_reader(monkeypatch, tmp_path):
+    """Otherwise what the readers refuse means nothing."""
+    pytest.importorskip("safetensors")
+    for name in ("bytes", "json", "lines", "checkpoint", "safetensors"):
+        monkeypatch.setattr(fuzz, f"mutate_{name}", lambda data, rng: data)
+    fuzz.make_world(str(tmp_path / "world"))
+    for name in set(readers()) - {"web"}:
+        for i in (0, 1, 3):  # number 2 for the release has an index that names another folder
+            (tmp_path / f"{name}{i}").mkdir()
+            fuzz.READERS[name](str(tmp_path / "world"), str(tmp_path / f"{name}{i}"), random.Random(i))
 
 
 @pytest.mark.slow
@@ -144,6 +162,45 @@ def test_a_checkpoint_that_lies_is_one_clear_error(world, tmp_path, change, says
         DuplexModel.load(folder)
     said = str(error.value)
     assert "checkpoint.pt" in said and "\n" not in said and len(said) < 500
+
+
+@pytest.mark.parametrize("change", [
+    lambda s: s.pop("config"), lambda s: s["progress"].pop("num_steps"),
+    lambda s: s["progress"].update(num_steps=7), lambda s: s["progress"].update(stage=7),
+    lambda s: s.update(progress=[]), lambda s: s.update(stages=[[]]), lambda s: s.update(seed="x" * 5000),
+    lambda s: s["stages"][0].update(name="x" * 5000), lambda s: s.update(optimizer=[]),
+    lambda s: s["optimizer"]["state"].update({999: {}}), lambda s: s["optimizer"]["state"].update({0: [1]})])
+def test_a_training_that_lies_does_not_go_on(world, tmp_path, change):
+    folder = change_checkpoint(world, tmp_path, change)
+    task = train.ModelTask(FLM, str(world / "toy/encoded"), "cpu")
+    stage = train.Stage("once", 2, 2, 1e-3, 0, 48, {"response_tts": (1, 1)})
+    with pytest.raises(ValueError, match="checkpoint.pt: |its checkpoint is damaged") as error:
+        train.train(task, [stage], folder, resume=True)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_what_is_told_of_a_file_is_one_line(world, tmp_path):
+    pytest.importorskip("safetensors")
+    header = b'{"x": {"dtype": "a\\nb", "shape": [1], "data_offsets": [0, 4]}}'
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    saved = torch.load(world / "codec.pt", weights_only=True)
+    torch.save(saved | {"config": saved["config"] | {"frontend": "a\nb"}}, tmp_path / "a.pt")
+    torch.save(saved | {"config": saved["config"] | {"x" * 5000: 1}}, tmp_path / "b.pt")
+    torch.save(saved | {"model": saved["model"] | {"a\nb" * 1000: torch.zeros(1)}}, tmp_path / "c.pt")
+    for name, says in (("x.safetensors", "not a safetensors file"), ("a.pt", "'frontend' is seanet or"),
+                       ("b.pt", "unknown or missing keys"), ("c.pt", "its tensors are not those")):
+        with pytest.raises(ValueError, match=says) as error:
+            Mimi.load(str(tmp_path / name))
+        assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "codec.pt"])
+def test_a_context_that_only_takes_memory_is_refused(world, tmp_path, monkeypatch, name):
+    folder = change_checkpoint(world, tmp_path, lambda s: s["config"].update(context=1 << 16), name)
+    DuplexModel.load(folder)
+    monkeypatch.setattr("files.checkpoint.CACHE", 1 << 20)
+    with pytest.raises(ValueError, match=f"{name}: a conversation would take more memory"):
+        DuplexModel.load(folder)
 
 
 def test_parts_of_several_models_are_told_apart(world, tmp_path):
@@ -309,6 +366,36 @@ def test_every_field_of_a_manifest_is_checked(tmp_path, line, says):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name, line, says", [
+    ("questions", {"audio": "a\nb", "answers": ["a"]}, "line 1: a question's field 'audio' is a file's name"),
+    ("questions", {"text": "x", "answers": [7]}, "line 1: needs the field 'answers'"),
+    ("dialogues", {"turns": [{"role": "user", "text": "a", "voice": 7}]}, "line 1: turn 0's field 'voice'"),
+    ("dialogues", {"turns": [["user", "a"]]}, "line 1: a dialogue's field 'turns' is a list"),
+    ("dialogues", {"turns": [], "lang": []}, "line 1: a dialogue's field 'lang' is a text"),
+    ("labels", {"scenario": "pause", "end": 1, "pause": [0, 1, 2]}, "'pause' is a list"),
+    ("labels", {"scenario": "control", "end": 1, "answer": ["one"]}, "'answer' is a text"),
+    ("labels", {"scenario": "control", "end": 10 ** 400}, "'end' is a number of seconds")])
+def test_fields_of_what_is_spoken_and_asked(tmp_path, name, line, says):
+    path = tmp_path / "meta.json"
+    path.write_text(json.dumps(line) + "\n")
+    for sound in ("input.wav", "output.wav"):
+        write_audio(str(tmp_path / sound), np.zeros(9000) + 0.1)
+    read = {"questions": lambda: read_questions(str(path), None),
+            "dialogues": lambda: read_dialogues(str(path), 2, None, 1, "echo {out}"),
+            "labels": lambda: read_conversations(str(tmp_path))}[name]
+    with pytest.raises(ValueError, match=f"meta.json.*{says}") as error:
+        read()
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("text, says", [
+    ("a|b\n", "line 1: is not ID"), ("a|b|c\n\xff|b|c\n", "line 2: 'utf-8'")])
+def test_a_broken_line_of_a_corpus_names_itself(tmp_path, text, says):
+    (tmp_path / "metadata.csv").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=f"metadata.csv, {says}"):
+        list(ljspeech(str(tmp_path)))
+
+
 def test_the_codec_opens_each_sound_before_it_trains(tmp_path):
     write_audio(str(tmp_path / "a.wav"), np.zeros(9000) + 0.1)
     (tmp_path / "b.wav").write_bytes(b"nothing")
@@ -317,6 +404,24 @@ def test_the_codec_opens_each_sound_before_it_trains(tmp_path):
     code, _, err = run("train.py", "--config", "codec", "--data", tmp_path, "--out", tmp_path / "o")
     assert code == 1 and "line 2" in err and "b.wav: not an audio file" in err
     assert not (tmp_path / "o").exists()
+
+
+def test_the_codec_trains_without_what_is_broken(tmp_path):
+    """In its header, or only inside."""
+    for name in "acde":
+        write_audio(str(tmp_path / f"{name}.wav"), np.random.default_rng(0).normal(size=9000) * 0.1)
+    (tmp_path / "b.wav").write_bytes(b"nothing")
+    soundfile.write(tmp_path / "c.wav", np.array([0.1] * 8000 + [np.nan]), 24_000, subtype="FLOAT")
+    lines = [{"audio": f"{name}.wav", "text": name, "split": "train"} for name in "abcde"]
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(d) + "\n" for d in lines))
+    command = "train.py", "--config", "codec", "--data", tmp_path, "--steps", 1, "--batch", 4, "--dim", 64
+    code, _, err = run(*command, "--out", tmp_path / "o")
+    assert code == 1 and "b.wav: not an audio file" in err and "--skip-broken leaves it out" in err
+    code, out, err = run(*command, "--out", tmp_path / "o", "--skip-broken")
+    assert code == 0 and "1 broken lines are left out" in err and "Wrote" in out
+    assert err.count("skipped 1 that are broken inside") == 1 and "c.wav: holds samples that are not" in err
+    code, _, err = run("train.py", "--config", "tiny", "--data", tmp_path, "--skip-broken")
+    assert code == 1 and "--skip-broken is for the codec" in err
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -328,7 +433,9 @@ EVIL = '-x"; touch evil; $(touch evil) `touch evil` \' touch evil'
 @pytest.mark.parametrize("template", [
     "sh -c 'say {text} > {out}'", "bash -lc {text} {out}", "python -c 'say(\"{text}\")' {out}",
     "ssh host say {text} {out}",
-    "env sh -c 'echo \"{text}\" {out}'", "perl -e {text} {out}"])
+    "env sh -c 'echo \"{text}\" {out}'", "perl -e {text} {out}", "node --eval={text} {out}",
+    "php -r {text} {out}",
+    "/bin/sh -c -- {text} {out}", "sh -cx {text} {out}", "bash --rcfile {text} {out}", "sh {text} {out}"])
 def test_a_template_that_would_run_the_text_is_refused(template):
     with pytest.raises(ValueError, match="would run what is in the text"):
         SpeakingCommand(template)

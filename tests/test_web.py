@@ -22,7 +22,7 @@ from mimi import FRAME
 aiohttp = pytest.importorskip("aiohttp", reason="needs the extra 'web'")
 from live import web  # noqa: E402
 
-LIMITS = web.Limits(sessions=2, total=30.0, idle=10.0, request=0.5, send=1.0, connections=12)
+LIMITS = web.Limits(sessions=2, total=30.0, idle=10.0, request=0.5, send=1.0, connections=12, grace=0.05)
 
 
 @pytest.fixture(scope="module")
@@ -625,6 +625,17 @@ async def test_the_right_token_gets_in_beside_connections_that_ask_for_nothing(d
 
 
 @live
+async def test_a_request_amid_a_burst_of_connections_is_answered(duplex):
+    """They all wait in the system's queue before the server looks."""
+    async with serving(duplex, token="secret", connections=8, address=6) as (address, log, server, client):
+        good = raw(address, b"GET /?token=secret HTTP/1.1\r\nHost: a\r\n\r\n")
+        bad = [raw(address) for _ in range(30)]
+        assert (await asyncio.to_thread(good.recv, 100)).startswith(b"HTTP/1.1 200 OK")
+        await asyncio.sleep(0.2)
+        assert len(server.unauthenticated) <= 6 and bad
+
+
+@live
 async def test_what_is_refused_or_answered_is_closed(duplex):
     """Even if the client asks to keep the connection, or does not read."""
     async with serving(duplex, token="secret", linger=0.3) as (address, log, server, client):
@@ -649,10 +660,11 @@ async def test_malformed_headers_are_bad_requests_in_one_line(duplex, key="A" * 
         for request in (talk.format("http://[", key), talk.format("http://a]:b", key),
                         talk.format(address, "\xe9" * 24), talk.format(address, "AAAA"),
                         talk.format(address, "A" * 24), talk.format(address, ""), page.format(""),
-                        page.format("Host: 127.0.0.1\r\nHost: evil\r\n"), "nonsense\r\n\r\n"):
+                        page.format("Host: 127.0.0.1\r\nHost: evil\r\n"), "nonsense\r\n\r\n",
+                        page.format("Host: 127.0.0.1\r\nContent-Encoding: gzip\r\nContent-Length: 3\r\n")):
             s = raw(address, request.encode("latin-1"))
             answer = await asyncio.to_thread(s.recv, 1000)
-            assert answer.startswith(b"HTTP/1.") and answer.split()[1] in (b"400", b"403"), (request, answer)
+            assert answer.startswith(b"HTTP/1.") and answer.split()[1] in (b"400", b"403", b"415"), answer
             if "http://" in request:
                 assert answer.split()[1] == b"400", request
         assert all("\n" not in line and len(line) < 300 for line in log) and len(log) >= 7
@@ -691,6 +703,13 @@ def test_which_token_the_server_asks_for(duplex, monkeypatch, host, token, lengt
         web.serve(duplex, host, 0, 1, token)
     assert [len(t or "") for t in served] == [length] * 2
     assert (served[0] == served[1]) == (length < 16)
+
+
+def test_what_is_logged_cannot_steer_a_terminal(capsys):
+    web.log_to_stderr("127.0.0.1 GET '/': 400 Unsupported version: \x1b[2J")
+    web.log_to_stderr("é is a letter")
+    assert capsys.readouterr().err.splitlines() == [
+        "\"127.0.0.1 GET '/': 400 Unsupported version: \\x1b[2J\"", "é is a letter"]
 
 
 def test_addresses_of_one_household_count_together():

@@ -9,10 +9,12 @@ CodecTask has the methods of train.py's ModelTask, so one loop trains both.
 """
 import os
 import random
+import sys
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 from files.augment import Microphone, change_throat, draw_ratio
 from files.audio import SAMPLE_RATE, read_audio, seconds_of
@@ -26,11 +28,12 @@ class Clips:
     """The clips of manifests, up to six seconds each, with the text that is said in each of them; and the
     letters, in any script, of that text."""
 
-    def __init__(self, data):
-        """data: folders with manifests, with commas"""
+    def __init__(self, data, skip_broken=False):
+        """data: folders with manifests, with commas. skip_broken: leave out what cannot be read; otherwise it
+        is an error."""
         self.clips = {"train": set(), "seen": set()}  # (key of the clip, its text, who speaks)
         manifests = [os.path.join(folder, "manifest.jsonl") for folder in data.split(",")]
-        for d in (d for manifest in manifests for d in read_manifest(manifest)):
+        for d in (d for manifest in manifests for d in read_manifest(manifest, skip_broken)):
             if d["split"] in self.clips and d.get("kind") != "noise":
                 self.clips[d["split"]] |= {(clip_key(t), t["text"], t["role"]) for t in d.get("turns", ())
                                           if "audio" in t}
@@ -42,7 +45,7 @@ class Clips:
         if not self.clips["train"]:
             raise ValueError(f"{data}/manifest.jsonl: holds no clip of at most six seconds to train on")
         self.fingerprint = f"{sum(map(len, self.clips.values()))} clips"
-        self.audio = {}  # key -> int16 samples, once read
+        self.audio, self.skip_broken = {}, skip_broken  # key -> int16 samples, once read; None if broken
 
     def holds(self, stage, split):
         return bool(self.clips[split])
@@ -58,19 +61,32 @@ class Clips:
         number = {letter: i for i, letter in enumerate(self.letters, 1)}  # 0 is CTC's blank
         for key, text, role in pool[start:start + stage.batch]:
             augment = split == "train" and role != "model" and rng.random() < stage.augment
-            x = self.read(key) * 10 ** (rng.uniform(-6, 6) / 20)
+            x = self.read(key)
+            if x is None:
+                continue
+            x = x * 10 ** (rng.uniform(-6, 6) / 20)
             x = change_throat(x, draw_ratio(rng)) if augment else x
             wavs.append(F.pad(x, (rng.randrange(2 * FRAME), 0)))
             letters.append([number[c] for c in text.lower() if c in number])
             microphones.append(rng.getrandbits(60) if augment else None)
+        if not wavs:
+            raise ValueError("a whole batch of recordings is broken inside")
         N = (max(map(len, wavs)) // FRAME + 2) * FRAME
         return torch.stack([F.pad(x, (0, N - len(x))) for x in wavs])[:, None], letters, microphones
 
     def read(self, key):
+        """(N,) samples; None if they are broken and --skip-broken leaves them out."""
         if key not in self.audio:
             path, start, end = key
-            self.audio[key] = (read_audio(path, start=start, end=end) * 32767).short()
-        return self.audio[key].float() / 32767
+            try:
+                self.audio[key] = (read_audio(path, start=start, end=end) * 32767).short()
+            except (ValueError, OSError) as e:
+                if not self.skip_broken:
+                    raise ValueError(f"{e} (--skip-broken leaves it out)") from None
+                self.audio[key] = None
+                broken = sum(x is None for x in self.audio.values())
+                tqdm.write(f"skipped {broken} that are broken inside, now {e}", sys.stderr)
+        return None if self.audio[key] is None else self.audio[key].float() / 32767
 
 
 def heard(wav, microphones):
@@ -85,10 +101,10 @@ class CodecTask:
     kind = "codec"
     files, from_nothing = {}, True
 
-    def __init__(self, config, data, device, precision=None):
+    def __init__(self, config, data, device, precision=None, skip_broken=False):
         self.config, self.device, self.precision = config, device, precision
         self.model = Mimi(config)
-        self.clips = Clips(data)
+        self.clips = Clips(data, skip_broken)
         self.letters = nn.Linear(config.dim, 4 * (len(self.clips.letters) + 1))  # four guesses a frame
         self.modules = nn.ModuleList([self.model, self.letters]).to(device)
         self.spectra = [Spectrum(n).to(device) for n in (256, 512, 1024, 2048)]

@@ -49,6 +49,7 @@ def build_parser(description, configs, *classes):
                                               "that multiply them")
     add("--recompute", choices=CHOICES, help="what of each layer is computed again for the gradients instead "
                                              "of kept (default: all, for rows longer than 1024 frames)")
+    add("--skip-broken", action="store_true", help="leave out the codec's recordings that are broken")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     add("--save-every", type=float, default=60, help="seconds between checkpoints; more if saving takes over "
                                                      "5%% of the time")
@@ -79,6 +80,8 @@ def parse(text, kind, name):
 
 def check_alone(args, torchrun):
     """ValueError if what trains in a single process is to train in several, or what excludes each other."""
+    if args.skip_broken and args.config != "codec":
+        raise ValueError("--skip-broken is for the codec; for a model `prepare.py encode` has it")
     alone = {"the codec": args.config == "codec", "--eight-bit": args.eight_bit, "--lora": args.lora}
     alone = [name for name, given in alone.items() if given]
     if alone and torchrun:

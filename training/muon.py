@@ -26,6 +26,7 @@ def make_optimizer(modules, muon):
     """AdamW, with muon Muon for what is inside the layers. For weights in bfloat16: AdamW with 8-bit states
     and stochastic rounding; 6 bytes a parameter with its gradient, instead of 16."""
     named = [(name, p) for name, p in modules.named_parameters() if p.requires_grad]
+    muon = muon and named[0][1].dtype != torch.bfloat16
     kinds = [(muon and is_matrix(name, p), p.ndim > 1) for name, p in named]  # (Muon, weight decay)
     groups = [{"params": [p for (_, p), k in zip(named, kinds) if k == kind], "muon": kind[0],
                "weight_decay": 0.05 * kind[1]} for kind in sorted(set(kinds))]

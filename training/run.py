@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from files.atomic import copy
 from files.checkpoint import check_finite, load_checkpoint, save_checkpoint
-from files.fields import check_fields, short, whole
+from files.fields import check_fields, one_line, short, whole
 from training import parallel
 
 LOG_EVERY = 10  # steps
@@ -63,7 +63,7 @@ class Run:
             try:
                 self.restore()
             except (KeyError, TypeError, IndexError, AttributeError, RuntimeError) as e:
-                reason = " ".join(f"{type(e).__name__}: {e}".split())[:150]
+                reason = f"{type(e).__name__}: {one_line(e, 150)}"
                 raise ValueError(f"{out}: its checkpoint is damaged ({reason}); --out names another folder") \
                     from None
         self.threads = None
@@ -358,7 +358,7 @@ class Run:
             raise ValueError(f"{path}: was trained with another config or on other data; "
                              "--out names another folder")
         where = {"stage": whole(0, len(self.stages)), "step": whole()}
-        check_fields(saved["progress"], where, what="progress")
+        check_fields(saved["progress"], where, what=f"{path}: progress")
         self.check_plan(saved, path)
         if saved["precision"] != self.precision and (self.task.precision or parallel.is_distributed()):
             raise ValueError(f"{path}: was trained in {saved['precision']}; "
@@ -398,10 +398,11 @@ class Run:
             if old != new:
                 same = old and new and old["name"] == new["name"]
                 odd = ", ".join(k for k in new if old.get(k) != new[k]) if same else "not in both"
-                raise ValueError(f"{path}: was trained in other stages ({(old or new)['name']}: {odd}); "
+                name = one_line((old or new)["name"], 60)
+                raise ValueError(f"{path}: was trained in other stages ({name}: {odd}); "
                                  "--out names another folder")
         if saved["seed"] != self.seed:
-            raise ValueError(f"{path}: was trained with --seed {saved['seed']}; give it again")
+            raise ValueError(f"{path}: was trained with --seed {short(saved['seed'])}; give it again")
         unknown = None in saved["progress"]["num_steps"][saved["progress"]["stage"]:]
         if unknown and not self.minutes:
             raise ValueError(f"{path}: was begun with --minutes; give it again")
