@@ -14,7 +14,7 @@ import torch
 
 from mimi import FRAME, restore, tensors
 
-QUEUE = 6  # frames of a session that may wait: about half a second
+QUEUE = 12  # frames of a session that may wait: about a second, as in the page's jitter buffer
 
 
 class Session:
