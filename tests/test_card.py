@@ -104,7 +104,7 @@ def test_out_of_memory_is_a_result(limit, most, tried, monkeypatch, capsys):
 
 
 def test_what_a_frame_reads_and_launches_is_counted(capsys):
-    args = SimpleNamespace(config="tiny", codec="tiny", device="meta")
+    args = SimpleNamespace(config="tiny", codec="tiny", device="meta", weights=None)
     duplex = bench_talk.duplex_of(args)
     lines, weights, each = bench_talk.reckon(duplex)
     read, launches = {name: n for name, n, _ in lines}, {name: n for name, _, n in lines}
