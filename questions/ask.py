@@ -35,7 +35,7 @@ from tqdm import tqdm
 import prepare
 import train
 from chat import DuplexModel
-from evals.recogniser import get_recogniser
+from evals.recogniser import SHIPPED, get_recogniser
 from files.atomic import read_json, replace_when_done
 from live.packed import unpack
 from model import CONFIGS
@@ -93,7 +93,7 @@ def answer(task):
 def make_data(world, processes):
     """A world's data, encoded, and the recogniser that judges, unless they are there."""
     if not os.path.exists(CODEC):
-        unpack("weights/talk.safetensors", os.path.dirname(CODEC))
+        unpack(os.path.join(os.path.dirname(SHIPPED), "talk.safetensors"), os.path.dirname(CODEC))
     if not os.path.exists(world.folder):
         world.make()
     if not os.path.exists(os.path.join(world.folder, "encoded")):

@@ -539,7 +539,7 @@ def test_nothing_held_out_means_no_held_out_loss(world, tmp_path):
 @pytest.mark.parametrize("command, message", [
     ("bench_train", "data/toy/encoded: not there; needs what `make demo` leaves"),
     ("bench_train --config tiny --layers 1", "data/toy/encoded: not there; needs what `make demo` leaves"),
-    ("questions.ask", "out/codec/checkpoint.pt: not there; needs what `make demo` leaves"),
+    ("questions.ask nothing", "no question nothing; there are paper, long"),
     ("bench_train --device mps", "not supported"), ("bench_memory --device gpu", "unknown; use cpu or cuda")])
 def test_benchmarks_say_in_one_line_what_they_miss(tmp_path, monkeypatch, command, message):
     monkeypatch.chdir(tmp_path)
