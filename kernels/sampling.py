@@ -167,7 +167,7 @@ def philox(counter, key):
 # ------------------------------------------------------------------------------------------------------------
 # The kernel
 
-VERSION = 3  # the version in sampling.cu that sample() uses
+VERSION = 3  # of sampling.cu, for sample(); by reckoning v2 takes 0.1 ms more for 152,064 logits
 
 
 class SampleArgs(ctypes.Structure):
