@@ -411,12 +411,13 @@ def resolve(args, rest):
     return config, stages
 
 
-def build_parser():
-    return flags.build_parser(__doc__, STAGES, model.FLMConfig, Stage)
+def build_parser(description=__doc__):
+    return flags.build_parser(description, STAGES, model.FLMConfig, Stage)
 
 
-def main():
-    args, rest = build_parser().parse_known_args()
+def main(model_task=ModelTask, description=__doc__):
+    """model_task: what to train a model as, such as questions/teacher.py's."""
+    args, rest = build_parser(description).parse_known_args()
     torch.manual_seed(args.seed)
     try:
         config, stages = resolve(args, rest)
@@ -425,7 +426,7 @@ def main():
                 raise ValueError("--plan is for a model")
             flags.check_alone(args, args.gpus > 1)
             return plan.show(args, config, stages)
-        run(args, config, stages)
+        run(args, config, stages, model_task)
     except Stopped as e:
         print(e.args[0], file=sys.stderr)
         sys.exit(128 + e.args[1])
@@ -437,7 +438,7 @@ def main():
         parallel.end()
 
 
-def run(args, config, stages):
+def run(args, config, stages, model_task):
     begun = time.monotonic()
     check_device(args.device)
     args.device = parallel.begin(args.device)
@@ -447,8 +448,8 @@ def run(args, config, stages):
     if args.config == "codec":
         task = CodecTask(config, args.data or "data/toy", args.device, args.precision, args.skip_broken)
     else:
-        task = ModelTask(config, args.data or "data/toy/encoded", args.device, args.init, args.seed,
-                         args.eight_bit, args.precision, args.lora, args.recompute, args.float8)
+        task = model_task(config, args.data or "data/toy/encoded", args.device, args.init, args.seed,
+                          args.eight_bit, args.precision, args.lora, args.recompute, args.float8)
     notes, stages = survey(task, stages)
     if parallel.rank() == 0:
         print("\n".join([*map(flags.describe, (task.config, *stages)), *notes]), flush=True)

@@ -1,11 +1,15 @@
 """Experiments: a variant trains, is measured and gives a row of its table; the teacher's places by hand."""
 import dataclasses
+import json
 import random
+import shutil
 
 import pytest
 import torch
-from conftest import FLM
+from conftest import FLM, encode, run
+from test_published import as_qwen
 from test_streams import MODEL, R, USER, A, V, W
+from test_tokenizer import publish
 
 import model
 import prepare
@@ -13,7 +17,8 @@ import train
 from layouts import states
 from questions import ask, layouts, recipe, teacher, voices
 from files.manifest import read_manifest
-from streams import TEXT, asr_response_tts, pack
+from files.tokenizer import load_tokenizer
+from streams import TEXT, asr_response_tts, blank, pack
 from toy.script import make_toy
 
 
@@ -110,6 +115,49 @@ def test_a_teacher_who_knows_what_the_student_knows_adds_nothing_and_another_doe
         for m in (task.model, task.teacher):
             m.head.weight.zero_()
     assert task.loss(stage, batch, total)[1]["kl"].abs() < 1e-5
+
+
+def test_qwen_teaches_as_it_chats(world, tmp_path):
+    """What it says to a transcript in its own format, without any audio, is what the student learns from."""
+    data, start = tmp_path / "toy", tmp_path / "qwen"
+    start.mkdir()
+    shutil.copytree(world / "toy", data, ignore=shutil.ignore_patterns("encoded"))
+    publish(start, "tokenizer.json")
+    encode(data, world, name=str(start))
+    source = model.FLM(dataclasses.replace(FLM, vocab_size=320)).eval()
+    as_qwen(source, start, "model.", "qwen2")
+    flags = ["--config", "tiny", "--data", data / "encoded", "--device", "cpu"]
+    code, out, err = run("questions.teacher", *flags, "--init", start, "--steps", 5, "--frames", 96,
+                         "--out", tmp_path / "o")
+    assert code == 0 and f"Wrote {tmp_path}/o/checkpoint.pt" in out, err
+    logged = [json.loads(line) for line in (tmp_path / "o/log.jsonl").read_text().splitlines()]
+    assert any(line["kl"] > 0 for line in logged if line["stage"] == "fine-tuning 1")
+    assert not any("kl" in line for line in logged if line["stage"] == "language")
+
+    task = teacher.FromStart(FLM, str(data / "encoded"), "cpu", str(start))
+    words = load_tokenizer(str(data / "encoded/tokenizer.json"))
+    heard, said = (torch.tensor(words.encode(text)) for text in (" repeat the", " the the"))
+    chat = words.encode("<|im_start|>user\n repeat the<|im_end|>\n<|im_start|>assistant\n the the",
+                        allowed_special="all")
+    grid = blank(len(chat), task.vocab, task.vocab.empty)
+    grid[TEXT] = chat
+    with torch.no_grad():
+        for table in (*source.speak, *source.listen):
+            table.weight.zero_()
+        right = source.text_logits(source.hidden(torch.from_numpy(grid)[None]))[0].log_softmax(-1)
+    assert torch.allclose(task.taught(heard, said), right[-len(said) - 1:-1], atol=1e-5)
+    assert task.model.speak[0].weight.abs().max() > 0, "the student keeps its ears"
+
+
+def test_a_teacher_is_named(world, tmp_path):
+    flags = ["--config", "tiny", "--data", world / "toy/encoded", "--out", tmp_path / "o", "--device", "cpu"]
+    code, _, err = run("questions.teacher", *flags)
+    assert code == 1 and "a teacher needs --init" in err
+    task = teacher.FromStart(FLM, str(world / "toy/encoded"), "cpu", str(world / "flm"))
+    assert task.teacher is not task.model and task.marks == [[task.vocab.asr], [task.vocab.answer]]
+    as_qwen(model.FLM(dataclasses.replace(FLM, vocab_size=400)), tmp_path, "model.", "qwen2")
+    with pytest.raises(ValueError, match="has no <.im_start.> and <.im_end.>"):
+        teacher.FromStart(FLM, str(world / "toy/encoded"), "cpu", str(tmp_path))
 
 
 def test_roles_are_judged_by_their_own_right_answers(monkeypatch, world):

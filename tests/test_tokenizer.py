@@ -33,7 +33,7 @@ def publish(folder, kind):
     merges = [(word(a), word(b)) for a, b in merges]
     vocab = [letters[b] for b in sorted(letters, key=letters.get)] + [a + b for a, b in merges]
     vocab = {t: i for i, t in enumerate(vocab)}
-    added = [(len(vocab) + i, name) for i, name in enumerate(["<|endoftext|>", "<|im_start|>"])]
+    added = [(len(vocab) + i, name) for i, name in enumerate(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])]
     if kind == "tokenizer.json":
         split = {"type": "Sequence", "pretokenizers": [
             {"type": "Split", "pattern": {"Regex": QWEN_PATTERN}, "behavior": "Isolated", "invert": False},
@@ -68,7 +68,7 @@ def test_every_tokeniser_gives_back_every_text(name, tmp_path):
     if "." in name:
         assert t.encode_ordinary("the the") == [saved["ranks"][b"t"], saved["ranks"][b"he"], 258]
         assert t.encode_ordinary("你") == [260] and saved["ranks"][b"# "] == 261
-        assert t.encode("<|im_start|><wait>", allowed_special="all") == [263, 264]
+        assert t.encode("<|im_start|><wait>", allowed_special="all") == [263, 265]
 
 
 @pytest.mark.parametrize("text", ["你好吗？世界！", "今天 你好， 世界", "3月你好", "AI你好 the", "ありがとう", "สวัสดี", "𠮷野家"])
