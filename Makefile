@@ -23,7 +23,9 @@ page: .venv/ready
 	$(PY) -m http.server --bind 127.0.0.1 --directory out/page
 
 demo: .venv/ready
-	@$(MAKE) --no-print-directory demo-steps BEGUN=$$(date +%s)
+	@if test -f out/tiny/demo.done; then echo "The demo is over: out/tiny is trained to its end, its scores are in" \
+		"out/tiny/eval.json. 'rm -r data/toy out/codec out/tiny' begins anew; 'make demo MINUTES=60' then takes an hour."; \
+	else $(MAKE) --no-print-directory demo-steps BEGUN=$$(date +%s); fi
 
 demo-steps:
 	test -f data/toy/manifest.jsonl || $(PY) prepare.py toy --items $$((200 * $(MINUTES))) --sentences $$((75 * $(MINUTES))) --voices $$((8 + $(MINUTES) * 2 / 5))
@@ -31,6 +33,7 @@ demo-steps:
 	test data/toy/encoded/meta.json -nt out/codec/checkpoint.pt || $(PY) prepare.py encode
 	$(PY) train.py --config tiny --minutes $(call left,1,2.5) --resume
 	$(PY) eval.py --checkpoint out/tiny --smoke --minutes $(call left,1,0)
+	touch out/tiny/demo.done
 
 # Two fifths of its users have voices made from recordings of people, as far as they are installed; on Debian, with its
 # sections contrib and non-free: apt install flite libttspico-utils rhvoice rhvoice-english espeak-ng mbrola mbrola-us1

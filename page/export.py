@@ -38,11 +38,12 @@ import torch
 from page.step import ExportedStep
 from chat import DuplexModel
 from files.atomic import check_folder, move_folder, replace_when_done, write_text
+from files.audio import SAMPLE_RATE
 from files.checkpoint import layouts_of
 from kernels.sampling import Sampling
 from mimi import FRAME
 from streams import K
-from toy.voices import SAMPLE_RATE, Espeak, speak
+from toy.voices import Espeak, speak
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 WEB = os.path.join(os.path.dirname(HERE), "live", "web.html")
