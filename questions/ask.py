@@ -4,11 +4,12 @@
     python -m questions.ask states typed prompts teacher long
     python -m questions.ask states --seeds 1 --items 20
 
-Each variant trains the tiny model with the same data, number of steps and seeds, on fewer voices and without
-chants and stories, so that a run takes minutes; then it is evaluated in the same held-out conversations. The
-codec is that of `make talk`. The tables that are printed have means and standard deviations over seeds. To
-ask one of your own, write its variants as in layouts.py, and its name below. A new layout is a function in
-layouts/.
+Each variant trains the tiny model with the same data, number of steps and seeds (of the weights and of the
+batches), on few voices and without stories, so that a run takes minutes; then it is evaluated in the same
+held-out conversations. The codec is that of `make talk`. The tables that are printed have means and standard
+deviations over seeds. To ask one of your own, write its variants as in questions/layouts.py, and its name
+below. A new layout is a function in layouts/, whose __init__.py says how it is written. What is in
+out/questions is not trained again; remove a question's folder there after a change of its code.
 
     paper      what each stage is for, word-aligned text (FLM-Audio, RQ1 and RQ2)
     long       the same where answers are long
@@ -65,18 +66,19 @@ def answer(task):
     question, name, seed, items, share = task
     torch.set_num_threads(1)  # Run then uses one thread too
     variant, world, out = QUESTIONS[question][name], world_of(question), folder_of(question, name, seed)
-    path, how = os.path.join(out, "scores.json"), {"items": items, "share": share}
+    held_out, path = world.held_out()[:items], os.path.join(out, "scores.json")
+    how = {"items": len(held_out), "share": share, "stages": repr(variant.stages)}
     if os.path.exists(path):
         scores = read_json(path)
-        if any(scores[key] != value for key, value in how.items()):
-            raise ValueError(f"{path}: is of --items {scores['items']} --share {scores['share']}; delete it, "
-                             "or ask as before")
+        odd = [key for key, value in how.items() if scores.get(key) != value]
+        if odd:
+            raise ValueError(f"{path}: is of other {' and '.join(odd)}; remove {out}, or ask as before")
         return question, name, scores
     if variant.prepare:
         variant.prepare()
     random.seed(seed)
     torch.manual_seed(seed)
-    model_task = variant.task(CONFIGS["tiny"], os.path.join(world.folder, "encoded"), "cpu")
+    model_task = variant.task(CONFIGS["tiny"], os.path.join(world.folder, "encoded"), "cpu", None, seed)
     model_task.from_nothing = variant.muon
     stages = [dataclasses.replace(s, steps=max(1, round(s.steps * share))) for s in variant.stages]
     if hasattr(model_task, "teacher"):
@@ -84,7 +86,7 @@ def answer(task):
     train.train(model_task, stages, out, resume=True, seed=seed)
     recogniser = get_recogniser(None, world.folder, "out/questions/recogniser", None, "cpu")
     duplex = DuplexModel.load(out, "cpu")
-    scores = {**how, **variant.measure(model_task, duplex, recogniser, world.held_out()[:items])}
+    scores = {**how, **variant.measure(model_task, duplex, recogniser, held_out)}
     with replace_when_done(path) as temporary, open(temporary, "w") as f:
         json.dump(scores, f)
     return question, name, scores
@@ -107,8 +109,9 @@ def table(found, measures, title):
     lines = [f"| {title} | {' | '.join(measures.values())} |", "|---" * (1 + len(measures)) + "|"]
     for name, runs in found.items():
         columns = [[r[key] for r in runs] for key in measures]
-        cells = [(statistics.mean(x), statistics.stdev(x) if len(x) > 1 else 0.0) for x in columns]
-        lines.append(f"| {name} | " + " | ".join(f"{m:.2f} ± {s:.2f}" for m, s in cells) + " |")
+        spread = lambda x: f" ± {statistics.stdev(x):.2f}" if len(x) > 1 else ""
+        cells = [f"{statistics.mean(x):.2f}{spread(x)}" for x in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -124,10 +127,10 @@ def ask(names, seeds, items, processes, share=1.0):
             found[question][name].append(scores)
     written = []
     for question in names:
-        first = next(iter(QUESTIONS[question].values()))
+        first, held = next(iter(QUESTIONS[question].values())), len(world_of(question).held_out()[:items])
         steps = round(share * sum(s.steps for s in first.stages))
         text = table(found[question], first.titles or MEASURES,
-                     f"{question}: {seeds} seeds, {steps} steps, {items} conversations each")
+                     f"{question}: {seeds} seeds, {steps} steps, {held} conversations each")
         print("\n" + text)
         written.append(os.path.join(OUT, f"{question}.md"))
         with replace_when_done(written[-1]) as temporary, open(temporary, "w", encoding="utf-8") as f:

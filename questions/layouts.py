@@ -10,7 +10,7 @@ from files.audio import SAMPLE_RATE, read_audio
 from layouts.division import divide, halves
 from layouts.prompts import ROLES, make_prompt
 from model import CONFIGS, FLM
-from questions.recipe import ANSWER, FADE, Variant, answers, stages
+from questions.recipe import ANSWER, FADE, Variant, measure, stages
 from streams import FRAME_RATE, K, ROWS, Vocab
 from train import ModelTask
 
@@ -39,7 +39,7 @@ TYPED = {
 
 def in_roles(task, duplex, recogniser, items):
     """The scores without a prompt, and how many answers are right in each role."""
-    found = answers(task, duplex, recogniser, items)
+    found = measure(task, duplex, recogniser, items)
     for role, order in ROLES.items():
         duplex.prompt = make_prompt(duplex, role)
         turns = [[read_audio(turn["path"]) for turn in d["turns"][:2]] for d in items]
@@ -79,7 +79,7 @@ class DividedFLM(FLM):
 
 def divided(task, duplex, recogniser, items):
     duplex.model.__class__, duplex.model.vocab = DividedFLM, duplex.vocab
-    return answers(task, duplex, recogniser, items)
+    return measure(task, duplex, recogniser, items)
 
 
 @torch.no_grad()

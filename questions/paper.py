@@ -9,17 +9,18 @@
     AdamW              the recipe with the paper's optimiser for everything
     no language        the recipe without the text-only stage; fine-tuning gets its steps
 
-LONG asks RQ1 and RQ2 again where answers are long (eight words and more), with twice the steps and a depth
-transformer that learns from more frames.
+LONG asks RQ1 and RQ2 again where answers are long (counts and chants of eight words and more), with twice the
+steps and a depth transformer that learns from more frames.
 """
 import dataclasses
 import time
+from functools import partial
 
 import torch
 
 import streams
 from model import CONFIGS, FLM
-from questions.recipe import ANSWER, Variant, World, stages
+from questions.recipe import ANSWER, Variant, World, measure, stages
 from streams import ROWS
 
 ALIGNED = {"word_aligned": (1, 1)}
@@ -54,9 +55,11 @@ def variants(**more):
 
 RQ = ("recipe", "TTS only", "ASR only", "no fine-tuning 1", "word-aligned")
 PAPER = variants()
-LONG = {name: variant for name, variant in variants(times=2, depth=(0.4, 0.4), rows=(4, 192)).items()
-        if name in RQ}
-LONG_WORLD = World("data/long", ("repeat", "count", "chant"), words=8)
+LONG_TITLES = {"text": "text right", "text, count": "- count", "text, chant": "- chant",
+               "spoken 1 - WER": "spoken 1 - WER", "in time": "in time", "early": "early"}
+LONG = {name: dataclasses.replace(variant, measure=partial(measure, measures=LONG_TITLES), titles=LONG_TITLES)
+        for name, variant in variants(times=2, depth=(0.4, 0.4), rows=(4, 192)).items() if name in RQ}
+LONG_WORLD = World("data/long", ("repeat", "count", "chant"), words=8, tests=900)
 
 
 def multiplexing(seconds=10):

@@ -3,7 +3,7 @@ import os
 from dataclasses import dataclass
 
 import train
-from eval import KINDS, answers as hold_conversations
+from eval import KINDS, answers
 from evals.scores import Proportions
 from files.manifest import read_manifest
 from toy.script import make_toy
@@ -33,11 +33,11 @@ def stages(post=BOTH, fine_1=train.FINE_1, fine_2=FADE, wait=0.3, language=250, 
             stage("fine-tuning 1", 250 + more, fine_1), stage("fine-tuning 2", 400 + more, fine_2, 0))
 
 
-def answers(task, duplex, recogniser, items):
-    """What eval.py measures in held-out conversations: {a key of MEASURES: proportion}."""
+def measure(task, duplex, recogniser, items, measures=MEASURES):
+    """What eval.py measures in held-out conversations: {a key of measures: proportion}."""
     shares = Proportions()
-    hold_conversations(duplex, recogniser, items, 7, shares, "seen")
-    return {measure: shares.proportion(f"seen {measure}") for measure in MEASURES}
+    answers(duplex, recogniser, items, 7, shares, "seen")
+    return {measure: shares.proportion(f"seen {measure}") for measure in measures}
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,11 @@ class World:
     kinds: tuple = KINDS
     script: tuple = ()  # more for toy.script.Script
     words: int = 1  # in the answers of held-out dialogues that are asked for, at least
+    tests: int = 240  # held-out dialogues in known voices
 
     def make(self):
         proportions = {kind: KIND_PROPORTIONS[kind] for kind in self.kinds}
-        make_toy(self.folder, "en", items=4000, tests=240, sentences=2000, voices=6, seed=2, tts=None,
+        make_toy(self.folder, "en", items=4000, tests=self.tests, sentences=2000, voices=6, seed=2, tts=None,
                  proportions=proportions, **dict(self.script))
 
     def held_out(self):
@@ -66,5 +67,5 @@ class Variant:
     task: type = train.ModelTask  # what is trained: made of (config, data, device)
     muon: bool = True  # otherwise AdamW for everything, as if it had started from published weights
     prepare: object = None  # called before training, in the variant's own process
-    measure: object = answers  # (task, duplex, recogniser, items) -> {measure: value}
+    measure: object = measure  # (task, duplex, recogniser, items) -> {measure: value}
     titles: dict = None  # measure -> the column's title; MEASURES if None

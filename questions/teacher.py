@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import train
 from files.tokenizer import load_tokenizer
 from model import FLM
-from questions.recipe import BOTH, FADE, MEASURES, Variant, answers, stages
+from questions.recipe import BOTH, FADE, MEASURES, Variant, measure, stages
 from streams import TEXT, blank
 from training import parallel
 
@@ -92,7 +92,7 @@ class TaughtTask(train.ModelTask):
 
 def start_teacher(task, out, seed, stages):
     """The recipe's own language stage, with the same seed."""
-    before = train.ModelTask(task.config, task.folder, task.device)
+    before = train.ModelTask(task.config, task.folder, task.device, None, seed)
     path = train.train(before, stages[:1], os.path.join(out, "teacher"), resume=True, seed=seed)
     task.teach(FLM.load(path)[0])
 
@@ -103,7 +103,7 @@ def forgetting(task, duplex, recogniser, items):
     batch = task.batch(text, 0, "seen", random.Random(7))
     with torch.no_grad():
         parts = train.ModelTask.loss(task, text, batch, task.totals(batch))[1]
-    return {**answers(task, duplex, recogniser, items), "language": parts["text_accuracy"].item()}
+    return {**measure(task, duplex, recogniser, items), "language": parts["text_accuracy"].item()}
 
 
 def with_text(layouts):

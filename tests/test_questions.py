@@ -41,7 +41,7 @@ def test_a_variant_from_training_to_its_row(world, tmp_path, monkeypatch, questi
     found = ask.answer((question, name, 1, 2, 0.004))
     assert found[:2] == (question, name)
     assert ask.answer((question, name, 1, 2, 0.004)) == found, "read, not trained again"
-    with pytest.raises(ValueError, match="is of --items 2 --share 0.004; delete it"):
+    with pytest.raises(ValueError, match="is of other items; remove "):
         ask.answer((question, name, 1, 3, 0.004))
     titles = ask.QUESTIONS[question][name].titles or ask.MEASURES
     assert set(titles) <= set(found[2]) and all(0 <= found[2][key] <= 1 for key in titles)
@@ -163,7 +163,7 @@ def test_a_teacher_is_named(world, tmp_path):
 def test_roles_are_judged_by_their_own_right_answers(monkeypatch, world):
     class Duplex:
         prompt, vocab = None, V
-    monkeypatch.setattr(layouts, "answers", lambda *a: {"text": 0.5})
+    monkeypatch.setattr(layouts, "measure", lambda *a: {"text": 0.5})
     monkeypatch.setattr(layouts, "make_prompt", lambda duplex, role: role)
     monkeypatch.setattr(layouts, "written", lambda duplex, text: [(0.0, text)])
     monkeypatch.setattr(layouts, "converse_all", lambda duplex, heard, *a: [
