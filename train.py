@@ -192,6 +192,8 @@ class Conversations(Lines):
             grid = getattr(streams, layout)(turns, gaps, v)
         if len(self.noise[split]) and rng.random() < NOISE:
             self.add_noise(grid, split, rng)
+        if grid[TEXT, 0] < 0:  # a prompt, which stays
+            return grid
         return grid[:, rng.randrange(max(1, grid.shape[1] - stage.frames)):]  # if too long, from anywhere
 
     def add_noise(self, grid, split, rng):

@@ -12,7 +12,8 @@ import torch
 
 from files.audio import SAMPLE_RATE, read_audio
 from files.tokenizer import encode_words
-from streams import LISTEN, SPEAK, TEXT, Utterance, blank, delay, given, put, response_tts
+from streams import (FRAME_RATE, K, LISTEN, SPEAK, TEXT, Utterance, blank, delay, given, put,
+                     response_tts)
 
 SECONDS = 3  # of a voice that are heard
 
@@ -53,7 +54,9 @@ ROLES = {"": lambda words: words,
 
 
 def in_role(role, model, tokenizer):
-    """An answer, an Utterance with the start of each token, as the role has it."""
+    """An answer, an Utterance with the start of each token, as the role has it. ValueError without them."""
+    if model.starts is None:
+        raise ValueError("prompts:prompted: the answers' words have no times; the toy world's have")
     begins = [i for i, t in enumerate(model.tokens) if tokenizer.decode_single_token_bytes(t)[:1] == b" "]
     frames = [*(model.starts[i] for i in begins), model.speech]
     words = [(model.tokens[i:j], model.codes[a:b]) for i, j, a, b in
@@ -67,9 +70,9 @@ def prompted(turns, gaps, data, rng):
     """Response-TTS after a prompt: one of the roles, and half of the time the voice of another answer."""
     role, v = rng.choice(list(ROLES)), data.vocab
     turns = [(user, in_role(role, model, data.tokenizer)) for user, model in turns]
-    voice = rng.choice(turns)[1].codes[:0]
+    voice = np.zeros((0, K), np.int64)
     if rng.random() < 0.5:
         line, turn = rng.choice([clip for clips in data.said["train"] for clip in clips])
-        voice = data.utterance(data.line(line)["turns"][turn], rng).codes
+        voice = data.utterance(data.line(line)["turns"][turn], rng).codes[:round(SECONDS * FRAME_RATE)]
     before = prompt(tokens_of(role, data.tokenizer), voice, v)
     return np.concatenate([before, response_tts(turns, gaps, v)], 1)

@@ -40,7 +40,7 @@ from evals.recogniser import SHIPPED, get_recogniser
 from files.atomic import read_json, replace_when_done
 from live.packed import unpack
 from model import CONFIGS
-from questions.layouts import DIVISION, DOCUMENTS, PROMPTS, STATES, TYPED, cost_of_division
+from questions.layouts import DIVISION, DOCUMENTS, PROMPTS, STATES, STATES_WORLD, TYPED, cost_of_division
 from questions.paper import LONG, LONG_WORLD, PAPER, multiplexing
 from questions.recipe import MEASURES, World
 from questions.teacher import TEACHER, start_teacher
@@ -50,7 +50,7 @@ OUT, CODEC = "out/questions", "out/talk/codec.pt"
 QUESTIONS = {"paper": PAPER, "long": LONG, "states": STATES, "division": DIVISION, "voices": VOICES,
              "prompts": PROMPTS, "typed": TYPED, "teacher": TEACHER, "documents": DOCUMENTS}
 COSTS = {"paper": multiplexing, "division": cost_of_division}  # what else a question prints
-WORLDS = {"long": LONG_WORLD, "voices": VOICES_WORLD}
+WORLDS = {"long": LONG_WORLD, "voices": VOICES_WORLD, "states": STATES_WORLD}
 
 
 def world_of(question):

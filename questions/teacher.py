@@ -1,13 +1,15 @@
-"""A teacher (Hello-Chat): the model as it was after the language stage, which knows text and nothing else.
+"""A teacher (after Hello-Chat): the model as it was after the language stage, which knows text alone.
 
-Where an answer follows its transcript (<asr> ... <answer> ...), it stands in the grid as in the text alone.
-There the student also learns the teacher's distribution (KL divergence); or a share of text is replayed in
-the later stages.
+Where an answer follows its transcript (<asr> ... <answer> ..., in fine-tuning 1), it stands in the grid as in
+the text alone. There the student also learns the teacher's distribution (KL divergence); or a share of text
+is replayed in the later stages. (Hello-Chat's student has no transcript in view, as its text is not written
+in frames.)
 
     python -m questions.teacher --config 0.5b --init Qwen2.5-0.5B-Instruct --data data/mine/encoded
 
 is train.py with what --init names as the teacher, frozen: a run of ours, or Qwen2.5, to whom a transcript
-is a user's turn of a chat. The data must be encoded with its tokeniser. It trains in one process.
+is a user's turn of a chat. The data must be encoded with its tokeniser. It trains in one process, and --plan
+does not count the teacher.
 """
 import copy
 import os
@@ -19,13 +21,18 @@ import torch.nn.functional as F
 import train
 from files.tokenizer import load_tokenizer
 from model import FLM
+from published.release import QWEN, read_config
 from questions.recipe import BOTH, FADE, MEASURES, Variant, measure, stages
 from streams import TEXT, blank
 from training import parallel
+from training.documents import attention
 
 IM = "<|im_start|>", "<|im_end|>"
-CHAT = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"  # in place of <asr> and <answer>
+# Qwen2.5's chats, in place of <asr> and <answer>
+CHAT = ("<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
 REPLAY = {"language": (0.2, 0.2)}
+TEXT_ALONE = train.Stage("text", 1, 64, 0, 0, 96, {"language": (1, 1)})
 
 
 def runs(text, v):
@@ -40,51 +47,50 @@ def runs(text, v):
 
 class TaughtTask(train.ModelTask):
     """Adds the KL divergence from the teacher, weighted as a monologue token's loss."""
-    teacher = None
+    teacher = chats = None
 
     def __init__(self, config, folder, device, init=None, *more):
         super().__init__(config, folder, device, init, *more)
-        self.folder, self.marks = folder, [[self.vocab.asr], [self.vocab.answer]]
-        if init:
-            if parallel.is_distributed():
-                raise ValueError("a teacher is for a single process, without torchrun")
-            self.teach(copy.deepcopy(self.model), os.path.exists(os.path.join(init, "checkpoint.pt")))
+        self.folder = folder
 
-    def teach(self, teacher, ours=True):
-        """Learn from this model from now on. ours: otherwise it is a language model that knows chats."""
+    def teach(self, teacher, chats=False):
+        """Learn from this model from now on. chats: it is a language model that knows nothing of grids."""
         self.teacher = teacher.eval().requires_grad_(False)
-        if not ours:
-            tokenizer = load_tokenizer(self.files["tokenizer.json"])
-            if not set(IM) <= tokenizer.special_tokens_set:
+        if chats:
+            self.chats = load_tokenizer(self.files["tokenizer.json"])
+            if not set(IM) <= self.chats.special_tokens_set:
                 raise ValueError("the data's tokeniser has no <|im_start|> and <|im_end|>, so that it cannot "
                                  "chat; encode with --tokenizer and an Instruct model's folder")
-            self.marks = [tokenizer.encode(turn, allowed_special=set(IM)) for turn in CHAT]
             for table in (*teacher.speak, *teacher.listen):
                 table.weight.zero_()
 
     @torch.no_grad()
     def taught(self, heard, said):
         """The teacher's log-probabilities (n, V) where it answers `heard` with the n tokens of `said`."""
-        before = torch.cat([self.tokens_of(0), heard, self.tokens_of(1)])
-        alone = blank(len(before) + len(said), self.vocab, self.vocab.empty)
-        alone[TEXT] = torch.cat([before, said])
+        v, heard = self.vocab, heard.tolist()
+        if self.chats:  # it begins without a space
+            heard = self.chats.decode(heard).strip().join(CHAT)
+            before = self.chats.encode(heard, allowed_special=set(IM))
+        else:
+            before = [v.asr, *heard, v.answer]
+        alone = blank(len(before) + len(said), v, v.empty)
+        alone[TEXT] = [*before, *said.tolist()]
         h = self.teacher.hidden(torch.from_numpy(alone)[None].to(self.device))[0, len(before) - 1:-1]
         return self.teacher.text_logits(h).float().log_softmax(-1)
-
-    def tokens_of(self, mark):
-        return torch.tensor(self.marks[mark])
 
     def loss(self, stage, micro, totals):
         total, parts, kept = super().loss(stage, micro, totals)
         places = [(b, *run) for b, row in enumerate(micro[0]) for run in runs(row[TEXT], self.vocab)]
-        if self.teacher is None or stage.name == "language":
+        if self.teacher is None or stage.name == "language" or not places:
             return total, parts, kept
-        student = self.model.text_logits(self.model.hidden(micro[0][..., :-1].to(self.device)))
-        kl = student.new_zeros(())
+        grid, _, _, *documents = (x.to(self.device) for x in micro)
+        mask = attention(documents[0][:, :-1]) if documents else None
+        h = self.model.hidden(grid[..., :-1], mask=mask)
+        kl = h.new_zeros(())
         for b, begin, answer, end in places:
-            text = micro[0][b, TEXT]
-            target = self.taught(text[begin + 1:answer], text[answer + 1:end])
-            found = student[b, answer:end - 1].float().log_softmax(-1)
+            text, skip = micro[0][b, TEXT], 1 if self.chats else 0  # ours begins with a space, a chat's not
+            target = self.taught(text[begin + 1:answer], text[answer + 1:end])[skip:]
+            found = self.model.text_logits(h[b, answer + skip:end - 1]).float().log_softmax(-1)
             kl = kl + F.kl_div(found, target, reduction="sum", log_target=True)
         kl = (kl / totals[0].clamp(min=1)).to(total.dtype)
         return total + kl, {**parts, "kl": kl.detach()}, kept
@@ -97,13 +103,21 @@ def start_teacher(task, out, seed, stages):
     task.teach(FLM.load(path)[0])
 
 
+@torch.no_grad()
+def known_text(task, model):
+    """The share of the tokens of held-out answers that a model knows from the text before them."""
+    v, right = task.vocab, []
+    grid = task.batch(TEXT_ALONE, 0, "seen", random.Random(7))[0]
+    chosen = model.text_logits(model.hidden(grid))[..., :-1, :].argmax(-1)
+    for row, found in zip(grid[:, TEXT], chosen):
+        for _, answer, end in runs(row, v):
+            right += (found[answer:end - 1] == row[answer + 1:end]).tolist()
+    return sum(right) / len(right)
+
+
 def forgetting(task, duplex, recogniser, items):
     """The scores, and how much of the held-out text alone is still right."""
-    text = train.Stage("text", 1, 32, 0, 0, 96, {"language": (1, 1)})
-    batch = task.batch(text, 0, "seen", random.Random(7))
-    with torch.no_grad():
-        parts = train.ModelTask.loss(task, text, batch, task.totals(batch))[1]
-    return {**measure(task, duplex, recogniser, items), "language": parts["text_accuracy"].item()}
+    return {**measure(task, duplex, recogniser, items), "language": known_text(task, duplex.model)}
 
 
 def with_text(layouts):
@@ -121,9 +135,13 @@ TEACHER = {
 class FromStart(TaughtTask):
     """The teacher is the model that training starts from."""
     def __init__(self, config, folder, device, init=None, *more):
-        if not init:
+        if parallel.is_distributed():
+            raise ValueError("a teacher is for a single process, without torchrun")
+        ours = init and os.path.exists(os.path.join(init, "checkpoint.pt"))
+        if not init or not ours and read_config(init, ("FLMAudio", *QWEN))["model_type"] == "FLMAudio":
             raise ValueError("a teacher needs --init: a run of ours, or the folder of Qwen2.5's weights")
         super().__init__(config, folder, device, init, *more)
+        self.teach(copy.deepcopy(self.model), chats=not ours)
 
 
 def main():

@@ -1,11 +1,11 @@
 """Does it have the voice that it is prompted with, one that it only ever heard reading too?
 
 The model's answers are in three voices, and a fourth one only reads sentences. The judge of voices learns
-from what the codec makes of recordings; its score on others of them is the ceiling. That of one for original
-recordings stands beside it.
+from what the codec makes of sentences; its score on other sentences (of the same recorded words, as all that
+the model hears of itself) is the ceiling. That of one for original recordings stands beside it. It knows four
+voices; an answer without any sound is in none of them.
 """
 import os
-import random
 from functools import partial
 
 import torch
@@ -14,15 +14,17 @@ import torch.nn.functional as F
 from eval import answers
 from evals.codec import reconstruct
 from evals.scores import Proportions
-from files.audio import read_audio
+from evals.turns import speech
+from files.audio import SAMPLE_RATE, read_audio
 from files.manifest import read_manifest
 from layouts.prompts import make_prompt
 from mimi import LogMel
-from questions.recipe import FADE, Variant, World, stages
+from questions.recipe import FADE, Variant, World, measure, stages
 
 MODEL_VOICES = ("model", "en-us+f4", "en-us+klatt4", "en-us+Annie")
 READER = MODEL_VOICES[-1]
 JUDGED = 30  # sentences of a voice that its judge learns from; as many test the judge
+PROMPTS = 3  # sentences of a voice that it is prompted with
 WORLD = World("data/voices", script=(("model_voices", MODEL_VOICES),))
 
 
@@ -59,32 +61,42 @@ class VoiceJudge:
         return self.voices[self.logits(self.features(wav)[None]).argmax()]
 
 
-def sentences(split, n=2 * JUDGED):
-    """{voice: up to n files of the model's sentences}"""
+def sentences(split, n):
+    """{voice: up to n files of the model's sentences of three words and more}"""
     found = {}
     for d in read_manifest(os.path.join(WORLD.folder, "manifest.jsonl")):
-        if d["split"] == split and d["kind"] == "said":
-            files = found.setdefault(d["turns"][0]["voice"], [])
-            files += [d["turns"][0]["path"]] * (len(files) < n)
+        turn = d["turns"][0]
+        if d["split"] == split and d["kind"] == "said" and len(turn["text"].split()) >= 3:
+            files = found.setdefault(turn["voice"], [])
+            if len(files) < n and turn["path"] not in files:
+                files.append(turn["path"])
     return found
 
 
+def spoken(wav):
+    """What of (N,) samples is speech."""
+    spans = [(round(a * SAMPLE_RATE), round(b * SAMPLE_RATE)) for a, b in speech(wav)]
+    return torch.cat([wav[:0], *(wav[a:b] for a, b in spans)])
+
+
 def in_voices(task, duplex, recogniser, items):
-    """Held-out requests after held-out sentences in each voice."""
-    prompts, found, rng = sentences("seen"), {}, random.Random(7)
+    """Held-out requests: without a prompt, and after held-out sentences in each voice."""
+    prompts, found = sentences("seen", PROMPTS), {}
     through = partial(reconstruct, duplex.codec)
     for name, decode in (("original", lambda wav: wav), ("codec", through)):
-        clips = {v: [decode(read_audio(f)) for f in files] for v, files in sentences("train").items()}
+        clips = {v: [spoken(decode(read_audio(f))) for f in files]
+                 for v, files in sentences("train", 2 * JUDGED).items()}
         judge = VoiceJudge({v: wavs[:JUDGED] for v, wavs in clips.items()})
         right = [judge.voice(wav) == v for v, wavs in clips.items() for wav in wavs[JUDGED:]]
         found[name] = sum(right) / len(right)
-    for name, voices, some in (("", MODEL_VOICES[:-1], items), ("reader ", (READER,), items[::3])):
-        scores = Proportions()
-        for i, voice in enumerate(voices):
-            duplex.prompt = make_prompt(duplex, voice=rng.choice(prompts[voice]))
-            heard = answers(duplex, recogniser, some[i::len(voices)], 7, scores, "seen")
-            for _, _, (_, said) in heard:
-                scores.add("voice", judge.voice(said) == voice)
+    found["unprompted"] = measure(task, duplex, recogniser, items)["text"]
+    for name, voices in (("", MODEL_VOICES[:-1]), ("reader ", (READER,))):
+        scores, ways = Proportions(), [(voice, file) for voice in voices for file in prompts[voice]]
+        for i, (voice, file) in enumerate(ways):
+            duplex.prompt = make_prompt(duplex, voice=file)
+            for _, _, (_, said) in answers(duplex, recogniser, items[i::len(ways)], 7, scores, "seen"):
+                sound = spoken(said)
+                scores.add("voice", len(sound) > 0 and judge.voice(sound) == voice)
         duplex.prompt = None
         found |= {f"{name}text": scores.proportion("seen text"), f"{name}voice": scores.proportion("voice"),
                   f"{name}spoken": scores.proportion("seen spoken 1 - WER")}
@@ -92,9 +104,9 @@ def in_voices(task, duplex, recogniser, items):
 
 
 HOW = {"measure": in_voices, "titles": {
-    "text": "text right", "voice": "voice matched", "spoken": "spoken 1 - WER", "reader text": "reader: text",
-    "reader voice": "reader: voice", "reader spoken": "reader: spoken", "original": "judge, originals",
-    "codec": "judge, codec"}}
+    "unprompted": "no prompt: text", "text": "prompted: text", "voice": "voice matched",
+    "spoken": "spoken 1 - WER", "reader text": "reader: text", "reader voice": "reader: voice",
+    "reader spoken": "reader: spoken", "original": "judge, originals", "codec": "judge, codec"}}
 FADED = {"asr_response_tts": FADE["asr_response_tts"]}
 PROMPTED = {**FADED, "voices:voiced": (1, 1)}
 ROWS = {"rows": (6, 128)}

@@ -15,7 +15,7 @@ from chat import DuplexModel
 from layouts.division import divide
 from layouts.prompts import ROLES, in_role, make_prompt, prompt
 from layouts.show import DATA as SHOWN
-from layouts.states import states
+from layouts.states import states, waits
 from layouts.typed import typed, typed_tokens
 from layouts.voices import decoupled, readings, voiced
 from live.engine import Engine
@@ -23,7 +23,7 @@ from mimi import FRAME
 from questions.layouts import DividedFLM
 from streams import LISTEN, ROWS, SPEAK, TEXT, pack, response_tts
 
-NAMES = ["states:states", "typed:typed", "typed:typed_counts", "prompts:prompted", "voices:voiced"]
+NAMES = ["states:states", "states:waits", "typed:typed", "typed:typed_counts", "prompts:prompted", "voices:voiced"]
 SHIFT, BREAK = 1, 2
 
 
@@ -42,21 +42,26 @@ class Never:
 
 def test_state_tokens():
     grid = states([(USER, MODEL)], [2], Data, Never(1.0))
-    #        the user is heard, then SHIFT, the answer; its tail is the row's end, so that there is no BREAK
-    assert grid[TEXT].tolist() == [W, W, W, W, W, SHIFT, 5, 6, 7, W, W, W, W]
-    assert grid[SPEAK][0].tolist() == [0] * 8 + [30, 31, 32, 33, 34]
+    #                              the user is heard, then SHIFT, the answer; BREAK after its last frame
+    assert grid[TEXT].tolist() == [W, W, W, W, W, SHIFT, 5, 6, 7, W, W, W, W, BREAK]
+    assert grid[SPEAK][0].tolist() == [0] * 8 + [30, 31, 32, 33, 34, 0]
     grid = states([(USER, MODEL), (USER, MODEL)], [0, 3], Data, Never(1.0))
     assert grid[TEXT].tolist() == ([W, W, W, SHIFT, 5, 6, 7] + [W] * 5 + [BREAK, W, W, W, W]
-                                   + [SHIFT, 5, 6, 7] + [W] * 4)
-    assert grid[SPEAK][0].tolist() == [0] * 6 + [30, 31, 32, 33, 34, 9] + [0] * 8 + [30, 31, 32, 33, 34]
+                                   + [SHIFT, 5, 6, 7] + [W] * 4 + [BREAK])
+    assert grid[SPEAK][0].tolist() == [0] * 6 + [30, 31, 32, 33, 34, 9] + [0] * 8 + [30, 31, 32, 33, 34, 0]
+    plain = waits([(USER, MODEL), (USER, MODEL)], [0, 3], Data, Never(1.0))
+    assert plain.tolist() == response_tts([(USER, MODEL), (USER, MODEL)], [0, 3], V).tolist()
 
 
 def test_an_interrupted_answer_ends_with_break_where_the_model_falls_silent():
     long, loud = said([5] * 12, 30, 14), said([8], 20, 10)
     grid = states([(USER, long), (loud, MODEL)], [0, 0], Data, Never(0.0))
     # audio from frame 6; interrupted 3 frames later, at 9; silent from 9 + 6
-    assert grid[TEXT].tolist() == [W, W, W, SHIFT] + [5] * 11 + [BREAK, W, W, W] + [SHIFT, 5, 6, 7] + [W] * 4
-    assert grid[SPEAK][0].tolist() == [0] * 6 + [30 + i for i in range(9)] + [0] * 7 + [30, 31, 32, 33, 34]
+    assert grid[TEXT].tolist() == ([W, W, W, SHIFT] + [5] * 11 + [BREAK, W, W, W] + [SHIFT, 5, 6, 7] + [W] * 4
+                                   + [BREAK])
+    assert grid[SPEAK][0].tolist() == [0] * 6 + [30 + i for i in range(9)] + [0] * 7 + [30, 31, 32, 33, 34, 0]
+    plain = waits([(USER, long), (loud, MODEL)], [0, 0], Data, Never(0.0))
+    assert plain[SPEAK][0].tolist() == [0] * 5 + [30 + i for i in range(9)] + [0] * 6 + [30, 31, 32, 33, 34]
 
 
 def test_a_typed_turn():
@@ -161,7 +166,7 @@ def stage(layout, **kwargs):
 def test_batches(task, layout):
     grid, learn, loss = task.batch(stage(layout), 0, "train", random.Random(0))
     assert grid.shape == (4, ROWS, 96) and loss.shape == (4, LISTEN.start, 95) and grid.min() >= 0
-    assert loss.all() == (layout == "states:states")
+    assert loss.all() == layout.startswith("states:")
     assert not (learn & ~loss[:, SPEAK].any(1)).any()
     total, parts, _ = task.loss(stage(layout), (grid, learn, loss), task.totals((grid, learn, loss)))
     assert total.isfinite()

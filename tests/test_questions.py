@@ -95,6 +95,20 @@ def test_the_teacher_reads_what_the_language_stage_has():
     assert (begin, answer, end) == (5, 8, 12) and text[begin:end].tolist() == [A, 3, 4, R, 5, 6, 7]
 
 
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_student_who_is_its_teacher_learns_nothing_from_it(world, documents):
+    """Where a sample of text begins a row, both read the same; where another stands before it, only with a
+    mask that hides it. A shift by one token would not be 0."""
+    task = teacher.FromStart(FLM, str(world / "toy/encoded"), "cpu", str(world / "flm"))
+    for p in (p for p in task.model.parameters() if p.ndim > 1):
+        p.data.mul_(10)
+    task.teacher.load_state_dict(task.model.state_dict())
+    stage = train.Stage("s", 1, 4, 0, 0, 96, {"language": (1, 1)}, documents=documents)
+    batch = task.batch(stage, 0, "train", random.Random(0))
+    kl = task.loss(stage, batch, task.totals(batch))[1]["kl"]
+    assert kl.abs() < 1e-5 if documents else kl > 1e-4, kl
+
+
 def test_a_teacher_who_knows_what_the_student_knows_adds_nothing_and_another_does(world):
     task = teacher.TaughtTask(FLM, str(world / "toy/encoded"), "cpu")
     stage = train.Stage("s", 1, 4, 0, 0, 96, {"asr_response_tts": (1, 1)})
@@ -137,8 +151,10 @@ def test_qwen_teaches_as_it_chats(world, tmp_path):
     task = teacher.FromStart(FLM, str(data / "encoded"), "cpu", str(start))
     words = load_tokenizer(str(data / "encoded/tokenizer.json"))
     heard, said = (torch.tensor(words.encode(text)) for text in (" repeat the", " the the"))
-    chat = words.encode("<|im_start|>user\n repeat the<|im_end|>\n<|im_start|>assistant\n the the",
-                        allowed_special="all")
+    chat = words.encode(
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+        "<|im_end|>\n<|im_start|>user\nrepeat the<|im_end|>\n<|im_start|>assistant\n the the",
+        allowed_special="all")
     grid = blank(len(chat), task.vocab, task.vocab.empty)
     grid[TEXT] = chat
     with torch.no_grad():
@@ -154,7 +170,12 @@ def test_a_teacher_is_named(world, tmp_path):
     code, _, err = run("questions.teacher", *flags)
     assert code == 1 and "a teacher needs --init" in err
     task = teacher.FromStart(FLM, str(world / "toy/encoded"), "cpu", str(world / "flm"))
-    assert task.teacher is not task.model and task.marks == [[task.vocab.asr], [task.vocab.answer]]
+    assert task.teacher is not task.model and task.chats is None
+    release = tmp_path / "release"
+    release.mkdir()
+    (release / "config.json").write_text('{"model_type": "FLMAudio"}')
+    with pytest.raises(ValueError, match="a teacher needs --init"):
+        teacher.FromStart(FLM, str(world / "toy/encoded"), "cpu", str(release))
     as_qwen(model.FLM(dataclasses.replace(FLM, vocab_size=400)), tmp_path, "model.", "qwen2")
     with pytest.raises(ValueError, match="has no <.im_start.> and <.im_end.>"):
         teacher.FromStart(FLM, str(world / "toy/encoded"), "cpu", str(tmp_path))
