@@ -58,7 +58,7 @@ PAPER = variants()
 LONG_TITLES = {"text": "text right", "text, count": "- count", "text, chant": "- chant",
                "spoken 1 - WER": "spoken 1 - WER", "in time": "in time", "early": "early"}
 LONG = {name: dataclasses.replace(variant, measure=partial(measure, measures=LONG_TITLES), titles=LONG_TITLES)
-        for name, variant in variants(times=2, depth=(0.4, 0.4), rows=(4, 192)).items() if name in RQ}
+        for name, variant in variants(times=2, depth=(0.4, 0.1), rows=(4, 192)).items() if name in RQ}
 LONG_WORLD = World("data/long", ("repeat", "count", "chant"), words=8, tests=900)
 
 
