@@ -4,19 +4,19 @@ of speaker and dialogue).
     voiced           text             (·)  (·)  (·) |  ·  ·  · it is noon  ·        the prompt and the answer
                      speak semantic   (71) (72) (-) |  ·  ·  ·  ·  · 31 32 ...      are in one voice
 
-    decoupled        text             (·)  (·)  (·) |  ·  ·  · (up) (on) (two)      up, on, two was read;
-                     speak semantic   (81) (82) (-) |  ·  ·  ·   ·    ·    91 ...   it answers nothing
+    decoupled        text             (·)  (·)  (·) | (·) (·) (·) (up) (on) (two)   up, on, two was read;
+                     speak semantic   (81) (82) (-) |  ·   ·   ·    ·    ·    91    it answers nothing
 
-In `decoupled` a sentence that was read stands after a request as if it were the answer. Its text is not
-learned from, only how it sounds there. So the model can answer in this voice, with what other voices answer.
+In `decoupled` a sentence that was read stands after a request as if it were the answer. The text is not
+learned from, nor is <wait> (or the model would keep silent in this voice), only how the sentence sounds. So
+the model can answer in this voice, with what other voices answer.
 """
-import dataclasses
 import functools
 
 import numpy as np
 
 from layouts.prompts import SECONDS, prompt
-from streams import FRAME_RATE, given, response_tts
+from streams import FRAME_RATE, TEXT, given, response_tts
 
 
 @functools.lru_cache(1)
@@ -53,6 +53,6 @@ def decoupled(turns, gaps, data, rng):
     """A request, and what a voice without dialogues reads, after a prompt in this voice."""
     voice = rng.choice(readings(data)[1])
     read = read_aloud(data, voice, rng)
-    read = dataclasses.replace(read, tokens=given(read.tokens))
     answer = response_tts([(turns[0][0], read)], gaps[:1], data.vocab)
+    answer[TEXT] = given(answer[TEXT])
     return np.concatenate([voice_prompt(data, voice, rng), answer], 1)

@@ -19,7 +19,7 @@ from files.audio import SAMPLE_RATE, read_audio
 from files.manifest import read_manifest
 from layouts.prompts import make_prompt
 from mimi import LogMel
-from questions.recipe import FADE, Variant, World, measure, stages
+from questions.recipe import ANSWER, Variant, World, measure, stages
 
 MODEL_VOICES = ("model", "en-us+f4", "en-us+klatt4", "en-us+Annie")
 READER = MODEL_VOICES[-1]
@@ -107,11 +107,8 @@ HOW = {"measure": in_voices, "titles": {
     "unprompted": "no prompt: text", "text": "prompted: text", "voice": "voice matched",
     "spoken": "spoken 1 - WER", "reader text": "reader: text", "reader voice": "reader: voice",
     "reader spoken": "reader: spoken", "original": "judge, originals", "codec": "judge, codec"}}
-FADED = {"asr_response_tts": FADE["asr_response_tts"]}
-PROMPTED = {**FADED, "voices:voiced": (1, 1)}
-ROWS = {"rows": (6, 128)}
-VOICES = {
-    "recipe": Variant(stages(**ROWS), **HOW),
-    "prompted": Variant(stages(fine_2=PROMPTED, **ROWS), **HOW),
-    "decoupled": Variant(stages(fine_2={**PROMPTED, "voices:decoupled": (0.5, 0.5)}, **ROWS), **HOW),
-}
+VOICED = {"voices:voiced": (1, 1)}
+VOICES = {name: Variant(stages(fine_1=fine_1, fine_2=fine_2, times=2, rows=(6, 128)), **HOW)
+          for name, fine_1, fine_2 in (
+              ("recipe", ANSWER, ANSWER), ("prompted", VOICED, VOICED),
+              ("decoupled", VOICED, {**VOICED, "voices:decoupled": (0.5, 0.5)}))}
