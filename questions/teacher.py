@@ -2,8 +2,7 @@
 
 Where an answer follows its transcript (<asr> ... <answer> ..., in fine-tuning 1), it stands in the grid as in
 the text alone. There the student also learns what the teacher makes of this turn (KL divergence); or a share
-of text is replayed in the later stages. (Hello-Chat's student has no transcript in view: its text is not
-written in frames.)
+of text is replayed in the later stages. (Hello-Chat's student has no transcript in view, only the audio.)
 
     python -m questions.teacher --config 0.5b --init Qwen2.5-0.5B-Instruct --data data/mine/encoded
 
