@@ -109,7 +109,8 @@ HOW = {"measure": in_voices, "titles": {
     "reader spoken": "reader: spoken", "original": "judge, originals", "codec": "judge, codec"}}
 VOICED = {"voices:voiced": (1, 1)}
 # Only the first frames of an answer tell whether the voice is known; so all frames of speech are learned from.
-VOICES = {name: Variant(stages(fine_1=fine_1, fine_2=fine_2, times=2, rows=(6, 128), depth=(1.0, 0.05)), **HOW)
+MORE = {"times": 2, "rows": (6, 128), "depth": (1.0, 0.05)}
+VOICES = {name: Variant(stages(fine_1=fine_1, fine_2=fine_2, **MORE), **HOW)
           for name, fine_1, fine_2 in (
               ("recipe", ANSWER, ANSWER), ("prompted", VOICED, VOICED),
               ("decoupled", VOICED, {**VOICED, "voices:decoupled": (0.5, 0.5)}))}
