@@ -108,7 +108,7 @@ HOW = {"measure": in_voices, "titles": {
     "spoken": "spoken 1 - WER", "reader text": "reader: text", "reader voice": "reader: voice",
     "reader spoken": "reader: spoken", "original": "judge, originals", "codec": "judge, codec"}}
 VOICED = {"voices:voiced": (1, 1)}
-# Only the first frames of an answer tell whether the voice is known; so all frames of speech are learned from.
+# Only the first frames of an answer tell whether the voice is known; so all frames of speech count.
 MORE = {"times": 2, "rows": (6, 128), "depth": (1.0, 0.05)}
 VOICES = {name: Variant(stages(fine_1=fine_1, fine_2=fine_2, **MORE), **HOW)
           for name, fine_1, fine_2 in (
