@@ -117,11 +117,11 @@ class ScenarioMaker:
 
     def interruption(self, scenario):
         """A request of at least a second and a half: while a shorter one lasts, the system cannot be silent
-        for the second that counts as silence."""
-        item = self.request(scenario)
-        while item.end - LEAD < 1.5:
-            item = self.request(scenario)
-        return item
+        for the second that counts as silence. Of a voice that is too quick for it, the longest of twenty."""
+        items = [self.request(scenario)]
+        while items[-1].end - LEAD < 1.5 and len(items) < 20:
+            items.append(self.request(scenario))
+        return max(items, key=lambda item: item.end)
 
     def hesitation(self, scenario, low, high):
         lang, voice = self.pick_voice()

@@ -21,12 +21,12 @@ FADED = {"asr_response_tts": FADE["asr_response_tts"]}
 
 
 def interrupted(task, duplex, recogniser, items):
-    """The scores, and what becomes of a long answer that is interrupted after two seconds."""
+    """The scores, and what becomes of as many long answers that are interrupted after two seconds."""
     def run(items):
         said = converse_all(duplex, [item.audio for item in items], 7, items[0].scenario)
         return [Reply(speech(wav), written(duplex, text)) for text, wav in said]
     maker = ScenarioMaker(items, None, 7)
-    long = [maker.request("control", "chant") for _ in range(INTERRUPTED)]
+    long = [maker.request("control", "chant") for _ in items[:INTERRUPTED]]
     alone = run(long)
     others = [maker.interruption("user interrupt") for _ in long]
     cut = [item for item in map(barge_in, long, alone, others) if item]

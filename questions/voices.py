@@ -25,6 +25,7 @@ MODEL_VOICES = ("model", "en-us+f4", "en-us+klatt4", "en-us+Annie")
 READER = MODEL_VOICES[-1]
 JUDGED = 30  # sentences of a voice that its judge learns from; as many test the judge
 PROMPTS = 3  # sentences of a voice that it is prompted with
+WORDS = 3  # in all these sentences, at least
 WORLD = World("data/voices", script=(("model_voices", MODEL_VOICES),))
 
 
@@ -62,11 +63,11 @@ class VoiceJudge:
 
 
 def sentences(split, n):
-    """{voice: up to n files of the model's sentences of three words and more}"""
+    """{voice: up to n files of the model's sentences}"""
     found = {}
     for d in read_manifest(os.path.join(WORLD.folder, "manifest.jsonl")):
         turn = d["turns"][0]
-        if d["split"] == split and d["kind"] == "said" and len(turn["text"].split()) >= 3:
+        if d["split"] == split and d["kind"] == "said" and len(turn["text"].split()) >= WORDS:
             files = found.setdefault(turn["voice"], [])
             if len(files) < n and turn["path"] not in files:
                 files.append(turn["path"])

@@ -63,6 +63,8 @@ def world_of_voices(world, tmp_path_factory):
 
 def test_voices_from_training_to_their_row(world_of_voices, tmp_path, monkeypatch):
     monkeypatch.setattr(voices, "WORLD", world_of_voices)
+    monkeypatch.setattr(voices, "JUDGED", 10)
+    monkeypatch.setattr(voices, "WORDS", 1)
     monkeypatch.setattr(ask, "world_of", lambda question: world_of_voices)
     monkeypatch.setattr(ask, "OUT", str(tmp_path))
     monkeypatch.setattr(ask, "CONFIGS", {"tiny": dataclasses.replace(FLM, context=256)})

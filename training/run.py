@@ -194,7 +194,8 @@ class Run:
 
     def forward(self, loss, micro):
         device = torch.device(self.task.device).type
-        with torch.autocast(device, torch.bfloat16, enabled=self.uses_autocast()):
+        cached = getattr(self.task, "recompute", None) != "selective"  # which wants the same casts twice
+        with torch.autocast(device, torch.bfloat16, enabled=self.uses_autocast(), cache_enabled=cached):
             total, parts, kept = loss(micro)
         return total, {"loss": total.detach(), **{name: x.detach() for name, x in parts.items()}}, kept
 
