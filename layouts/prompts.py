@@ -12,14 +12,14 @@ import torch
 
 from files.audio import SAMPLE_RATE, read_audio
 from files.tokenizer import encode_words
-from streams import (FRAME_RATE, K, LISTEN, SPEAK, TEXT, Utterance, blank, delay, given, put,
-                     response_tts)
+from streams import FRAME_RATE, K, LISTEN, SPEAK, TEXT, Utterance, blank, delay, given, put, response_tts
 
 SECONDS = 3  # of a voice that are heard
 
 
 def prompt(role, voice, v):
-    """role: tokens; voice: codes (n, K) -> undelayed columns (17, P), marked as given."""
+    """role: tokens; voice: codes (n, K), cut to SECONDS -> undelayed columns (17, P), marked as given."""
+    voice = voice[:round(SECONDS * FRAME_RATE)]
     grid = blank(len(role) + len(voice) + 1, v, v.empty)
     put(grid, TEXT, 0, role)
     put(grid, SPEAK, len(role), voice)
@@ -73,6 +73,6 @@ def prompted(turns, gaps, data, rng):
     voice = np.zeros((0, K), np.int64)
     if rng.random() < 0.5:
         line, turn = rng.choice([clip for clips in data.said["train"] for clip in clips])
-        voice = data.utterance(data.line(line)["turns"][turn], rng).codes[:round(SECONDS * FRAME_RATE)]
+        voice = data.utterance(data.line(line)["turns"][turn], rng).codes
     before = prompt(tokens_of(role, data.tokenizer), voice, v)
     return np.concatenate([before, response_tts(turns, gaps, v)], 1)

@@ -15,8 +15,8 @@ import functools
 
 import numpy as np
 
-from layouts.prompts import SECONDS, prompt
-from streams import FRAME_RATE, TEXT, given, response_tts
+from layouts.prompts import prompt
+from streams import TEXT, given, response_tts
 
 
 @functools.lru_cache(1)
@@ -38,8 +38,7 @@ def read_aloud(data, voice, rng):
 
 
 def voice_prompt(data, voice, rng):
-    codes = read_aloud(data, voice, rng).codes
-    return prompt([], codes[:round(SECONDS * FRAME_RATE)], data.vocab)
+    return prompt([], read_aloud(data, voice, rng).codes, data.vocab)
 
 
 def voiced(turns, gaps, data, rng):
