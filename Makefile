@@ -28,7 +28,7 @@ demo: .venv/ready
 	else $(MAKE) --no-print-directory demo-steps BEGUN=$$(date +%s); fi
 
 demo-steps:
-	test -f data/toy/manifest.jsonl || $(PY) prepare.py toy --items $$((200 * $(MINUTES))) --sentences $$((75 * $(MINUTES))) --voices $$((8 + $(MINUTES) * 2 / 5))
+	test -f data/toy/manifest.jsonl || $(PY) prepare.py toy --items $$((200 * $(MINUTES))) --sentences $$((75 * $(MINUTES))) --voices $$((8 + $(MINUTES) * 2 / 5)) --minutes $(call left,0.15,0)
 	$(PY) train.py --config codec --minutes $(call left,0.25,0) --resume
 	test data/toy/encoded/meta.json -nt out/codec/checkpoint.pt || $(PY) prepare.py encode
 	$(PY) train.py --config tiny --minutes $(call left,1,2.5) --resume

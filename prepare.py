@@ -314,6 +314,7 @@ COMMANDS = (
         ("--voices", 24, "user voices of espeak-ng to train on"),
         ("--others", "", "for two fifths of what users say, voices of other synthesisers, such as flite:rms,"
                          "tts:Alex; or installed: toy/world.py's OTHER_VOICES that this machine has"),
+        ("--minutes", 0.0, "fewer items and sentences, if this machine would take longer; 0: all of them"),
         SEED, TTS)),
     *CORPORA,
     ("encode", encode, "audio -> codes, text -> tokens", "--data data/libri --tokenizer data/toy/encoded", (

@@ -113,6 +113,19 @@ def test_voices_held_out_are_never_trained_on(world):
             assert voice != LANGUAGES["en"].model_voice
 
 
+def test_a_slow_machine_speaks_less_to_train_on_and_all_of_the_tests(tmp_path, capsys):
+    for name, minutes in (("slow", 1e-6), ("all", 600.0)):
+        make_toy(str(tmp_path / name), "en", items=40, tests=3, sentences=20, voices=4, seed=2, tts=None,
+                 minutes=minutes)
+        said = capsys.readouterr().out
+        assert ("10% of the sentences and dialogues" in said) == (name == "slow")
+        lines = [json.loads(line) for line in open(tmp_path / name / "manifest.jsonl", encoding="utf-8")]
+        dialogues = {split: sum(d["split"] == split and len(d["turns"]) == 2 for d in lines)
+                     for split in ("train", "seen", "new")}
+        assert dialogues == {"train": 4 if name == "slow" else 40, "seen": 3, "new": 3}
+        assert all(os.path.exists(tmp_path / name / t["audio"]) for d in lines for t in d["turns"])
+
+
 def test_two_languages_from_words_to_a_batch(world, tmp_path):
     make_toy(str(tmp_path / "toy"), "en,zh", items=9, tests=2, sentences=40, voices=4, seed=2, tts=None)
     lines = [json.loads(line) for line in open(tmp_path / "toy/manifest.jsonl", encoding="utf-8")]

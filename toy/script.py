@@ -9,6 +9,8 @@ import math
 import os
 import random
 import shutil
+import tempfile
+import time
 
 import numpy as np
 
@@ -22,6 +24,7 @@ from toy.world import (HELD_OUT_PAIRS, KIND_PROPORTIONS, LANGUAGES, cut_in_two, 
                        make_story)
 
 MODEL_STYLE = Style(170)
+LEAST = 0.1  # share of the world that is spoken however slow the machine
 
 
 def on_frames(words, gap=0.04):
@@ -139,6 +142,19 @@ class Script:
             return Style(randint(120, 210), randint(10, 90), randint(20, 90))
         return Style(randint(140, 190), randint(35, 65))
 
+    def share_within(self, minutes, synthesiser, sample=128):
+        """What share of the turns to train on, so that speaking takes at most these minutes: a few of them tell
+        how fast this machine is."""
+        turns = self.rng.sample(self.user_turns, min(sample, len(self.user_turns)))
+        with tempfile.TemporaryDirectory() as folder:
+            jobs = [(os.path.join(folder, f"{i}.flac"), parts, pauses, t["voice"], self.pick_style(split))
+                    for i, (t, parts, pauses, split) in enumerate(turns)]
+            begun = time.monotonic()
+            speak_all(jobs, "how fast", synthesiser)
+            pace = (time.monotonic() - begun) / len(jobs)
+        train = sum(split == "train" for *_, split in self.user_turns)
+        return (60 * minutes / pace - (len(self.user_turns) - train)) / train
+
     def speak_users(self, work, synthesiser):
         """Speak all user turns: {audio file: seconds}. Add the model's interjections, whose times are known
         now."""
@@ -182,9 +198,9 @@ class Script:
         return sum(seconds.values()) / 3600
 
 
-def make_toy(out, lang, items, tests, sentences, voices, seed, tts, others="", **script):
-    """Speak the toy world into the folder `out`: user/*.flac, model/*.flac, manifest.jsonl. script: more for
-    Script."""
+def make_toy(out, lang, items, tests, sentences, voices, seed, tts, others="", minutes=0.0, **script):
+    """Speak the toy world into the folder `out`: user/*.flac, model/*.flac, manifest.jsonl. minutes: less to
+    train on, if this machine would take longer. script: more for Script."""
     out, work = check_folder(out, SPOKEN)
     codes = lang.split(",")  # such as en, zh
     unknown = " and no ".join(sorted(set(codes) - {*LANGUAGES}))
@@ -196,11 +212,21 @@ def make_toy(out, lang, items, tests, sentences, voices, seed, tts, others="", *
         some = LANGUAGES[code].user_voices(voices // len(codes), seed)
         groups = [some] * 3 + [more[code] or some] * 2
         users[code] = {"train": groups, "seen": groups, "new": [LANGUAGES[code].new_voices]}
-    script = Script(users, seed, **script)
-    for i, code in enumerate(codes):
-        part = lambda n: n * (i + 1) // len(codes) - n * i // len(codes)
-        script.fill(code, part(sentences), part(items), {"seen": part(tests), "new": part(tests)})
-    script.add_noise(max(1, items // 100))
+
+    def written(share):
+        made = Script(users, seed, **script)
+        for i, code in enumerate(codes):
+            part = lambda n: n * (i + 1) // len(codes) - n * i // len(codes)
+            made.fill(code, part(math.ceil(share * sentences)), part(math.ceil(share * items)),
+                      {"seen": part(tests), "new": part(tests)})
+        made.add_noise(max(1, items // 100))
+        return made
+    share = written(1).share_within(minutes, synthesiser) if minutes else 1
+    if share < 1:
+        share = max(LEAST, share)
+        print(f"{share:.0%} of the sentences and dialogues to train on, as this machine would take longer than "
+              f"{minutes:.1f} minutes for all")
+    script = written(min(1, share))
     hours = script.speak(out, work, synthesiser, synthesiser)
     n, pairs = len(LANGUAGES[codes[-1]].words), math.comb(len(LANGUAGES[codes[-1]].numbers), 2)
     voices = ", ".join(v for c in codes for v in LANGUAGES[c].new_voices)
