@@ -200,12 +200,12 @@ class DuplexModel:
 # a conversation with a file
 
 
-def talk_to_file(duplex, source, target, stereo, picture, seed, typed=()):
-    """source: a file or, if the user types, how many frames of silence. Writes the audio said to `target`,
-    the monologue beside it as JSON lines, and a picture if wanted. Only a picture takes memory for the length
-    of the file."""
-    frames = source if typed else math.ceil(seconds_of(source) * FRAME_RATE)
-    blocks = [torch.zeros(1, FRAME)] * source if typed else read_blocks(source)
+def talk_to_file(duplex, source, after, target, stereo, picture, seed, typed=()):
+    """source: a file, or None if the user types; `after` frames of silence follow it. Writes the audio said to
+    `target`, the monologue beside it as JSON lines, and a picture if wanted. Only a picture takes memory for
+    the length of the file."""
+    frames = math.ceil(seconds_of(source) * FRAME_RATE if source else 0) + after
+    blocks = itertools.chain(read_blocks(source) if source else (), [torch.zeros(1, FRAME)] * after)
     transcript, begin = PrintedTranscript(duplex), time.perf_counter()
     said_before, n, kept = torch.zeros(1, FRAME), 0, []
     heard, fed = itertools.tee(regroup(blocks, FRAME))
@@ -249,6 +249,8 @@ def build_parser():
     add("--output", default="reply.wav", help="audio file for what the model says")
     add("--stereo", action="store_true", help="write both voices: left the user, right the model")
     add("--picture", help="draw the conversation into this file (.png, .svg)")
+    add("--after", type=float, default=6.0, metavar="SECONDS",
+        help="silence after what the user says, for the rest of the answer (default: 6)")
     add("--role", default="", help="text that the conversation begins with: layouts/prompts.py")
     add("--voice", metavar="FILE", help="audio that it begins with: the voice that the model is to have")
     add("--open", action="store_true", help="open the page of --web in a browser")
@@ -275,6 +277,9 @@ def main():
         given = lambda *names: {n: getattr(args, n) for n in names if getattr(args, n) is not None}
         flags = given("temperature", "top_k", "top_p")
         Sampling(**flags, **given("penalty"))  # an error before the model is loaded
+        if not 0 <= args.after <= 3600:
+            raise ValueError(f"--after {args.after}: from 0 to 3600 seconds")
+        after = round(args.after * FRAME_RATE)
         device = check_device(args.device)
         if args.input or args.say is not None or args.type is not None:
             check_output(args.output)
@@ -303,10 +308,10 @@ def main():
             print(f"Wrote {args.output} ({len(wav) / SAMPLE_RATE:.2f} s)")
         elif args.type is not None:
             typed = [duplex.vocab.wait] * 6 + typed_tokens(args.type, duplex.vocab, duplex.tokenizer)
-            frames = len(typed) + 75
-            talk_to_file(duplex, frames, args.output, args.stereo, args.picture, args.seed, typed)
+            talk_to_file(duplex, None, len(typed) + after, args.output, args.stereo, args.picture, args.seed,
+                         typed)
         else:
-            talk_to_file(duplex, args.input, args.output, args.stereo, args.picture, args.seed)
+            talk_to_file(duplex, args.input, after, args.output, args.stereo, args.picture, args.seed)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
 

@@ -21,7 +21,8 @@ def tone(path, seconds, rate=24_000, channels=1, **kwargs):
 
 
 def chat(world, source, target, *more):
-    return run("chat.py", "--checkpoint", world / "flm", "--input", source, "--output", target, *more)
+    return run("chat.py", "--checkpoint", world / "flm", "--input", source, "--after", 0, "--output", target,
+               *more)
 
 
 def test_a_reply_on_the_clock_of_the_input(world, tmp_path):
@@ -55,6 +56,20 @@ def test_stereo_holds_the_user_left_and_the_model_right(world, tmp_path):
     left, right = read_audio(str(tmp_path / "two.wav"), mono=False)
     assert torch.equal(left, read_audio(str(source)))
     assert torch.equal(right, read_audio(str(tmp_path / "one.wav")))
+
+
+def test_the_answer_may_outlast_the_file(world, tmp_path):
+    """A question ends with its recording; the answer comes in the silence after it, six seconds if not said
+    otherwise."""
+    source = tone(tmp_path / "in.wav", 0.5)
+    flags = "--checkpoint", world / "flm", "--output", tmp_path / "a.wav"
+    code, _, err = run("chat.py", *flags, "--input", source)
+    assert code == 0 and soundfile.info(tmp_path / "a.wav").duration == pytest.approx(6.5), err
+    longer = read_audio(str(tmp_path / "a.wav"))
+    assert chat(world, source, tmp_path / "b.wav", "--after", 0.8)[0] == 0
+    assert torch.equal(read_audio(str(tmp_path / "b.wav")), longer[:31_200])
+    code, _, err = run("chat.py", *flags, "--input", source, "--after", "nan")
+    assert code == 1 and err.strip() == "error: --after nan: from 0 to 3600 seconds"
 
 
 def test_where_the_model_yields():

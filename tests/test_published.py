@@ -117,8 +117,8 @@ def downloaded(tmp_path, monkeypatch):
 
 def talk(folder, tmp_path, *more):
     noise(tmp_path / "in.wav", 2.0, 24_000)
-    return run("chat.py", "--checkpoint", folder, "--input", tmp_path / "in.wav", "--output",
-               tmp_path / "reply.wav", *more)
+    return run("chat.py", "--checkpoint", folder, "--input", tmp_path / "in.wav", "--after", 0,
+               "--output", tmp_path / "reply.wav", *more)
 
 
 def test_chat_with_a_release_as_it_was_downloaded(downloaded, tmp_path):
