@@ -201,9 +201,9 @@ class DuplexModel:
 
 
 def talk_to_file(duplex, source, after, target, stereo, picture, seed, typed=()):
-    """source: a file, or None if the user types; `after` frames of silence follow it. Writes the audio said to
-    `target`, the monologue beside it as JSON lines, and a picture if wanted. Only a picture takes memory for
-    the length of the file."""
+    """source: a file, or None if the user types; `after` frames of silence follow it. Writes the audio said
+    to `target`, the monologue beside it as JSON lines, and a picture if wanted. Only a picture takes memory
+    for the length of the file."""
     frames = math.ceil(seconds_of(source) * FRAME_RATE if source else 0) + after
     blocks = itertools.chain(read_blocks(source) if source else (), [torch.zeros(1, FRAME)] * after)
     transcript, begin = PrintedTranscript(duplex), time.perf_counter()

@@ -44,9 +44,9 @@ def learn_and_talk(data, codec, tmp_path, config="small", frames=256):
     assert code == 0 and f"Wrote {tmp_path}/o/checkpoint.pt" in said, err
     noise(tmp_path / "user.wav", 1.0, 16_000)
     code, out, err = run("chat.py", "--checkpoint", tmp_path / "o", "--input", tmp_path / "user.wav",
-                         "--after", 0.5, "--output", tmp_path / "reply.wav", "--device", "cpu")
+                         "--after", 0.8, "--output", tmp_path / "reply.wav", "--device", "cpu")
     assert code == 0 and "Wrote" in out, err
-    assert soundfile.info(tmp_path / "reply.wav").duration == pytest.approx(1.5)
+    assert soundfile.info(tmp_path / "reply.wav").duration == pytest.approx(1.8)
     return said, [s["name"] for s in load_checkpoint(str(tmp_path / "o/checkpoint.pt"), "flm")["stages"]]
 
 

@@ -309,8 +309,8 @@ def test_a_reply_to_a_file_is_that_of_one_piece(world, tmp_path):
     """chat.py reads, talks and writes frame by frame."""
     x = np.random.default_rng(0).normal(size=30_001) * 0.1
     soundfile.write(tmp_path / "in.wav", x, SAMPLE_RATE)
-    code, out, err = run("chat.py", "--checkpoint", world / "flm", "--input", tmp_path / "in.wav", "--after", 0,
-                         "--output", tmp_path / "out.wav", "--stereo")
+    code, out, err = run("chat.py", "--checkpoint", world / "flm", "--input", tmp_path / "in.wav",
+                         "--after", 0, "--output", tmp_path / "out.wav", "--stereo")
     assert code == 0, err
     heard = read_audio(str(tmp_path / "in.wav"))
     _, said = DuplexModel.load(str(world / "flm")).converse(heard[None])

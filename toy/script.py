@@ -143,8 +143,8 @@ class Script:
         return Style(randint(140, 190), randint(35, 65))
 
     def share_within(self, minutes, synthesiser, sample=128):
-        """What share of the turns to train on, so that speaking takes at most these minutes: a few of them tell
-        how fast this machine is."""
+        """What share of the turns to train on, so that speaking takes at most these minutes: a few of them
+        tell how fast this machine is."""
         turns = self.rng.sample(self.user_turns, min(sample, len(self.user_turns)))
         with tempfile.TemporaryDirectory() as folder:
             jobs = [(os.path.join(folder, f"{i}.flac"), parts, pauses, t["voice"], self.pick_style(split))
@@ -224,8 +224,8 @@ def make_toy(out, lang, items, tests, sentences, voices, seed, tts, others="", m
     share = written(1).share_within(minutes, synthesiser) if minutes else 1
     if share < 1:
         share = max(LEAST, share)
-        print(f"{share:.0%} of the sentences and dialogues to train on, as this machine would take longer than "
-              f"{minutes:.1f} minutes for all")
+        print(f"{share:.0%} of the sentences and dialogues to train on, as this machine would take longer "
+              f"than {minutes:.1f} minutes for all")
     script = written(min(1, share))
     hours = script.speak(out, work, synthesiser, synthesiser)
     n, pairs = len(LANGUAGES[codes[-1]].words), math.comb(len(LANGUAGES[codes[-1]].numbers), 2)
