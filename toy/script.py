@@ -142,25 +142,29 @@ class Script:
             return Style(randint(120, 210), randint(10, 90), randint(20, 90))
         return Style(randint(140, 190), randint(35, 65))
 
+    def jobs(self, turns, work):
+        """What speak_all takes: to speak these of self.user_turns into the folder `work`."""
+        return [(os.path.join(work, t["audio"]), parts, pauses, t["voice"], self.pick_style(split))
+                for t, parts, pauses, split in turns]
+
     def share_within(self, minutes, synthesiser, sample=128):
         """What share of the turns to train on, so that speaking takes at most these minutes: a few of them
-        tell how fast this machine is."""
-        turns = self.rng.sample(self.user_turns, min(sample, len(self.user_turns)))
-        with tempfile.TemporaryDirectory() as folder:
-            jobs = [(os.path.join(folder, f"{i}.flac"), parts, pauses, t["voice"], self.pick_style(split))
-                    for i, (t, parts, pauses, split) in enumerate(turns)]
-            begun = time.monotonic()
-            speak_all(jobs, "how fast", synthesiser)
-            pace = (time.monotonic() - begun) / len(jobs)
+        tell how fast this machine is. Takes random numbers, so this script is not the one to speak."""
         train = sum(split == "train" for *_, split in self.user_turns)
+        if not train:
+            return 1
+        turns = self.rng.sample(self.user_turns, min(sample, len(self.user_turns)))
+        with tempfile.TemporaryDirectory() as work:
+            os.mkdir(os.path.join(work, "user"))
+            begun = time.monotonic()
+            speak_all(self.jobs(turns, work), "how fast", synthesiser)
+            pace = (time.monotonic() - begun) / len(turns)
         return (60 * minutes / pace - (len(self.user_turns) - train)) / train
 
     def speak_users(self, work, synthesiser):
         """Speak all user turns: {audio file: seconds}. Add the model's interjections, whose times are known
         now."""
-        jobs = [(os.path.join(work, t["audio"]), parts, pauses, t["voice"], self.pick_style(split))
-                for t, parts, pauses, split in self.user_turns]
-        spoken = speak_all(jobs, "sentences, requests, stories", synthesiser)
+        spoken = speak_all(self.jobs(self.user_turns, work), "sentences, requests, stories", synthesiser)
         ends = {t["audio"]: e for (t, *_), e in zip(self.user_turns, spoken)}
         for line, hazard in self.stories:
             story, audio = LANGUAGES[line["lang"]].story, line["turns"][0]["audio"]
