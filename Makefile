@@ -1,12 +1,14 @@
 # make talk   a page to talk to a small model, whose weights are in this repository
 # make page   the same without a server: a folder with the model in it, for any static host
 # make demo   from nothing to a talking model: environment, toy world, codec, stages, three conversations, scores
+#             (MINUTES=60: an hour of it; SEED=2: other weights, another world)
 # make test   environment and test suite
 # make slow   the checks that take minutes, against the reference packages too
 # make gpu    ten minutes on a GPU: kernels, a frame's time, conversations, training -> GPU.md (DRY=1: on a CPU)
 # make weights DIGITS=free-spoken-digit-dataset   how the weights of `make talk` were made: two hours on two cores
 PYTHON ?= python3
 MINUTES ?= 20
+SEED ?= 1
 PY = .venv/bin/python
 # MINUTES is for all of it, once the environment is there. More minutes also get more to hear; what is left of them after
 # each step is trained in the next.
@@ -28,10 +30,10 @@ demo: .venv/ready
 	else $(MAKE) --no-print-directory demo-steps BEGUN=$$(date +%s); fi
 
 demo-steps:
-	test -f data/toy/manifest.jsonl || $(PY) prepare.py toy --items $$((200 * $(MINUTES))) --sentences $$((75 * $(MINUTES))) --voices $$((8 + $(MINUTES) * 2 / 5)) --minutes $(call left,0.15,0)
-	$(PY) train.py --config codec --minutes $(call left,0.25,0) --resume
+	test -f data/toy/manifest.jsonl || $(PY) prepare.py toy --items $$((4000 + 200 * $(MINUTES))) --sentences $$((1500 + 75 * $(MINUTES))) --voices $$((8 + 2 * $(MINUTES))) --seed $(SEED) --minutes $(call left,0.15,0)
+	$(PY) train.py --config codec --minutes $(call left,0.25,0) --seed $(SEED) --resume
 	test data/toy/encoded/meta.json -nt out/codec/checkpoint.pt || $(PY) prepare.py encode
-	$(PY) train.py --config tiny --minutes $(call left,1,2.5) --resume
+	$(PY) train.py --config tiny --minutes $(call left,1,2) --seed $(SEED) --resume
 	$(PY) eval.py --checkpoint out/tiny --smoke --minutes $(call left,1,0)
 	touch out/tiny/demo.done
 

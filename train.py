@@ -98,11 +98,11 @@ STAGES = {
         Stage("codec", 2200, 16, 3e-3, 0),
     ),
     "tiny": (
-        Stage("language", 700, 8, 1.5e-3, 1.5e-3, 128, LANGUAGE, wait=1.0),
+        Stage("language", 200, 8, 1.5e-3, 1.5e-3, 128, LANGUAGE, wait=1.0),
         Stage("post-training 1", 400, 8, 1.5e-3, 1.5e-3, 128, POST_TINY, **TOY),
         Stage("post-training 2", 100, 8, 1.5e-3, 1.5e-3, 128, POST_TINY, **TOY),
         Stage("fine-tuning 1", 1000, 8, 1.5e-3, 1.5e-3, 128, FINE_1, **TOY),
-        Stage("fine-tuning 2", 2200, 4, 1.5e-3, 0, 256, FADE_2, **TOY),  # long rows: stories
+        Stage("fine-tuning 2", 2700, 4, 1.5e-3, 0, 256, FADE_2, **TOY),  # long rows: stories
     ),
     "mini": (  # the weights of `make talk`: more voices, so more to hear, and longer
         Stage("language", 400, 8, 1.5e-3, 1.5e-3, 128, LANGUAGE, wait=1.0),

@@ -44,13 +44,18 @@ def test_no_gradient_no_step():
     assert orthogonal(torch.zeros(4, 8)).abs().max() == 0
 
 
-def test_a_step_is_as_large_as_one_of_adamw():
-    p = torch.nn.Parameter(torch.zeros(64, 256))
-    optimizer = Muon([{"params": [p], "muon": True, "weight_decay": 0.0}], lr=0.01)
+def test_steps_are_as_large_as_those_of_adamw_and_matrices_take_turns():
+    matrices = [torch.nn.Parameter(torch.zeros(64, 256)) for _ in range(2)]
+    optimizer = Muon([{"params": matrices, "muon": True, "weight_decay": 0.0}], lr=0.01)
+    sizes = lambda: [p.square().mean().sqrt().item() for p in matrices]
     torch.manual_seed(0)
-    p.grad = torch.randn(64, 256)
+    for p in matrices:
+        p.grad = torch.randn(64, 256)
     optimizer.step()
-    assert p.grad is not None and p.square().mean().sqrt().item() == pytest.approx(0.01 * 0.2, rel=0.15)
+    assert all(p.grad is not None for p in matrices)
+    assert sizes() == [pytest.approx(2 * 0.01 * 0.2, rel=0.15), 0]
+    optimizer.step()
+    assert sizes() == pytest.approx([2 * 0.01 * 0.2] * 2, rel=0.15)
 
 
 def test_the_rest_is_adamw():

@@ -93,7 +93,7 @@ class Script:
             self.add(code, "heard", split, voice, [make_sentence(lang, words, self.rng)])
         for _ in range(n // 4):
             self.add(code, "said", split, None, answer=make_sentence(lang, lang.words, self.rng))
-        for _ in range(-(-n // 50)):
+        for _ in range(-(-n // 10)):
             backchannel = self.rng.choice(lang.story.user_backchannels)
             self.add(code, "backchannel", split, self.pick_voice(code, split), [backchannel])
 
