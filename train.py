@@ -211,7 +211,7 @@ class Conversations(Lines):
         known = self.backchannels[split]
         backchannels = [None] * len(turns)
         for i, (_, answer) in enumerate(turns):
-            if interrupts[i] is None and len(known) and rng.random() < 0.4:
+            if interrupts[i] is None and len(known) and rng.random() < 0.6:
                 said = self.utterance(self.line(rng.choice(known))["turns"][0], rng)
                 backchannels[i] = rng.randrange(answer.speech), said
         return streams.free_response_tts(turns, gaps, interrupts, backchannels, self.vocab)
