@@ -97,8 +97,8 @@ def test_a_stage_of_documents(world, tmp_path):
     task = lambda: train.ModelTask(FLM, str(world / "toy/encoded"), "cpu")
     on = [dataclasses.replace(s, steps=3, batch=4, documents=True) for s in SHORT]
     train.train(task(), on, str(tmp_path / "on"))
-    grid, learn, loss, ids = task().batch(dataclasses.replace(on[1], batch=32), 0.5, "train",
-                                            train.random.Random(0))
+    many = dataclasses.replace(on[1], batch=32)
+    grid, learn, loss, ids = task().batch(many, 0.5, "train", train.random.Random(0))
     starts = ids[:, 1:] != ids[:, :-1]
     assert starts.any() and not loss.mT[starts].any() and not learn[starts].any()
     assert (grid[:, LISTEN.start + 1:, 1:].mT[starts] == task().vocab.empty).all()

@@ -85,7 +85,7 @@ class Script:
         return self.lines[-1]
 
     def add_sentences(self, code, split, n):
-        """n user sentences, a fourth as many of the model, and a few user backchannels."""
+        """n user sentences, a fourth as many of the model, and a tenth as many user backchannels."""
         lang = LANGUAGES[code]
         for _ in range(n):
             voice = self.pick_voice(code, split)

@@ -18,7 +18,7 @@ from training.parallel import gather, shard_like
 MATRICES = {"qkv", "out", "gate_up", "up", "down", "in_proj", "out_proj"}  # not embeddings, not heads
 A, B, C = 3.4445, -4.7750, 2.0315  # a x + b x^3 + c x^5 brings what is in (0, 1] near 1
 MOMENTUM = 0.95
-EVERY = 2  # steps
+EVERY = 2  # steps from one move of a matrix to its next
 
 
 def is_matrix(name, p):
