@@ -286,7 +286,7 @@ def test_sigterm_ends_all_processes_with_one_checkpoint(world, tmp_path):
     out = tmp_path / "o"
     script = SCRIPT.format(root=ROOT, tests=os.path.join(ROOT, "tests")).replace(
         "device =", "save = parallel.save\n"
-                    "def counted(*args):\n    save(*args)\n    print('saved', file=sys.stderr, flush=True)\n"
+                    "def counted(*args):\n    save(*args)\n    sys.stderr.write('saved\\n')  # in one write\n"
                     "parallel.save = counted\ndevice =")
     process = start(2, world / "toy/encoded", out, script=script, args=(999, "float32", 0))
     wait_until((out / "log.jsonl").exists, process)
