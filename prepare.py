@@ -15,7 +15,6 @@ import ctypes
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -35,6 +34,7 @@ from files.augment import Version
 from files.device import check_device
 from files.encoded import ENCODED, SHARD, VERSION, sha256, write_index
 from files.manifest import check_codec, clip_key, read_codes, read_manifest, spoken_parts
+from files.processes import in_processes
 from files.tokenizer import dump_tokenizer, encode_words, get_tokenizer, load_tokenizer, words_of
 from mimi import FRAME, Mimi
 from toy.script import make_toy
@@ -285,9 +285,9 @@ def encode_shards(offsets, processes, settings):
             for _ in map(encode_shard, tasks):
                 bar.update()
         else:  # n processes with one thread each are faster than one with n threads
-            with multiprocessing.get_context("spawn").Pool(n, start_encoder, (*settings, 1)) as pool:
-                for _ in pool.imap_unordered(encode_shard, tasks):
-                    bar.update()
+            for _ in in_processes(encode_shard, tasks, n, "spawn", start_encoder, (*settings, 1),
+                                  name=lambda task: f"shard {task[0]}"):
+                bar.update()
 
 
 def peak_memory():

@@ -11,6 +11,7 @@ import torch
 from files.atomic import move_folder, replace_when_done
 from files.audio import SAMPLE_RATE, read_audio, resample, resampling_filters, write_audio
 from files.manifest import seconds_of
+from files.processes import in_processes
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 11127, 16000, 22050, 44100, 44101, 48000, 192_001, 768_000])
@@ -146,3 +147,13 @@ def test_a_long_ogg_file_is_written(tmp_path):
     """In blocks: libsndfile overflows its stack with two minutes at once."""
     write_audio(str(tmp_path / "long.ogg"), torch.zeros(2, 120 * SAMPLE_RATE))
     assert read_audio(str(tmp_path / "long.ogg"), mono=False).shape == (2, 120 * SAMPLE_RATE)
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_work_in_processes(method):
+    work = lambda function, jobs: list(in_processes(function, jobs, 2, method, int, (), 2, "job {}".format))
+    assert work(math.sqrt, [1, 4, 9, 16, 25]) == [1, 2, 3, 4, 5]
+    with pytest.raises(ValueError, match="math domain error"):
+        work(math.sqrt, [1, 4, -9])
+    with pytest.raises(ValueError, match="a process died.* at job 9, or at one of the next"):
+        work(os._exit, [9, 9, 9])

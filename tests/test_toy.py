@@ -17,7 +17,7 @@ from files.manifest import read_manifest
 from mimi import FRAME
 from files.tokenizer import load_tokenizer
 from toy.script import interject, make_toy, on_frames
-from toy.voices import Espeak, Several, Style
+from toy.voices import Espeak, Several, Style, speak_all
 from toy.world import (HELD_OUT_PAIRS, KIND_PROPORTIONS, LANGUAGES, held_out_triple, make_request,
                        make_sentence, make_story)
 from train import STAGES
@@ -270,3 +270,16 @@ def test_a_synthesiser_that_does_not_work_leaves_nothing(tmp_path, tts, message)
 def test_an_existing_world_is_not_overwritten(world):
     code, _, err = run("prepare.py", "toy", "--out", world / "toy")
     assert code == 1 and "is there already" in err
+
+
+class Crashing:
+    def speak(self, text, voice, style):
+        return np.ones(100, np.float32) if text == "yes" else os._exit(11)
+
+
+def test_a_synthesiser_that_crashes_is_one_clear_error(tmp_path):
+    """In its process; to wait for what it was to say would be to wait for ever."""
+    jobs = [(str(tmp_path / f"{i}.wav"), [text], [], "m1") for i, text in enumerate(["yes", "yes", "no"])]
+    assert len(speak_all(jobs[:2], "words", Crashing())) == 2
+    with pytest.raises(ValueError, match="a process died.* at 'yes', voice m1, or at one of the next"):
+        speak_all(jobs, "words", Crashing())

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from files.audio import SAMPLE_RATE, read_audio, resample, write_audio
 from files.command import Command
+from files.processes import in_processes
 
 
 class Style(NamedTuple):
@@ -201,5 +202,6 @@ def speak_all(jobs, what, synthesiser):
     """Speak every job (path, texts, pauses between them, voice, style) to its file, on all cores. Returns
     for each the seconds at which its parts end."""
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"  # Windows
-    with multiprocessing.get_context(method).Pool(os.cpu_count(), start_worker, (synthesiser,)) as pool:
-        return list(tqdm(pool.imap(speak_to_file, jobs, chunksize=8), what, len(jobs), unit="clip"))
+    spoken = in_processes(speak_to_file, jobs, os.cpu_count(), method, start_worker, (synthesiser,), 8,
+                          lambda job: f"{' '.join(job[1])!r}, voice {job[3]}")
+    return list(tqdm(spoken, what, len(jobs), unit="clip"))
