@@ -28,6 +28,7 @@ import json
 import os
 import random
 import sys
+import time
 
 import torch
 
@@ -123,12 +124,14 @@ def evaluate(duplex, args):
     """All parts, or the one that --only names."""
     only = lambda part: args.only in (None, part)
     scores, conversations, groups, table = Proportions(), [], {}, {}
-    n = 20 if args.smoke else args.items
+    n, begun = 20 if args.smoke else args.items, time.monotonic()
+    recogniser = make_recogniser(args) if only("answers") else None
     if args.minutes:  # an item of the answers takes about 20 frames of a batch, one of every scenario 150
-        share = share_within(args.minutes, 20 * args.items + 150 * n, duplex)
+        left = max(0, args.minutes - (time.monotonic() - begun) / 60)
+        share = share_within(left, 20 * args.items + 150 * n, duplex)
         args.items, n = (max(1, round(share * items)) for items in (args.items, n))
     if only("answers"):
-        conversations = evaluate_answers(duplex, args, scores)
+        conversations = evaluate_answers(duplex, recogniser, args, scores)
     if only("strangers"):
         groups = make_strangers(args.people, args.speakers, args.tts, args.seed, n)
         for name, items in groups.items():
@@ -156,12 +159,12 @@ def read_dialogues(args):
 
 
 def make_recogniser(args):
-    return get_recogniser(args.asr, args.data, "out/recogniser", args.asr_minutes, args.device)
+    return get_recogniser(args.asr, args.data, "out/recogniser", args.asr_minutes, args.device,
+                          args.minutes and args.minutes / 2)
 
 
-def evaluate_answers(duplex, args, scores):
+def evaluate_answers(duplex, recogniser, args, scores):
     """Returns the conversations."""
-    recogniser = make_recogniser(args)
     dialogues, rng, conversations = read_dialogues(args), random.Random(args.seed), []
     for split in ("seen", "new"):
         items = [d for d in dialogues if d["split"] == split and d["kind"] in KINDS]
