@@ -2,12 +2,15 @@
 import math
 import os
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 
+from conftest import ROOT
 from files.atomic import move_folder, replace_when_done
 from files.audio import SAMPLE_RATE, read_audio, resample, resampling_filters, write_audio
 from files.manifest import seconds_of
@@ -157,3 +160,13 @@ def test_work_in_processes(method):
         work(math.sqrt, [1, 4, -9])
     with pytest.raises(ValueError, match="a process died.* at job 9, or at one of the next"):
         work(os._exit, [9, 9, 9])
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_processes_end_with_their_parent(method):
+    code = ("import time\nfrom files.processes import in_processes\nif __name__ == '__main__':\n"
+            f"    list(in_processes(time.sleep, [0, 99, 99], 2, '{method}', print, ('begun',)))\n")
+    process = subprocess.Popen([sys.executable, "-uc", code], cwd=ROOT, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    process.kill()
+    process.communicate(timeout=60)  # until all who could write to it have ended
