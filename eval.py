@@ -34,7 +34,7 @@ import torch
 
 from chat import DuplexModel
 from evals.codec import ceiling, codec_quality, understood_line
-from evals.conversations import (converse_all, read_conversations, save_conversation, save_samples,
+from evals.conversations import (BATCH, converse_all, read_conversations, save_conversation, save_samples,
                                  share_within, written)
 from evals.recogniser import get_recogniser
 from evals.scores import Proportions
@@ -50,6 +50,7 @@ from mimi import Mimi
 
 KINDS = ("repeat", "count", "next", "opposite")  # of requests; chants and stories have no single right answer
 LISTEN_ON = 2.5  # seconds that a recording goes on after the expected answer
+ANSWER, SCENARIOS = 20, 2200  # frames of full batches: for an item of the answers; for 25 of each scenario
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -62,7 +63,7 @@ def answers(duplex, recogniser, items, seed, scores, split):
     users, replies = ([read_audio(d["turns"][i]["path"]) for d in items] for i in (0, 1))
     heard = [torch.cat([silence(LEAD), user, silence(len(reply) / SAMPLE_RATE + LISTEN_ON)])
              for user, reply in zip(users, replies)]
-    conversations = converse_all(duplex, heard, seed, split)
+    (conversations,) = converse_all(duplex, [heard], seed, split)
     several = len({d.get("lang") for d in items}) > 1
     for d, user, (text, said) in zip(items, users, conversations):
         right, wrote = d["turns"][1]["text"].split(), words_of(written(duplex, text))
@@ -96,7 +97,7 @@ def hearing(duplex, items, scores, split):
 def understands(duplex, items, seed, scores, name, measures):
     """items: [(audio (N,) heard, the right words of the answer), ...]. measures: the names of exactly right
     answers and of right words."""
-    conversations = converse_all(duplex, [heard for heard, _ in items], seed, name)
+    (conversations,) = converse_all(duplex, [[heard for heard, _ in items]], seed, name)
     for (_, right), (text, _) in zip(items, conversations):
         wrote = words_of(written(duplex, text))
         scores.add(measures[0], wrote == right)
@@ -105,14 +106,15 @@ def understands(duplex, items, seed, scores, name, measures):
 
 def turn_taking(duplex, dialogues, tts, seed, n, keep, voices=None):
     """n items of each of FLEXI's scenarios: {scenario: {measure: {"value", "n", ...}}}"""
-    def run(items, description):
-        out = []
-        conversations = converse_all(duplex, [item.audio for item in items], seed, description)
-        for item, (text, said) in zip(items, conversations):
-            out.append(Reply(speech(said), written(duplex, text)))
-            if keep:
-                save_conversation(keep, item, said, out[-1].written)
+    def reply(item, text, said):
+        out = Reply(speech(said), written(duplex, text))
+        if keep:
+            save_conversation(keep, item, said, out.written)
         return out
+
+    def run(groups, description):
+        said = converse_all(duplex, [[item.audio for item in items] for items in groups], seed, description)
+        return [[reply(item, *x) for item, x in zip(*pair)] for pair in zip(groups, said)]
     return score_all(run_scenarios(run, ScenarioMaker(dialogues, tts, seed, voices), n))
 
 
@@ -126,9 +128,10 @@ def evaluate(duplex, args):
     scores, conversations, groups, table = Proportions(), [], {}, {}
     n, begun = 20 if args.smoke else args.items, time.monotonic()
     recogniser = make_recogniser(args) if only("answers") else None
-    if args.minutes:  # an item of the answers takes about 20 frames of a batch, one of every scenario 150
-        left = max(0, args.minutes - (time.monotonic() - begun) / 60)
-        share = share_within(left, 20 * args.items + 150 * n, duplex)
+    if args.minutes:
+        left = args.minutes - (time.monotonic() - begun) / 60
+        share = share_within(left, lambda share: only("answers") * ANSWER * share * args.items
+                             + only("turns") * SCENARIOS * max(0.8, share * n / BATCH), duplex)
         args.items, n = (max(1, round(share * items)) for items in (args.items, n))
     if only("answers"):
         conversations = evaluate_answers(duplex, recogniser, args, scores)

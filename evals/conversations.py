@@ -34,33 +34,37 @@ TASKS = {folder: folder.replace("_", " ") for folder in (  # of v1.5
     "user_backchannel", "talking_to_other", "background_speech")} | {"user_interruption": "user interrupt"}
 
 
-def converse_all(duplex, audio, seed, description):
-    """Conversations with recordings [(N,), ...]: [(text tokens (T,), audio said (N,)), ...]. Recordings of
-    similar length should be neighbours. On a CPU each core computes a batch of its own."""
-    batches = [audio[i:i + BATCH] for i in range(0, len(audio), BATCH)]
+def converse_all(duplex, groups, seed, description):
+    """Conversations with groups of recordings [[(N,), ...], ...]: [[(text tokens (T,), audio said (N,)),
+    ...], ...]. Neighbours in a group should be of similar length. On a CPU each core computes a batch of its
+    own."""
+    where = [(group, i) for group, audio in enumerate(groups) for i in range(0, len(audio), BATCH)]
+    batches = [groups[group][i:i + BATCH] for group, i in where]
     padded = [torch.stack([F.pad(x, (0, max(map(len, batch)) - len(x))) for x in batch]) for batch in batches]
-    frames, out = sum(-(-x.shape[1] // FRAME) for x in padded), []
+    frames, out = sum(-(-x.shape[1] // FRAME) for x in padded), [[] for _ in groups]
     workers = os.cpu_count() if duplex.device.type == "cpu" else 1
-    with (tqdm(total=frames, desc=f"{description}, {len(audio)}", unit="frame", leave=False) as bar,
+    n = sum(map(len, groups))
+    with (tqdm(total=frames, desc=f"{description}, {n}", unit="frame", leave=False) as bar,
           ThreadPoolExecutor(workers, initializer=use_one_thread, initargs=(duplex,)) as pool):
-        converse = lambda x, i: duplex.converse(x, seed + i, each=lambda t, text: bar.update())
-        for batch, (texts, said) in zip(batches, pool.map(converse, padded, range(0, len(audio), BATCH))):
-            out += [(text[:-(-len(x) // FRAME)], y[:len(x)]) for x, text, y in zip(batch, texts, said)]
+        converse = lambda x, at: duplex.converse(x, seed + at[1], each=lambda t, text: bar.update())
+        for (group, _), batch, (texts, said) in zip(where, batches, pool.map(converse, padded, where)):
+            out[group] += [(text[:-(-len(x) // FRAME)], y[:len(x)]) for x, text, y in zip(batch, texts, said)]
     return out
 
 
 def share_within(minutes, frames, duplex):
-    """What share of the items to take, so that conversations of so many batched frames take at most these
-    minutes: a second's conversations tell how fast this machine is."""
+    """The largest share of the items, in hundredths, with which conversations take at most these minutes: a
+    second's conversations tell how fast this machine is. frames(share): of full batches."""
     batches = os.cpu_count() if duplex.device.type == "cpu" else 1
     noise = list(0.01 * torch.randn(batches * BATCH, 12 * FRAME))
     for _ in range(2):  # the first time warms up
         begun = time.perf_counter()
-        converse_all(duplex, noise, 0, "speed")
-    share = 60 * minutes * 12 * batches / (time.perf_counter() - begun) / frames
-    if share < 1:
-        print(f"{share:.0%} of the items, to end within {minutes:.1f} minutes")
-    return min(1, share)
+        converse_all(duplex, [noise], 0, "speed")
+    possible = 60 * minutes * 12 * batches / (time.perf_counter() - begun)
+    percent = max((p for p in range(1, 101) if frames(p / 100) <= possible), default=1)
+    if percent < 100:
+        print(f"{percent}% of the items, to end within {minutes:.1f} minutes")
+    return percent / 100
 
 
 def use_one_thread(duplex):

@@ -273,7 +273,7 @@ def ask(duplex, questions, scores, recogniser, judge, out, seed):
         recogniser.hear(questions[0][1])
     if judge:
         mark(judge, case(questions[0][0], ""))
-    conversations = converse_all(duplex, [heard for _, heard in questions], seed, "asking")
+    (conversations,) = converse_all(duplex, [[heard for _, heard in questions]], seed, "asking")
     for (d, _), (tokens, said) in zip(questions, conversations):
         reply = "".join(text for _, text in written(duplex, tokens))
         reply = re.sub(r"<asr>.*?(<answer>|$)", "", reply).strip()  # of fine-tuning 1: what it heard
@@ -327,7 +327,7 @@ def converse_in(duplex, folder, keep, seed):
                              "or name a folder for this model's with --keep")
     heard = [(read_audio(os.path.join(path, prefix + "input.wav")), path, prefix) for path, prefix in jobs]
     heard.sort(key=lambda job: len(job[0]))
-    conversations = converse_all(duplex, [x for x, *_ in heard], seed, "talking")
+    (conversations,) = converse_all(duplex, [[x for x, *_ in heard]], seed, "talking")
     for (_, path, prefix), (tokens, said) in zip(heard, conversations):
         write_audio(os.path.join(path, prefix + "output.wav"), said, flush=False)
         if not prefix:

@@ -167,29 +167,28 @@ def barge_in(item, reply, other):
 
 
 def run_scenarios(run, maker, n):
-    """n items of each scenario, run through a system by run(items, description) -> replies. Returns
-    [(Item, Reply), ...]."""
+    """n items of each scenario, run through a system by run([items, ...], description) -> [replies, ...], so
+    that several scenarios may run at once. Returns [(Item, Reply), ...]."""
     def build(what, f, *args):
         return [f(*args) for _ in tqdm(range(n), f"speaking: {what}", unit="item", leave=False)]
-    out = []
-    for items in (build("turn-taking", maker.request, "turn-taking"),
-                  build("pause", maker.hesitation, "pause", 0.64, 0.89),
-                  build("long pause", maker.hesitation, "long pause", 1.5, 1.5),
-                  build("model backchannel", maker.story, "model backchannel")):
-        out += zip(items, run(items, items[0].scenario))
-    pairs = build("model interrupt", maker.hazard)
-    for items in zip(*pairs):
-        out += zip(items, run(items, items[0].scenario))
+    groups = [build("turn-taking", maker.request, "turn-taking"),
+              build("pause", maker.hesitation, "pause", 0.64, 0.89),
+              build("long pause", maker.hesitation, "long pause", 1.5, 1.5),
+              build("model backchannel", maker.story, "model backchannel"),
+              *zip(*build("model interrupt", maker.hazard)),
+              build("long answers", maker.request, "control", "chant")]
     # Two passes: only after the first is it known when the system speaks. The second equals it up to the
     # event.
-    long = build("long answers", maker.request, "control", "chant")
-    alone = run(long, "long answers")
-    out += zip(long, alone)
+    replies = run(groups, "scenarios")
+    long, alone = groups[-1], replies[-1]
+    out = [pair for items, said in zip(groups, replies) for pair in zip(items, said)]
+    groups = []
     for scenario, make in (("user interrupt", maker.interruption), ("user backchannel", maker.backchannel)):
         others = build(scenario, make, scenario)
         # a batch of the same size, so that nothing but the event differs
-        items = [barge_in(*x) or x[0] for x in zip(long, alone, others)]
-        out += [(item, reply) for item, reply in zip(items, run(items, scenario)) if item.event]
+        groups.append([barge_in(*x) or x[0] for x in zip(long, alone, others)])
+    for items, said in zip(groups, run(groups, "scenarios with an event")):
+        out += [(item, reply) for item, reply in zip(items, said) if item.event]
     return out
 
 

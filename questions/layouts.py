@@ -23,7 +23,7 @@ FADED = {"asr_response_tts": FADE["asr_response_tts"]}
 def interrupted(task, duplex, recogniser, items):
     """The scores, and what becomes of as many long answers that are interrupted after two seconds."""
     def run(items):
-        said = converse_all(duplex, [item.audio for item in items], 7, items[0].scenario)
+        (said,) = converse_all(duplex, [[item.audio for item in items]], 7, items[0].scenario)
         return [Reply(speech(wav), written(duplex, text)) for text, wav in said]
     maker = ScenarioMaker(items, None, 7)
     long = [maker.request("control", "chant") for _ in items[:INTERRUPTED]]
@@ -84,7 +84,7 @@ def in_roles(task, duplex, recogniser, items):
         turns = [[read_audio(turn["path"]) for turn in d["turns"][:2]] for d in items]
         heard = [torch.cat([silence(LEAD), user, silence(2.5 + 2 * len(model) / SAMPLE_RATE)])
                  for user, model in turns]
-        said = converse_all(duplex, heard, 7, role or "no role")
+        (said,) = converse_all(duplex, [heard], 7, role or "no role")
         right = [words_of(written(duplex, text)) == order(d["turns"][1]["text"].split())
                  for d, (text, _) in zip(items, said)]
         found[role or "as asked"] = sum(right) / max(1, len(right))

@@ -86,14 +86,14 @@ async def same(folder, checkpoint, items):
     dialogues = [{"split": "seen", "lang": "en", "turns": [{"role": "user", "voice": v}]}
                  for v in ("en-us+f1", "en-us+m3", "en-us+f3")]
     heard, pages, chats, least = [], [], [], 1.0
-    def by_chat(batch, _):
-        replies = []
-        for item in batch:
-            item.audio = (item.audio * 32768).round().clamp(-32768, 32767) / 32768  # as it reaches the page
-            text, said = duplex.converse(item.audio[None])
-            replies.append(Reply(speech(said[0]), written(duplex, text[0])))
-            heard.append((item, said[0]))
-        return replies
+    def by_chat(groups, _):
+        return [[reply(item) for item in items] for items in groups]
+
+    def reply(item):
+        item.audio = (item.audio * 32768).round().clamp(-32768, 32767) / 32768  # as it reaches the page
+        text, said = duplex.converse(item.audio[None])
+        heard.append((item, said[0]))
+        return Reply(speech(said[0]), written(duplex, text[0]))
     conversations = run_scenarios(by_chat, ScenarioMaker(dialogues, None, 1), items)
     with tempfile.TemporaryDirectory() as profile:
         async with opened(folder, profile) as (tab, *_):

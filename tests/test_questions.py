@@ -189,9 +189,9 @@ def test_roles_are_judged_by_their_own_right_answers(monkeypatch, world):
     monkeypatch.setattr(layouts, "measure", lambda *a: {"text": 0.5})
     monkeypatch.setattr(layouts, "make_prompt", lambda duplex, role: role)
     monkeypatch.setattr(layouts, "written", lambda duplex, text: [(0.0, text)])
-    monkeypatch.setattr(layouts, "converse_all", lambda duplex, heard, *a: [
+    monkeypatch.setattr(layouts, "converse_all", lambda duplex, groups, *a: [[
         ({"": "one two", "say it twice": "one two one two", "say it backward": "one two"}[duplex.prompt], 0)
-        for _ in heard])
+        for _ in heard] for heard in groups])
     monkeypatch.setattr(layouts, "read_audio", lambda path: torch.zeros(10))
     item = {"turns": [{"path": "a", "text": "x"}, {"path": "b", "text": "one two"}]}
     assert layouts.in_roles(None, Duplex(), None, [item]) == {

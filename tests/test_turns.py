@@ -67,12 +67,13 @@ AGENTS = {"perfect": perfect, "always": lambda item: [(0, len(item.audio) / SAMP
 
 
 def system(agent):
-    """(run(items, what) -> replies, all that it was asked)"""
+    """(run([items, ...], what) -> [replies, ...], all that it was asked)"""
     asked = []
 
-    def run(items, what):
-        asked.extend(items)
-        return [Reply(speech(bursts(len(i.audio) / SAMPLE_RATE, agent(i)))) for i in items]
+    def run(groups, what):
+        asked.extend(item for items in groups for item in items)
+        reply = lambda item: Reply(speech(bursts(len(item.audio) / SAMPLE_RATE, agent(item))))
+        return [[reply(item) for item in items] for items in groups]
     return run, asked
 
 
@@ -81,10 +82,10 @@ def run_all(agent):
     run, _ = system(agent)
     some = items()
     query, others = some[3], some[4:6]
-    replies = dict(zip((i.name for i in some), run(some, "")))
+    replies = dict(zip((i.name for i in some), run([some], "")[0]))
     out = [(i, replies[i.name]) for i in some if i not in others]
     later = [i for i in (barge_in(query, replies["query"], other) for other in others) if i]
-    return out + list(zip(later, run(later, "")))
+    return out + list(zip(later, run([later], "")[0]))
 
 
 @pytest.mark.parametrize("scenario, measure, values", [
@@ -190,7 +191,7 @@ def test_nothing_before_an_event_depends_on_it(world, dialogues):
     fake = [Reply([(item.end + 0.4, item.end + 6)]) for item in queries]
     other = lambda: make.backchannel("user backchannel")
     later = [barge_in(item, reply, other()) for item, reply in zip(queries, fake)]
-    converse = lambda items: zip(*converse_all(duplex, [item.audio for item in items], 1, ""))
+    converse = lambda items: zip(*converse_all(duplex, [[item.audio for item in items]], 1, "")[0])
     (texts, audio), (texts2, audio2) = converse(queries), converse(later)
     for item, a, b, x, y in zip(later, texts, texts2, audio, audio2):
         n = int(item.event[0] * SAMPLE_RATE)
@@ -212,8 +213,9 @@ def test_batches_do_not_depend_on_the_number_of_cores(monkeypatch):
     for cores in (1, 2, 64):
         monkeypatch.setattr(os, "cpu_count", lambda: cores)
         shapes = []
-        out = converse_all(Fake(), [torch.zeros(10 + i) for i in range(60)], 5, "")
-        assert [(len(said), said[0].item()) for _, said in out] == [(10 + i, 5 + i) for i in range(60)]
+        groups = [[torch.zeros(10 + i) for i in range(n)] for n in (60, 3)]
+        for n, out in zip((60, 3), converse_all(Fake(), groups, 5, ""), strict=True):
+            assert [(len(said), said[0].item()) for _, said in out] == [(10 + i, 5 + i) for i in range(n)]
         found.append(sorted(shapes))
     assert found[0] == found[1] == found[2]
 
