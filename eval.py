@@ -28,13 +28,12 @@ import json
 import os
 import random
 import sys
-import time
 
 import torch
 
 from chat import DuplexModel
 from evals.codec import ceiling, codec_quality, understood_line
-from evals.conversations import (BATCH, converse_all, read_conversations, save_conversation, save_samples,
+from evals.conversations import (converse_all, read_conversations, save_conversation, save_samples,
                                  share_within, written)
 from evals.recogniser import get_recogniser
 from evals.scores import Proportions
@@ -50,7 +49,6 @@ from mimi import Mimi
 
 KINDS = ("repeat", "count", "next", "opposite")  # of requests; chants and stories have no single right answer
 LISTEN_ON = 2.5  # seconds that a recording goes on after the expected answer
-ANSWER, SCENARIOS = 20, 2200  # frames of full batches: for an item of the answers; for 25 of each scenario
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -126,15 +124,12 @@ def evaluate(duplex, args):
     """All parts, or the one that --only names."""
     only = lambda part: args.only in (None, part)
     scores, conversations, groups, table = Proportions(), [], {}, {}
-    n, begun = 20 if args.smoke else args.items, time.monotonic()
-    recogniser = make_recogniser(args) if only("answers") else None
+    n = 20 if args.smoke else args.items
     if args.minutes:
-        left = args.minutes - (time.monotonic() - begun) / 60
-        share = share_within(left, lambda share: only("answers") * ANSWER * share * args.items
-                             + only("turns") * SCENARIOS * batches(share * n), duplex)
+        share = share_within(args.minutes, only("answers") * args.items, only("turns") * n, duplex)
         args.items, n = (max(1, round(share * items)) for items in (args.items, n))
     if only("answers"):
-        conversations = evaluate_answers(duplex, recogniser, args, scores)
+        conversations = evaluate_answers(duplex, args, scores)
     if only("strangers"):
         groups = make_strangers(args.people, args.speakers, args.tts, args.seed, n)
         for name, items in groups.items():
@@ -157,23 +152,17 @@ def evaluate(duplex, args):
     print(f"\nWrote {' and '.join([path, *written_too])}")
 
 
-def batches(n):
-    """Of n conversations, each of the same seconds: what they cost, a full batch being 1. A few take nearly as
-    long as many."""
-    return max(n / BATCH, 0.4 + 0.6 * n / BATCH)
-
-
 def read_dialogues(args):
     return list(read_manifest(os.path.join(args.data, "manifest.jsonl")))
 
 
 def make_recogniser(args):
-    return get_recogniser(args.asr, args.data, "out/recogniser", args.asr_minutes, args.device,
-                          args.minutes and args.minutes / 2)
+    return get_recogniser(args.asr, args.data, "out/recogniser", args.asr_minutes, args.device)
 
 
-def evaluate_answers(duplex, recogniser, args, scores):
+def evaluate_answers(duplex, args, scores):
     """Returns the conversations."""
+    recogniser = make_recogniser(args)
     dialogues, rng, conversations = read_dialogues(args), random.Random(args.seed), []
     for split in ("seen", "new"):
         items = [d for d in dialogues if d["split"] == split and d["kind"] in KINDS]
@@ -225,7 +214,8 @@ def main():
     add("--items", type=int, help="of each kind (default: 200; all of a test set)")
     add("--only", choices=("answers", "strangers", "turns"), help="measure only this part")
     add("--smoke", action="store_true", help="20 items a scenario")
-    add("--minutes", type=float, help="fewer items, if this machine would take longer")
+    add("--minutes", type=float, help="fewer items, if this machine would take longer (a recogniser that is "
+                                      "trained first, for words unknown to the one in weights/, is not counted)")
     add("--keep", help="write transcripts and conversations into this folder")
     add("--seed", type=int, default=7)
     add("--tts", help="another synthesiser for the scenarios, as for prepare.py")

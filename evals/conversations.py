@@ -52,15 +52,19 @@ def converse_all(duplex, groups, seed, description):
     return out
 
 
-def share_within(minutes, frames, duplex):
-    """The largest share of the items, in hundredths, with which conversations take at most these minutes: a
-    second's conversations tell how fast this machine is. frames(share): of full batches."""
+def share_within(minutes, answers, scenarios, duplex):
+    """The largest share, in hundredths, of so many items of the answers and of each scenario that takes at
+    most these minutes: a second's conversations tell how fast this machine is."""
     batches = os.cpu_count() if duplex.device.type == "cpu" else 1
     noise = list(0.01 * torch.randn(batches * BATCH, 12 * FRAME))
     for _ in range(2):  # the first time warms up
         begun = time.perf_counter()
         converse_all(duplex, [noise], 0, "speed")
     possible = 60 * minutes * 12 * batches / (time.perf_counter() - begun)
+
+    def frames(share):  # of full batches; a few conversations take nearly as long as many
+        n = share * scenarios / BATCH
+        return 20 * share * answers + 2200 * (max(n, 0.4 + 0.6 * n) if scenarios else 0)
     percent = max((p for p in range(1, 101) if frames(p / 100) <= possible), default=1)
     if percent < 100:
         print(f"{percent}% of the items, to end within {minutes:.1f} minutes")

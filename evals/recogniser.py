@@ -164,10 +164,9 @@ def load_recogniser(path, words):
     return recogniser.eval() if words <= known else None
 
 
-def get_recogniser(command, data, out, minutes, device, otherwise=None):
+def get_recogniser(command, data, out, minutes, device):
     """A command; or else, unless it shall be trained for some minutes, the one in weights/ if it knows the
-    words of the data; or else one that is trained on them now, so many minutes (otherwise; default: 700
-    steps)."""
+    words of the data; or else one that is trained on them now."""
     if command:
         return OtherRecogniser(command)
     if not os.path.isfile(os.path.join(data, "manifest.jsonl")):
@@ -176,7 +175,7 @@ def get_recogniser(command, data, out, minutes, device, otherwise=None):
     recogniser = None
     if minutes is None and os.path.isfile(SHIPPED) and importlib.util.find_spec("safetensors"):
         recogniser = load_recogniser(SHIPPED, words_of(data))
-    return recogniser or train_recogniser(data, out, minutes or otherwise, device)
+    return recogniser or train_recogniser(data, out, minutes, device)
 
 
 def main():

@@ -233,14 +233,13 @@ def test_the_recogniser_in_weights_judges_what_it_knows(world, tmp_path, monkeyp
     recogniser.save_recogniser(one, recogniser.words_of(data), str(path))
     monkeypatch.setattr(recogniser, "SHIPPED", str(path))
     monkeypatch.setattr(recogniser, "train_recogniser", lambda *args: args)
-    again = recogniser.get_recogniser(None, data, "out", None, "cpu", 0.5)
+    again = recogniser.get_recogniser(None, data, "out", None, "cpu")
     assert again.letters == "abc" and not again.training
     for name, x in one.state_dict().items():
         assert torch.equal(again.state_dict()[name], x.half().float())
     assert recogniser.get_recogniser(None, data, "out", 2.0, "cpu") == (data, "out", 2.0, "cpu")
     recogniser.save_recogniser(one, {"cat"}, str(path))
-    for otherwise in (None, 0.5):
-        assert recogniser.get_recogniser(None, data, "out", None, "cpu", otherwise)[2] == otherwise
+    assert recogniser.get_recogniser(None, data, "out", None, "cpu") == (data, "out", None, "cpu")
     safetensors.save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="is not what `python -m evals.recogniser` writes"):
         recogniser.get_recogniser(None, data, "out", None, "cpu")
