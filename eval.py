@@ -215,7 +215,7 @@ def main():
     add("--only", choices=("answers", "strangers", "turns"), help="measure only this part")
     add("--smoke", action="store_true", help="20 items a scenario")
     add("--minutes", type=float, help="fewer items, if this machine would take longer (a recogniser that is "
-                                      "trained first, for words unknown to the one in weights/, is not counted)")
+                                      "trained first, for words that weights/ does not know, is not counted)")
     add("--keep", help="write transcripts and conversations into this folder")
     add("--seed", type=int, default=7)
     add("--tts", help="another synthesiser for the scenarios, as for prepare.py")
