@@ -33,7 +33,7 @@ demo-steps:
 	test -f data/toy/manifest.jsonl || $(PY) prepare.py toy --items $$((4000 + 200 * $(MINUTES))) --sentences $$((1500 + 75 * $(MINUTES))) --voices $$((8 + 2 * $(MINUTES))) --seed $(SEED) --minutes $(call left,0.075,0)
 	$(PY) train.py --config codec --minutes $(call left,0.25,0) --seed $(SEED) --resume
 	test data/toy/encoded/meta.json -nt out/codec/checkpoint.pt || $(PY) prepare.py encode
-	$(PY) train.py --config tiny --minutes $(call left,1,2) --seed $(SEED) --resume
+	$(PY) train.py --config tiny --minutes $(call left,1,1.5) --seed $(SEED) --resume
 	$(PY) eval.py --checkpoint out/tiny --smoke --minutes $(call left,1,0)
 	touch out/tiny/demo.done
 
