@@ -1,7 +1,7 @@
 # make talk   a page to talk to a small model, whose weights are in this repository
 # make page   the same without a server: a folder with the model in it, for any static host
 # make demo   from nothing to a talking model: environment, toy world, codec, stages, three conversations, scores
-#             (MINUTES=60: an hour of it; SEED=2: other weights, another world)
+#             (MINUTES=60: an hour of it; SEED=2: other weights, another world; give it again to go on with it)
 # make test   environment and test suite
 # make slow   the checks that take minutes, against the reference packages too
 # make gpu    ten minutes on a GPU: kernels, a frame's time, conversations, training -> GPU.md (DRY=1: on a CPU)

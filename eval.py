@@ -112,7 +112,7 @@ def turn_taking(duplex, dialogues, tts, seed, n, keep, voices=None):
 
     def run(groups, description):
         said = converse_all(duplex, [[item.audio for item in items] for items in groups], seed, description)
-        return [[reply(item, *x) for item, x in zip(*pair)] for pair in zip(groups, said)]
+        return [[reply(item, *x) for item, x in zip(items, out)] for out, items in zip(said, groups)]
     return score_all(run_scenarios(run, ScenarioMaker(dialogues, tts, seed, voices), n))
 
 
@@ -214,8 +214,8 @@ def main():
     add("--items", type=int, help="of each kind (default: 200; all of a test set)")
     add("--only", choices=("answers", "strangers", "turns"), help="measure only this part")
     add("--smoke", action="store_true", help="20 items a scenario")
-    add("--minutes", type=float, help="fewer items, if this machine would take longer (a recogniser that is "
-                                      "trained first, for words that weights/ does not know, is not counted)")
+    add("--minutes", type=float, help="fewer items, if this machine would take longer (not counted: strangers, "
+                                      "and a recogniser that is trained for words that weights/ does not know)")
     add("--keep", help="write transcripts and conversations into this folder")
     add("--seed", type=int, default=7)
     add("--tts", help="another synthesiser for the scenarios, as for prepare.py")

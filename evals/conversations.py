@@ -35,40 +35,46 @@ TASKS = {folder: folder.replace("_", " ") for folder in (  # of v1.5
 
 
 def converse_all(duplex, groups, seed, description):
-    """Conversations with groups of recordings [[(N,), ...], ...]: [[(text tokens (T,), audio said (N,)),
-    ...], ...]. Neighbours in a group should be of similar length. On a CPU each core computes a batch of its
-    own."""
-    where = [(group, i) for group, audio in enumerate(groups) for i in range(0, len(audio), BATCH)]
-    batches = [groups[group][i:i + BATCH] for group, i in where]
-    padded = [torch.stack([F.pad(x, (0, max(map(len, batch)) - len(x))) for x in batch]) for batch in batches]
-    frames, out = sum(-(-x.shape[1] // FRAME) for x in padded), [[] for _ in groups]
+    """Conversations with groups of recordings [[(N,), ...], ...]. Yields for each group, in order, [(text
+    tokens (T,), audio said (N,)), ...]. Neighbours in a group should be of similar length. On a CPU each core
+    computes a batch of its own."""
+    where = [(group, i) for group in groups for i in range(0, len(group), BATCH)]
+    frames = sum(-(-max(map(len, group[i:i + BATCH])) // FRAME) for group, i in where)
     workers = os.cpu_count() if duplex.device.type == "cpu" else 1
     n = sum(map(len, groups))
     with (tqdm(total=frames, desc=f"{description}, {n}", unit="frame", leave=False) as bar,
           ThreadPoolExecutor(workers, initializer=use_one_thread, initargs=(duplex,)) as pool):
-        converse = lambda x, at: duplex.converse(x, seed + at[1], each=lambda t, text: bar.update())
-        for (group, _), batch, (texts, said) in zip(where, batches, pool.map(converse, padded, where)):
-            out[group] += [(text[:-(-len(x) // FRAME)], y[:len(x)]) for x, text, y in zip(batch, texts, said)]
-    return out
+        def converse(at):
+            group, i = at
+            batch = group[i:i + BATCH]
+            padded = torch.stack([F.pad(x, (0, max(map(len, batch)) - len(x))) for x in batch])
+            texts, said = duplex.converse(padded, seed + i, each=lambda t, text: bar.update())
+            return [(text[:-(-len(x) // FRAME)], y[:len(x)]) for x, text, y in zip(batch, texts, said)]
+        done = pool.map(converse, where)
+        for group in groups:
+            yield [pair for _ in range(0, len(group), BATCH) for pair in next(done)]
 
 
 def share_within(minutes, answers, scenarios, duplex):
-    """The largest share, in hundredths, of so many items of the answers and of each scenario that takes at
-    most these minutes: a second's conversations tell how fast this machine is."""
+    """The share of the items, in whole hundredths, that this machine can do in these minutes; one hundredth
+    at least. answers, scenarios: the number of items of each split and of each scenario. A second's
+    conversations tell how fast the machine is."""
     batches = os.cpu_count() if duplex.device.type == "cpu" else 1
     noise = list(0.01 * torch.randn(batches * BATCH, 12 * FRAME))
     for _ in range(2):  # the first time warms up
         begun = time.perf_counter()
-        converse_all(duplex, [noise], 0, "speed")
+        list(converse_all(duplex, [noise], 0, "speed"))
     possible = 60 * minutes * 12 * batches / (time.perf_counter() - begun)
 
-    def frames(share):  # of full batches; a few conversations take nearly as long as many
+    def frames(share):  # of full batches; one conversation alone takes two fifths of the time of 25
         n = share * scenarios / BATCH
         return 20 * share * answers + 2200 * (max(n, 0.4 + 0.6 * n) if scenarios else 0)
-    percent = max((p for p in range(1, 101) if frames(p / 100) <= possible), default=1)
-    if percent < 100:
-        print(f"{percent}% of the items, to end within {minutes:.1f} minutes")
-    return percent / 100
+    fits = [p for p in range(1, 101) if frames(p / 100) <= possible]
+    if not fits:
+        print(f"1% of the items: this machine needs more than {minutes:.1f} minutes even for those")
+    elif fits[-1] < 100:
+        print(f"{fits[-1]}% of the items, to end within {minutes:.1f} minutes")
+    return max(fits, default=1) / 100
 
 
 def use_one_thread(duplex):

@@ -6,12 +6,15 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 
-def in_processes(function, jobs, processes, method, start, settings, chunksize=1, name=str):
-    """function(job) of each job, in their order, in processes of a start method ("fork", "spawn") that begin
-    with start(*settings). ValueError, not an endless wait, if one of them dies. name: of a job, for that."""
-    done, processes = 0, min(processes, 60)  # as many as Windows can wait for
-    context = multiprocessing.get_context(method)
-    with ProcessPoolExecutor(processes, context, begin, (start, settings)) as pool:
+def in_processes(function, jobs, processes, start_method, initializer, initargs, chunksize=1, name=str):
+    """Yields function(job) of each job, in their order, from processes of a start method ("fork", "spawn")
+    that begin with initializer(*initargs). An error, Ctrl-C or a caller that wants no more ends them at once.
+    ValueError, not an endless wait, if one of them dies; name(job) is what it calls a job."""
+    done, others = 0, multiprocessing.active_children()
+    if os.name == "nt":
+        processes = min(processes, 61)  # all that it can wait for
+    context = multiprocessing.get_context(start_method)
+    with ProcessPoolExecutor(processes, context, begin, (initializer, initargs)) as pool:
         try:
             for result in pool.map(function, jobs, chunksize=chunksize):
                 yield result
@@ -19,11 +22,16 @@ def in_processes(function, jobs, processes, method, start, settings, chunksize=1
         except BrokenProcessPool:
             raise ValueError("a process died: it crashed, or memory ran out; that was at "
                              f"{name(jobs[done])}, or at one of the next") from None
+        except BaseException:
+            for process in multiprocessing.active_children():
+                if process not in others:
+                    process.terminate()
+            raise
 
 
-def begin(start, settings):
+def begin(initializer, initargs):
     threading.Thread(target=end_with_parent, daemon=True).start()
-    start(*settings)
+    initializer(*initargs)
 
 
 def end_with_parent():

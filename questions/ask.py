@@ -24,7 +24,6 @@ out/questions is not trained again; remove a question's folder there after a cha
 import argparse
 import dataclasses
 import json
-import multiprocessing
 import os
 import random
 import statistics
@@ -38,6 +37,7 @@ import train
 from chat import DuplexModel
 from evals.recogniser import SHIPPED, get_recogniser
 from files.atomic import read_json, replace_when_done
+from files.processes import in_processes
 from live.packed import unpack
 from model import CONFIGS
 from questions.layouts import DIVISION, DOCUMENTS, PROMPTS, STATES, STATES_WORLD, TYPED, cost_of_division
@@ -64,7 +64,6 @@ def folder_of(question, name, seed):
 def answer(task):
     """Train one variant with one seed and measure it, unless that is done."""
     question, name, seed, items, share = task
-    torch.set_num_threads(1)  # Run then uses one thread too
     variant, world, out = QUESTIONS[question][name], world_of(question), folder_of(question, name, seed)
     held_out, path = world.held_out()[:items], os.path.join(out, "scores.json")
     how = {"items": len(held_out), "share": share, "stages": repr(variant.stages)}
@@ -121,10 +120,10 @@ def ask(names, seeds, items, processes, share=1.0):
     wanted = [(question, name, seed, items, share) for question in names for seed in range(1, seeds + 1)
               for name in QUESTIONS[question]]
     found = {question: {name: [] for name in QUESTIONS[question]} for question in names}
-    with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=1) as pool:
-        for question, name, scores in tqdm(pool.imap_unordered(answer, wanted), "questions", len(wanted),
-                                           unit="run"):
-            found[question][name].append(scores)
+    answers = in_processes(answer, wanted, processes, "spawn", torch.set_num_threads, (1,),
+                           name=lambda task: f"{task[0]}, {task[1]}, seed {task[2]}")
+    for question, name, scores in tqdm(answers, "questions", len(wanted), unit="run"):
+        found[question][name].append(scores)
     written = []
     for question in names:
         first, held = next(iter(QUESTIONS[question].values())), len(world_of(question).held_out()[:items])

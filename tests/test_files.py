@@ -2,6 +2,7 @@
 import math
 import os
 import struct
+import signal
 import subprocess
 import sys
 
@@ -163,10 +164,16 @@ def test_work_in_processes(method):
 
 
 @pytest.mark.parametrize("method", ["spawn", "fork"])
-def test_processes_end_with_their_parent(method):
-    code = ("import time\nfrom files.processes import in_processes\nif __name__ == '__main__':\n"
-            f"    list(in_processes(time.sleep, [0, 99, 99], 2, '{method}', print, ('begun',)))\n")
-    process = subprocess.Popen([sys.executable, "-uc", code], cwd=ROOT, stdout=subprocess.PIPE)
+@pytest.mark.parametrize("end, code", [("killed", -signal.SIGKILL), ("Ctrl-C", -signal.SIGINT), ("error", 1)])
+def test_processes_end_with_their_parent(method, end, code):
+    """A wait of hours is not waited for."""
+    first = -1 if end == "error" else 0
+    text = ("import time\nfrom files.processes import in_processes\nif __name__ == '__main__':\n"
+            f"    list(in_processes(time.sleep, [{first}, 9999, 9999], 2, '{method}', print, ('begun',)))\n")
+    process = subprocess.Popen([sys.executable, "-uc", text], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
     process.stdout.readline()
-    process.kill()
+    if end != "error":
+        process.send_signal(-code)
     process.communicate(timeout=60)  # until all who could write to it have ended
+    assert process.returncode == code

@@ -2,16 +2,18 @@
 import json
 import math
 import os
+import types
 
 import pytest
 import torch
 
-from evals import turns
+from evals import conversations, turns
 from conftest import run
 from chat import DuplexModel
 from evals.conversations import converse_all, read_conversations, save_conversation
 from files.audio import SAMPLE_RATE, write_audio
 from files.manifest import read_manifest
+from mimi import FRAME
 from evals.turns import Item, Reply, ScenarioMaker, barge_in, jensen_shannon, run_scenarios, score_all, speech
 
 
@@ -191,7 +193,7 @@ def test_nothing_before_an_event_depends_on_it(world, dialogues):
     fake = [Reply([(item.end + 0.4, item.end + 6)]) for item in queries]
     other = lambda: make.backchannel("user backchannel")
     later = [barge_in(item, reply, other()) for item, reply in zip(queries, fake)]
-    converse = lambda items: zip(*converse_all(duplex, [[item.audio for item in items]], 1, "")[0])
+    converse = lambda items: zip(*next(converse_all(duplex, [[item.audio for item in items]], 1, "")))
     (texts, audio), (texts2, audio2) = converse(queries), converse(later)
     for item, a, b, x, y in zip(later, texts, texts2, audio, audio2):
         n = int(item.event[0] * SAMPLE_RATE)
@@ -218,6 +220,30 @@ def test_batches_do_not_depend_on_the_number_of_cores(monkeypatch):
             assert [(len(said), said[0].item()) for _, said in out] == [(10 + i, 5 + i) for i in range(n)]
         found.append(sorted(shapes))
     assert found[0] == found[1] == found[2]
+
+
+def test_the_minutes_of_scenarios_are_reckoned_from_their_frames(dialogues, monkeypatch, capsys):
+    """On a machine that needs a second for twelve frames of a full batch on each core."""
+    run, frames = system(perfect)[0], []
+
+    def counting(groups, description):
+        frames.extend(-(-max(len(item.audio) for item in items) // FRAME) for items in groups)
+        return run(groups, description)
+    run_scenarios(counting, ScenarioMaker(dialogues, None, 3), conversations.BATCH)
+    clock = iter(range(100))
+    monkeypatch.setattr(conversations.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(conversations, "converse_all", lambda *args: [])
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    device = types.SimpleNamespace(device=torch.device("cpu"))
+    share = lambda minutes, n, answers=0: conversations.share_within(minutes, answers, n, device)
+    minutes = sum(frames) / 12 / 60 / 4
+    assert share(1.25 * minutes, conversations.BATCH) == 1 and not capsys.readouterr().out
+    assert 0.7 <= share(5 * minutes, 6 * conversations.BATCH) <= 5 / 6  # with something left for the rest
+    few = share(0.7 * minutes, conversations.BATCH)
+    assert 0.3 <= few <= 0.7 and f"{few:.0%} of the items, to end" in capsys.readouterr().out
+    assert share(0.7 * minutes, conversations.BATCH, 100) < few < share(1, 0, 100) == 1
+    assert share(0.1 * minutes, conversations.BATCH) == 0.01
+    assert "this machine needs more than" in capsys.readouterr().out
 
 
 def test_folders_of_conversations(tmp_path):

@@ -201,7 +201,7 @@ def speak_to_file(job):
 def speak_all(jobs, what, synthesiser):
     """Speak every job (path, texts, pauses between them, voice, style) to its file, on all cores. Returns
     for each the seconds at which its parts end."""
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"  # Windows
-    spoken = in_processes(speak_to_file, jobs, os.cpu_count(), method, start_worker, (synthesiser,), 8,
+    start_method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"  # Windows
+    spoken = in_processes(speak_to_file, jobs, os.cpu_count(), start_method, start_worker, (synthesiser,), 8,
                           lambda job: f"{' '.join(job[1])!r}, voice {job[3]}")
     return list(tqdm(spoken, what, len(jobs), unit="clip"))

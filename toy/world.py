@@ -59,8 +59,8 @@ class Language:
         self.other_voices = other_voices  # of other synthesisers than espeak-ng, if they are installed
 
     def user_voices(self, n, seed):
-        """n voices of espeak-ng: accents with variants, shuffled, without the model's voice and the
-        variants of the new ones."""
+        """n voices of espeak-ng: accents with variants, shuffled, without the model's voice, the
+        variants of the new ones, and those that crash."""
         voices = [f"{a}+{v}" for v in VARIANTS if v not in NEW_VARIANTS for a in self.accents]
         voices = [voice for voice in voices if voice not in (self.model_voice, *CRASHES)]
         random.Random(seed).shuffle(voices)

@@ -8,8 +8,9 @@ much in a step (RESULTS.md). A pretrained model is trained on with AdamW, as in 
 
     momentum (m, n) --Newton-Schulz--> nearly orthogonal (m, n) --0.2 sqrt(max(m, n))--> AdamW's step size
 
-Newton-Schulz takes a third of a step's time on a CPU, and the momentum changes little from step to step. So
-every matrix moves in every other step, twice as far: half of them in one step, the others in the next.
+With all matrices in every step, Newton-Schulz takes a third of its time on a CPU's core, and the momentum
+changes little from step to step. So every matrix moves in every other step, twice as far: half of them in
+one step, the others in the next.
 """
 import torch
 
@@ -72,7 +73,7 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def update(self, matrix, moves):
-        """moves: whether it is this matrix's turn, or only its momentum's."""
+        """moves: whether the matrix moves in this step; its momentum always does."""
         p, grad, group = matrix
         state, p.grad = self.init_state(p, True), None
         state["step"] += 1
