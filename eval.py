@@ -214,8 +214,8 @@ def main():
     add("--items", type=int, help="of each kind (default: 200; all of a test set)")
     add("--only", choices=("answers", "strangers", "turns"), help="measure only this part")
     add("--smoke", action="store_true", help="20 items a scenario")
-    add("--minutes", type=float, help="fewer items, if this machine would take longer (not counted: strangers, "
-                                      "and a recogniser that is trained for words that weights/ does not know)")
+    add("--minutes", type=float, help="fewer items, if this machine would take longer (strangers are not "
+                                      "counted, nor training a recogniser for words that weights/ lacks)")
     add("--keep", help="write transcripts and conversations into this folder")
     add("--seed", type=int, default=7)
     add("--tts", help="another synthesiser for the scenarios, as for prepare.py")

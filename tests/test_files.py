@@ -168,12 +168,17 @@ def test_work_in_processes(method):
 def test_processes_end_with_their_parent(method, end, code):
     """A wait of hours is not waited for."""
     first = -1 if end == "error" else 0
-    text = ("import time\nfrom files.processes import in_processes\nif __name__ == '__main__':\n"
-            f"    list(in_processes(time.sleep, [{first}, 9999, 9999], 2, '{method}', print, ('begun',)))\n")
+    text = f"""import signal, time
+from files.processes import in_processes
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    for _ in in_processes(time.sleep, [{first}, 9999, 9999], 2, '{method}', int, ()):
+        print('at work')
+"""
     process = subprocess.Popen([sys.executable, "-uc", text], cwd=ROOT, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE)
-    process.stdout.readline()
     if end != "error":
+        process.stdout.readline()
         process.send_signal(-code)
     process.communicate(timeout=60)  # until all who could write to it have ended
     assert process.returncode == code
