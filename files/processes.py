@@ -11,14 +11,16 @@ def in_processes(function, jobs, processes, start_method, initializer, initargs,
     that begin with initializer(*initargs). An error, Ctrl-C or a caller that wants no more ends them at once.
     ValueError, not an endless wait, if one of them dies; name(job) is what it calls a job."""
     done, others = 0, multiprocessing.active_children()
+    chunks = [jobs[i:i + chunksize] for i in range(0, len(jobs), chunksize)]
     if os.name == "nt":
         processes = min(processes, 61)  # all that it can wait for
     context = multiprocessing.get_context(start_method)
     with ProcessPoolExecutor(processes, context, begin, (initializer, initargs)) as pool:
         try:
-            for result in pool.map(function, jobs, chunksize=chunksize):
-                yield result
-                done += 1
+            for future in [pool.submit(each, function, chunk) for chunk in chunks]:
+                for result in future.result():
+                    yield result
+                    done += 1
         except BrokenProcessPool:
             raise ValueError("a process died: it crashed, or memory ran out; that was at "
                              f"{name(jobs[done])}, or at one of the next") from None
@@ -27,6 +29,10 @@ def in_processes(function, jobs, processes, start_method, initializer, initargs,
                 if process not in others:
                     process.terminate()
             raise
+
+
+def each(function, jobs):
+    return [function(job) for job in jobs]
 
 
 def begin(initializer, initargs):
