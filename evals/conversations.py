@@ -40,10 +40,9 @@ def converse_all(duplex, groups, seed, description):
     computes a batch of its own."""
     where = [(group, i) for group in groups for i in range(0, len(group), BATCH)]
     frames = sum(-(-max(map(len, group[i:i + BATCH])) // FRAME) for group, i in where)
-    workers = os.cpu_count() if duplex.device.type == "cpu" else 1
     n = sum(map(len, groups))
     with (tqdm(total=frames, desc=f"{description}, {n}", unit="frame", leave=False) as bar,
-          ThreadPoolExecutor(workers, initializer=use_one_thread, initargs=(duplex,)) as pool):
+          ThreadPoolExecutor(batches_at_once(duplex), "conversations", use_one_thread, (duplex,)) as pool):
         def converse(at):
             group, i = at
             batch = group[i:i + BATCH]
@@ -59,7 +58,7 @@ def share_within(minutes, answers, scenarios, duplex):
     """The share of the items, in whole hundredths, that this machine can do in these minutes; one hundredth
     at least. answers, scenarios: the number of items of each split and of each scenario. A second's
     conversations tell how fast the machine is."""
-    batches = os.cpu_count() if duplex.device.type == "cpu" else 1
+    batches = batches_at_once(duplex)
     noise = list(0.01 * torch.randn(batches * BATCH, 12 * FRAME))
     for _ in range(2):  # the first time warms up
         begun = time.perf_counter()
@@ -75,6 +74,10 @@ def share_within(minutes, answers, scenarios, duplex):
     elif fits[-1] < 100:
         print(f"{fits[-1]}% of the items, to end within {minutes:.1f} minutes")
     return max(fits, default=1) / 100
+
+
+def batches_at_once(duplex):
+    return os.cpu_count() if duplex.device.type == "cpu" else 1
 
 
 def use_one_thread(duplex):

@@ -1,8 +1,8 @@
 """Files: any rate, and what is not what it says."""
 import math
 import os
-import struct
 import signal
+import struct
 import subprocess
 import sys
 
